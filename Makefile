@@ -1,0 +1,50 @@
+# make demo and make test need Python >= 3.11, a C++17 compiler and this clone; the rest they fetch.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+# What the installed environment depends on. Python files do not count: the install is editable.
+INPUTS := constraints.txt pyproject.toml CMakeLists.txt $(shell find csrc -type f)
+
+.PHONY: demo test lint format bench embedded clean
+
+demo: $(READY)
+	@$(BIN)/pyengine demo
+
+test: lint
+	$(BIN)/pytest
+	$(BIN)/pytest bench --benchmark-disable -k "not peers"
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run --Werror $(shell find csrc -name '*.h' -o -name '*.cpp')
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: $(READY)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(shell find csrc -name '*.h' -o -name '*.cpp')
+
+# Timings with peers side by side; writes bench/results/tilt.json.
+bench: $(READY)
+	$(BIN)/pytest bench/bench_tilt.py --benchmark-json=bench/results/tilt.json
+
+# Retrain every embedded model, in place.
+embedded: $(READY)
+	$(BIN)/python -m pyengine.training.embedded
+
+clean:
+	rm -rf $(VENV) build
+
+# torch comes first and by its exact version: any other request may fetch gigabytes of CUDA packages.
+$(READY): $(INPUTS)
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "pyengine needs Python 3.11 or newer; run make PYTHON=/path/to/python3.11")'
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo "setting up $(VENV) (a few minutes the first time)"
+	$(PIP) $$(grep '^torch==' constraints.txt)
+	$(PIP) -c constraints.txt cmake ninja pybind11 scikit-build-core
+	$(PIP) -c constraints.txt --no-build-isolation -e '.[dev]'
+	@touch $@

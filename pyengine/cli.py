@@ -1,0 +1,276 @@
+"""The command line: `pyengine generate`, `pyengine demo`, `pyengine info`."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import json
+import os
+import platform
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+
+import click
+import typer
+
+import pyengine
+from pyengine.errors import InputError
+
+if TYPE_CHECKING:
+    from pyengine.engine import Engine
+    from pyengine.strategies import Strategy
+
+app = typer.Typer(
+    help="Reward-guided decoding for frozen language models.",
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+)
+
+SCORERS = ("prefix", "probe", "reward-model", "sentiment", "politeness", "length")
+# strategy -> the options that it uses
+STRATEGIES: dict[str, tuple[str, ...]] = {
+    "base": (),
+    "tokenwise": ("weight",),
+    "blockwise": ("k", "block", "beta"),
+    "best-of-k": ("k", "beta"),
+    "q-probe": ("k", "beta"),
+}
+
+
+def make_strategy(name: str, options: dict[str, Any]) -> Strategy:
+    """The named strategy; an option that it does not use is an error, not ignored."""
+    from pyengine.strategies import BASE, BestOfK, Blockwise, Tokenwise
+
+    if name not in STRATEGIES:
+        raise InputError(f"unknown strategy {name!r}; choose from {', '.join(STRATEGIES)}")
+    given = {option: value for option, value in options.items() if value is not None}
+    for option in given:
+        if option not in STRATEGIES[name]:
+            users = [s for s, used in STRATEGIES.items() if option in used]
+            raise InputError(f"--{option} is not used by strategy {name!r} (it is by {', '.join(users)})")
+    soft: dict[str, Any] = {"selection": "softmax", "beta": given["beta"]} if "beta" in given else {}
+    if name == "base":
+        return BASE
+    if name == "tokenwise":
+        return Tokenwise(given.get("weight", 1.0))
+    if name == "blockwise":
+        return Blockwise(given.get("k", 8), given.get("block", 16), **soft)
+    if name == "q-probe":
+        soft = {"selection": "softmax", "beta": given.get("beta", 0.1)}
+    return BestOfK(given.get("k", 8), **soft)
+
+
+def make_scorer(name: str) -> Any:
+    """A scorer by embedded name, or a directory or hub id."""
+    if name in ("prefix", "probe", "reward-model"):
+        return pyengine.embedded(name)
+    if name in SCORERS:
+        from pyengine.worlds import reviews
+
+        return getattr(reviews, name)
+    return name
+
+
+def read_prompts(arguments: list[str], file: Path | None, complain: Any) -> Iterator[tuple[str, str]]:
+    """(where it came from, prompt) from the arguments, else a JSONL file, else the lines of stdin.
+
+    A JSONL line that cannot be used goes to `complain`, with its number; the others still come.
+    """
+    if arguments and file:
+        raise InputError("give prompts as arguments or with --input, not both")
+    if arguments:
+        yield from ((f"prompt {i + 1}", a) for i, a in enumerate(arguments))
+        return
+    if file is None:
+        if sys.stdin.isatty():
+            raise InputError("no prompt: give one as an argument, on stdin or with --input FILE.jsonl")
+        yield from ((f"stdin line {i}", line.rstrip("\n")) for i, line in enumerate(sys.stdin, 1) if line.strip())
+        return
+    try:
+        lines = file.read_bytes().splitlines()
+    except OSError as error:
+        raise InputError(f"{file}: {error.strerror}") from error
+    for i, line in enumerate(lines, 1):
+        where = f"{file}:{i}"
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+        except ValueError as error:
+            complain(f"{where}: not JSON: {error}")
+            continue
+        prompt = record.get("prompt") if isinstance(record, dict) else None
+        if isinstance(prompt, str):
+            yield where, prompt
+        else:
+            complain(f'{where}: needs an object with a string "prompt"')
+
+
+def quiet_loading() -> None:
+    """No loading bars where nobody watches."""
+    if not sys.stderr.isatty():
+        from transformers.utils import logging
+
+        logging.disable_progress_bar()
+
+
+def load_engine(model: str | None, scorer: str | None, device: str, trust_remote_code: bool = False) -> Engine:
+    from pyengine.engine import Engine
+
+    quiet_loading()
+    path: Any = pyengine.embedded("policy") if model is None else model
+    picked = None if scorer is None else make_scorer(scorer)
+    return Engine.from_pretrained(path, scorer=picked, device=device, trust_remote_code=trust_remote_code)
+
+
+@app.command()
+def generate(
+    prompts: Annotated[list[str] | None, typer.Argument(help="Prompts; without any, stdin is read.")] = None,
+    input: Annotated[Path | None, typer.Option(help='JSONL file, one {"prompt": ...} a line.')] = None,
+    model: Annotated[str | None, typer.Option(help="Directory or hub id; default: the embedded model.")] = None,
+    scorer: Annotated[str | None, typer.Option(help=f"Directory, hub id or embedded: {', '.join(SCORERS)}.")] = None,
+    strategy: Annotated[
+        str | None, typer.Option(help=f"{', '.join(STRATEGIES)}; default: blockwise with a scorer, else base.")
+    ] = None,
+    k: Annotated[int | None, typer.Option(help="Branches.  [default: 8]")] = None,
+    block: Annotated[int | None, typer.Option(help="Tokens in a block.  [default: 16]")] = None,
+    weight: Annotated[float | None, typer.Option(help="Strength λ of tokenwise.  [default: 1]")] = None,
+    beta: Annotated[float | None, typer.Option(help="Select from softmax(utility / beta) instead of argmax.")] = None,
+    max_tokens: Annotated[int, typer.Option(help="Most new tokens.")] = 128,
+    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 1.0,
+    top_k: Annotated[int, typer.Option(help="0 is off.")] = 0,
+    top_p: Annotated[float, typer.Option(help="1 is off.")] = 1.0,
+    min_p: Annotated[float, typer.Option(help="0 is off.")] = 0.0,
+    seed: Annotated[int | None, typer.Option(help="Same seed and prompt, same result.")] = None,
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    stream: Annotated[bool, typer.Option("--stream", help="Print each token or block as it is committed.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object a line.")] = False,
+    trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code", help="Run the model's own code.")] = False,
+) -> None:
+    """Decode prompts with a strategy."""
+    from pyengine.results import SamplingParams
+
+    name = strategy or ("base" if scorer is None else "blockwise")
+    plan = make_strategy(name, {"k": k, "block": block, "weight": weight, "beta": beta})
+    sampling = SamplingParams(max_tokens, temperature, top_k, top_p, min_p, seed)
+    failures: list[str] = []
+
+    def complain(message: str) -> None:
+        failures.append(message)
+        print(f"pyengine: {message}", file=sys.stderr)
+
+    found = list(read_prompts(list(prompts or []), input, complain))
+    if not found:
+        raise InputError(f"no usable prompt in {input}" if input else "no prompt on stdin")
+    engine = load_engine(model, scorer, device, trust_remote_code)
+    usable = []
+    for where, prompt in found:
+        try:
+            engine.encode(prompt, where)
+        except InputError as error:
+            complain(str(error))
+        else:
+            usable.append(prompt)
+    if stream:
+        for prompt in usable:
+            for event in engine.stream(prompt, plan, sampling):
+                if as_json:
+                    record = {"text": event.text, "tokens": event.tokens}
+                    print(json.dumps(record | ({"result": event.result.to_dict()} if event.result else {})), flush=True)
+                else:
+                    print(event.text, end="" if event.result is None else "\n", flush=True)
+    elif usable:
+        for result in engine.generate(usable, plan, sampling):
+            if as_json:
+                print(json.dumps(result.to_dict()))
+            else:
+                reward = "" if result.reward is None else f"reward {result.reward:.3f}, "
+                print(f"{result.prompt}{result.text}\n  [{reward}KL {result.kl:.2f} nats ({result.kl_kind})]")
+    if failures:
+        raise typer.Exit(2)
+
+
+@app.command()
+def demo(
+    prompts: Annotated[int, typer.Option(help="How many prompts.")] = 64,
+    k: Annotated[int, typer.Option(help="Branches.")] = 8,
+    block: Annotated[int, typer.Option(help="Tokens in a block.")] = 16,
+    weight: Annotated[float, typer.Option(help="Strength λ of tokenwise.")] = 4.0,
+    seed: Annotated[int, typer.Option(help="Seed.")] = 0,
+    svg: Annotated[Path | None, typer.Option(help="Also write the output as a picture.")] = None,
+) -> None:
+    """All strategies side by side, on the embedded model, the same prompts and seeds."""
+    from pyengine.demo import run
+
+    quiet_loading()
+    if prompts < 1:
+        raise InputError(f"demo: --prompts must be at least 1, got {prompts}")
+    run(prompts, k, block, weight, seed, svg)
+
+
+@app.command()
+def info() -> None:
+    """Versions, the backends that are there, and why one is missing."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(box=None, show_header=False)
+    for label, value in report():
+        table.add_row(label, value)
+    Console().print(table)
+
+
+def report() -> Iterator[tuple[str, str]]:
+    """(what, its state) for `pyengine info`."""
+    import torch
+
+    from pyengine import _C
+
+    yield "tilt-engine", pyengine.__version__
+    yield "python", f"{platform.python_version()} on {platform.machine()}"
+    for package in ("torch", "transformers", "tokenizers", "safetensors"):
+        yield package, importlib.metadata.version(package)
+    yield "CPU kernels", f"C++ with {_C.instruction_set(os.environ.get('PYENGINE_CPU_ISA'))}, built by {_C.compiler()}"
+    yield "threads", str(torch.get_num_threads())
+    if torch.cuda.is_available():
+        yield "GPU", f"{torch.cuda.get_device_name()}; ops run their PyTorch reference, no CUDA kernel is built yet"
+    elif torch.version.cuda is None:
+        yield "GPU", f"missing: torch {torch.__version__} is built without CUDA"
+    else:
+        yield "GPU", f"missing: torch is built for CUDA {torch.version.cuda}, but finds no device"
+    for package, use in (
+        ("triton", "no kernel uses it yet"),
+        ("flash_attn", "optional attention backend, not used yet"),
+    ):
+        there = importlib.util.find_spec(package) is not None
+        yield (
+            package.replace("_", "-"),
+            f"{importlib.metadata.version(package)}; {use}" if there else f"not installed; {use}",
+        )
+
+
+def fail(message: str) -> NoReturn:
+    print(f"pyengine: error: {' '.join(message.split())}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+def main() -> None:
+    """Entry point: bad input is one line on stderr and exit code 2."""
+    try:
+        code = app(standalone_mode=False)
+    except InputError as error:
+        fail(str(error))
+    except click.exceptions.NoArgsIsHelpError as error:
+        print(error.ctx.get_help() if error.ctx else "", file=sys.stderr)
+        raise SystemExit(2) from None
+    except click.ClickException as error:
+        fail(error.format_message())
+    except BrokenPipeError:  # the reader has gone: `pyengine generate ... | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(1) from None
+    except (KeyboardInterrupt, click.Abort):
+        raise SystemExit(130) from None
+    raise SystemExit(code if isinstance(code, int) else 0)

@@ -1,0 +1,387 @@
+"""The engine: prefill, propose, score, select, commit."""
+
+from __future__ import annotations
+
+import hashlib
+import secrets
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from pyengine import ledger, ops
+from pyengine.cache import Cache, Frontier, choose_cache
+from pyengine.errors import InputError
+from pyengine.results import Block, Candidate, Event, FinishReason, Result, SamplingParams
+from pyengine.scorers import Candidates, Hidden, Part, Policy, ScorerLike, parts_of
+from pyengine.strategies import BASE, BestOfK, Blockwise, Strategy, Tokenwise
+
+
+@dataclass
+class _Request:
+    """One prompt on its way; the lists grow with every commit."""
+
+    index: int
+    prompt: str
+    prompt_ids: list[int]
+    params: SamplingParams
+    seed: int
+    limit: int  # most new tokens that max_tokens and the context allow
+    tokens: list[int] = field(default_factory=list)
+    logp_base: list[float] = field(default_factory=list)
+    logp_policy: list[float] = field(default_factory=list)
+    kl_tokens: float = 0.0  # exact KL of the proposals along the response
+    blocks: list[Block] = field(default_factory=list)
+    committed: int = 0  # blocks
+    scores: list[float] | None = None  # of the whole response, one for each part of the scorer
+    shown: int = 0  # characters already streamed
+    finish_reason: FinishReason | None = None
+
+
+@dataclass
+class _Tail:
+    """What one propose step drew: N rows (request-major, then branch) of at most M tokens."""
+
+    tokens: list[list[int]]
+    logp_base: list[list[float]]
+    logp_policy: list[list[float]]
+    kl: list[float]  # summed over the row's tokens
+    finish_reason: list[FinishReason | None]
+    hidden: Hidden  # at each row's last token
+    previous: Hidden  # at the token before
+
+
+class Engine:
+    """A frozen language model, its tokenizer and a scorer that it can be made to follow.
+
+    scorer: anything `parts_of` takes: a Scorer, a directory or hub id, a callable
+    f(prompts, completions) -> list[float], or a list of (weight, scorer). max_rows: most sequences
+    (prompts times branches) decoded at once; more prompts wait their turn.
+
+    Raises InputError, with one line that says what to do, for anything that does not fit.
+    """
+
+    def __init__(self, model: Any, tokenizer: Any, scorer: ScorerLike | None = None, max_rows: int = 256) -> None:
+        self.model, self.tokenizer, self.max_rows = model.eval(), tokenizer, max_rows
+        self.name = Path(model.config.name_or_path or type(model).__name__).name
+        embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+        config = model.config.get_text_config(decoder=True)
+        self.policy = Policy(
+            name=f"model {self.name!r}",
+            vocab_size=(head if head is not None else embedding).weight.shape[0],
+            hidden_size=config.hidden_size,
+            layers=config.num_hidden_layers + 1,
+            device=model.device,
+        )
+        if len(tokenizer) > embedding.weight.shape[0]:
+            raise InputError(
+                f"{self.policy.name} embeds {embedding.weight.shape[0]} tokens, its tokenizer has "
+                f"{len(tokenizer)}: they do not belong together"
+            )
+        self.context: int | None = getattr(config, "max_position_embeddings", None)
+        eos = model.generation_config.eos_token_id if model.generation_config else None
+        eos = config.eos_token_id if eos is None else eos
+        self.eos = frozenset(eos if isinstance(eos, list) else [] if eos is None else [eos])
+        self._cache_type = choose_cache(model)
+        self.parts: list[Part] = []
+        self.set_scorer(scorer)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path: str | Path,
+        scorer: ScorerLike | None = None,
+        device: str = "cpu",
+        dtype: torch.dtype | None = None,
+        max_rows: int = 256,
+        trust_remote_code: bool = False,
+    ) -> Engine:
+        """Load a causal language model from a directory or hub id; safetensors only.
+
+        dtype: fp32 on a CPU and the checkpoint's own elsewhere, unless given. trust_remote_code: run code
+        that comes with the checkpoint; never unless asked for.
+        """
+        if dtype is None and torch.device(device).type == "cpu":
+            dtype = torch.float32
+        if (Path(path).is_absolute() or str(path).startswith(".")) and not Path(path).is_dir():
+            raise InputError(f"model {path}: no such directory")
+        try:
+            arguments = {"trust_remote_code": trust_remote_code}
+            model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype or "auto", use_safetensors=True, **arguments)
+            tokenizer = AutoTokenizer.from_pretrained(path, **arguments)
+        except (OSError, ValueError, KeyError) as error:
+            raise InputError(f"model {path}: {str(error).strip().splitlines()[0]}") from error
+        return cls(model.to(device), tokenizer, scorer, max_rows)
+
+    def set_scorer(self, scorer: ScorerLike | None) -> None:
+        """Follow another scorer from now on; None follows none."""
+        parts = parts_of(scorer)
+        for part in parts:
+            part.scorer.check(self.policy)
+            part.scorer.to(self.policy.device)
+        self.parts = parts
+        self._layers = tuple(sorted({layer for part in parts for layer in part.scorer.layers}))
+
+    def generate(
+        self,
+        prompts: str | Sequence[str],
+        strategy: Strategy | None = None,
+        sampling: SamplingParams | Sequence[SamplingParams] | None = None,
+        progress: bool | None = None,
+    ) -> list[Result]:
+        """Decode every prompt; results come in the order of the prompts.
+
+        strategy: None is the base policy. sampling: one for all prompts, or one for each. progress: a bar
+        on stderr after two seconds; None shows it on a terminal only.
+        """
+        prompts = [prompts] if isinstance(prompts, str) else list(prompts)
+        requests = self._requests(prompts, sampling)
+        results: dict[int, Result] = {}
+        hide = None if progress is None else not progress
+        with tqdm(total=len(prompts), unit="prompt", delay=2, disable=hide, leave=False) as bar:
+            for event in self._run(requests, strategy or BASE):
+                if event.result is not None:
+                    results[event.index] = event.result
+                    bar.update()
+        return [results[i] for i in range(len(prompts))]
+
+    def stream(
+        self, prompt: str, strategy: Strategy | None = None, sampling: SamplingParams | None = None
+    ) -> Iterator[Event]:
+        """One event for each committed token (base policy, Tokenwise) or block; the last has the result."""
+        return self._run(self._requests([prompt], sampling), strategy or BASE)
+
+    def encode(self, prompt: str, label: str = "prompt") -> list[int]:
+        """Token ids of a prompt; InputError, naming `label`, if it is empty or leaves no room to answer."""
+        if not isinstance(prompt, str):
+            raise InputError(f"{label} is not a string: {prompt!r}")
+        ids = self.tokenizer(prompt).input_ids if prompt.strip() else []
+        if not ids:
+            raise InputError(f"{label} is empty")
+        if self.context is not None and len(ids) >= self.context:
+            raise InputError(
+                f"{label} has {len(ids)} tokens, {self.policy.name} reads {self.context} and needs room for one "
+                f"more: {prompt[:40]!r}..."
+            )
+        return ids
+
+    def _requests(
+        self, prompts: list[str], sampling: SamplingParams | Sequence[SamplingParams] | None
+    ) -> list[_Request]:
+        if sampling is None or isinstance(sampling, SamplingParams):
+            params = [sampling or SamplingParams()] * len(prompts)
+        else:
+            params = list(sampling)
+            if len(params) != len(prompts):
+                raise InputError(f"{len(prompts)} prompts but {len(params)} SamplingParams: give one, or one for each")
+        requests = []
+        for i, (prompt, p) in enumerate(zip(prompts, params, strict=True)):
+            ids = self.encode(prompt, f"prompt {i}")
+            room = p.max_tokens if self.context is None else min(p.max_tokens, self.context - len(ids))
+            seed = secrets.randbits(63) if p.seed is None else p.seed
+            requests.append(_Request(i, prompt, ids, p, _mix(seed, ids), room))
+        return requests
+
+    def _check(self, strategy: Strategy) -> None:
+        if not isinstance(strategy, (Tokenwise, Blockwise, BestOfK)):
+            raise InputError(f"not a strategy: {strategy!r}; use Tokenwise, Blockwise or BestOfK")
+        if isinstance(strategy, Tokenwise):
+            if strategy.weight == 0:
+                return
+            for part in self.parts:
+                if not part.scorer.scores_tokens:
+                    raise InputError(
+                        f"Tokenwise needs scorers that score every next token; {part.name!r} scores whole prefixes "
+                        "only: use a prefix scorer, or Blockwise or BestOfK"
+                    )
+        if not self.parts and (strategy.k > 1 or isinstance(strategy, Tokenwise)):
+            raise InputError(f"{strategy} needs a scorer: Engine.from_pretrained(..., scorer=...)")
+
+    def _run(self, requests: list[_Request], strategy: Strategy) -> Iterator[Event]:
+        self._check(strategy)
+        size = max(1, self.max_rows // strategy.k)
+        for start in range(0, len(requests), size):
+            yield from self._decode(requests[start : start + size], strategy)
+
+    @torch.inference_mode()
+    def _decode(self, live: list[_Request], strategy: Strategy) -> Iterator[Event]:
+        """The loop: every pass forks each prefix into k branches, extends, scores, selects and commits."""
+        cache = self._cache_type(self.model, self._layers)
+        cache.prefill([r.prompt_ids for r in live])
+        while live:
+            frontier = cache.fork(strategy.k)
+            tail = self._propose(cache, frontier, live, strategy)
+            winners = [i * strategy.k + c for i, c in enumerate(self._select(tail, live, strategy))]
+            self._score_ended(tail, live, winners, strategy.k)
+            events = [self._commit(r, tail, row, strategy) for r, row in zip(live, winners, strict=True)]
+            on = [i for i, r in enumerate(live) if r.finish_reason is None]
+            live = [live[i] for i in on]
+            if live:
+                cache.commit(torch.tensor([winners[i] for i in on], device=self.policy.device))
+            yield from events
+
+    def _propose(self, cache: Cache, frontier: Frontier, live: list[_Request], strategy: Strategy) -> _Tail:
+        """Draw k branches of up to block_tokens tokens for each live request."""
+        k, device = strategy.k, self.policy.device
+        rows = [r for r in live for _ in range(k)]
+        room = [r.limit - len(r.tokens) for r in rows]
+        # k = 1 is the base policy whatever the strategy: token by token, so that it matches to the bit.
+        steps = 1 if k == 1 else min(max(room), strategy.block_tokens or max(room))
+        column = {
+            name: torch.tensor([getattr(r.params, name) for r in rows], device=device)
+            for name in ("temperature", "top_k", "top_p", "min_p")
+        }
+        seed = torch.tensor([_mix(r.seed, [j]) if j else r.seed for r in live for j in range(k)], device=device)
+        position = torch.tensor([len(r.tokens) for r in rows], device=device)
+        weight = strategy.weight if isinstance(strategy, Tokenwise) else 0.0
+        weights = torch.tensor([weight * part.weight for part in self.parts], device=device) if weight else None
+
+        n = len(rows)
+        tail = _Tail([[] for _ in rows], [[] for _ in rows], [[] for _ in rows], [0.0] * n, [None] * n, {}, {})
+        for step in range(steps):
+            before = frontier.hidden
+            values = torch.stack([p.scorer.values(before) for p in self.parts]) if weight else None
+            drawn = ops.tilt_sample(frontier.logits, values, weights, **column, seed=seed, position=position + step)
+            active = [i for i in range(n) if tail.finish_reason[i] is None]
+            tokens, valid = drawn.token.tolist(), drawn.valid.tolist()
+            logp_base, logp_policy, kl = drawn.logp_base.tolist(), drawn.logp_policy.tolist(), drawn.kl.tolist()
+            for i in active:
+                if not valid[i]:
+                    raise InputError(
+                        f"prompt {rows[i].index}: {self.policy.name} or its scorer gave NaN or infinite logits at "
+                        f"token {len(rows[i].tokens) + step}; check the checkpoint, dtype and temperature"
+                    )
+                tail.tokens[i].append(tokens[i])
+                tail.logp_base[i].append(logp_base[i])
+                tail.logp_policy[i].append(logp_policy[i])
+                tail.kl[i] += kl[i]
+                if tokens[i] in self.eos:
+                    tail.finish_reason[i] = "stop"
+                elif step + 1 == room[i]:
+                    tail.finish_reason[i] = "length"
+            done = all(tail.finish_reason)
+            if done and not self._layers:
+                break  # nobody reads the hidden state of the last tokens
+            frontier = cache.append(drawn.token)
+            moved = torch.tensor(active, device=device)
+            tail.previous = _replace(tail.previous, before, moved)
+            tail.hidden = _replace(tail.hidden, frontier.hidden, moved)
+            if done:
+                break
+        return tail
+
+    def _score(self, tail: _Tail, live: list[_Request], rows: list[int], k: int) -> Tensor:
+        """Scores [len(rows), R] of the prefixes that end with the given rows of the tail."""
+        index = torch.tensor(rows, device=self.policy.device)
+        candidates = Candidates(
+            prompts=[live[row // k].prompt for row in rows],
+            tokens=[live[row // k].tokens + tail.tokens[row] for row in rows],
+            hidden={layer: h[index] for layer, h in tail.hidden.items()},
+            previous={layer: h[index] for layer, h in tail.previous.items()},
+            decode=self._texts,
+        )
+        return torch.stack([p.scorer.score(candidates).to(self.policy.device) for p in self.parts], -1)
+
+    def _select(self, tail: _Tail, live: list[_Request], strategy: Strategy) -> list[int]:
+        """The branch that each request keeps; records the block with all its candidates."""
+        k = strategy.k
+        if isinstance(strategy, Tokenwise) or k == 1:
+            return [0] * len(live)
+        device = self.policy.device
+        scores = self._score(tail, live, list(range(len(live) * k)), k).unflatten(0, (len(live), k))
+        if scores.isnan().any():
+            warnings.warn("a scorer returned NaN; such candidates rank last", RuntimeWarning, stacklevel=2)
+        picked = ops.select_block(
+            scores,
+            torch.tensor([p.weight for p in self.parts], device=device),
+            beta=strategy.beta or 0.0,
+            seed=torch.tensor([r.seed for r in live], device=device),
+            position=torch.tensor([len(r.tokens) for r in live], device=device),
+        )
+        texts = self._texts(tail.tokens)
+        chosen, utility, probability = picked.index.tolist(), picked.utility.tolist(), picked.probability.tolist()
+        for i, (request, row_scores) in enumerate(zip(live, scores.tolist(), strict=True)):
+            candidates = [
+                Candidate(
+                    texts[i * k + j],
+                    tail.tokens[i * k + j],
+                    dict(zip((p.name for p in self.parts), row_scores[j], strict=True)),
+                    utility[i][j],
+                    probability[i][j],
+                    tail.finish_reason[i * k + j],
+                )
+                for j in range(k)
+            ]
+            request.blocks.append(Block(len(request.tokens), candidates, chosen[i]))
+            if tail.finish_reason[i * k + chosen[i]]:
+                request.scores = row_scores[chosen[i]]
+        return chosen
+
+    def _score_ended(self, tail: _Tail, live: list[_Request], winners: list[int], k: int) -> None:
+        """Score the responses that end here and that no selection has scored (k = 1)."""
+        ended = [i for i, row in enumerate(winners) if tail.finish_reason[row] and live[i].scores is None]
+        if ended and self.parts:
+            scores = self._score(tail, live, [winners[i] for i in ended], k).tolist()
+            for i, row_scores in zip(ended, scores, strict=True):
+                live[i].scores = row_scores
+
+    def _commit(self, request: _Request, tail: _Tail, row: int, strategy: Strategy) -> Event:
+        """Append the winning row to the request."""
+        request.tokens += tail.tokens[row]
+        request.logp_base += tail.logp_base[row]
+        request.logp_policy += tail.logp_policy[row]
+        request.kl_tokens += tail.kl[row]
+        request.committed += 1
+        request.finish_reason = tail.finish_reason[row]
+        text = self._texts([request.tokens])[0]
+        if request.finish_reason is None:
+            text = text.rstrip("\ufffd")
+        new, request.shown = text[request.shown :], max(request.shown, len(text))
+        block = request.blocks[-1] if request.blocks else None
+        result = self._result(request, strategy) if request.finish_reason else None
+        return Event(request.index, new, tail.tokens[row], block, result)
+
+    def _result(self, request: _Request, strategy: Strategy) -> Result:
+        assert request.finish_reason is not None
+        kl, bounded = request.kl_tokens, strategy.k > 1
+        if bounded:
+            kl += ledger.best_of_k_bound(strategy.k) * request.committed
+        scores = request.scores or []
+        return Result(
+            prompt=request.prompt,
+            text=self._texts([request.tokens])[0],
+            tokens=request.tokens,
+            finish_reason=request.finish_reason,
+            reward=sum(p.weight * s for p, s in zip(self.parts, scores, strict=True)) if self.parts else None,
+            rewards={p.name: s for p, s in zip(self.parts, scores, strict=True)},
+            logp_base=request.logp_base,
+            logp_policy=request.logp_policy,
+            kl=kl,
+            kl_kind="bound" if bounded else "exact",
+            seed=request.seed,
+            blocks=request.blocks,
+        )
+
+    def _texts(self, tokens: Sequence[Sequence[int]]) -> list[str]:
+        return self.tokenizer.batch_decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+
+def _mix(seed: int, words: Sequence[int]) -> int:
+    """A seed for (seed, words) as a signed 64-bit number: equal input, equal seed, on every machine."""
+    digest = hashlib.blake2b(digest_size=8)
+    for word in (seed, *words):
+        digest.update(word.to_bytes(8, "little", signed=True))
+    return int.from_bytes(digest.digest(), "little", signed=True)
+
+
+def _replace(old: Hidden, new: Hidden, rows: Tensor) -> Hidden:
+    """`old` with the given rows taken from `new`."""
+    if not old:
+        return dict(new)
+    return {layer: h.index_copy(0, rows, new[layer][rows]) for layer, h in old.items()}

@@ -1,0 +1,105 @@
+"""What goes in and what comes out of the engine: sampling parameters, results and events."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from pyengine.errors import InputError
+
+FinishReason = Literal["stop", "length"]  # an EOS token; max_tokens or the end of the context
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How tokens are drawn from the policy.
+
+    max_tokens: most new tokens. temperature: 0 is greedy. top_k: 0 is off; top_p: 1 is off; min_p: 0 is
+    off; they apply in this order, to the tilted distribution. seed: the same seed and prompt give the same
+    result, whatever else is in the batch; None draws a fresh one.
+    """
+
+    max_tokens: int = 128
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    seed: int | None = None
+
+    def __post_init__(self) -> None:
+        checks = {
+            "max_tokens": self.max_tokens >= 1,
+            "temperature": math.isfinite(self.temperature) and self.temperature >= 0,
+            "top_k": self.top_k >= 0,
+            "top_p": 0 < self.top_p <= 1,
+            "min_p": 0 <= self.min_p <= 1,
+            "seed": self.seed is None or -(2**63) <= self.seed < 2**63,
+        }
+        for name, good in checks.items():
+            if not good:
+                raise InputError(f"SamplingParams: {name} is out of range: {getattr(self, name)}")
+
+
+@dataclass
+class Candidate:
+    """One branch of a block. utility is the weighted sum of scores; NaN scores rank as -inf."""
+
+    text: str
+    tokens: list[int]
+    scores: dict[str, float]
+    utility: float
+    probability: float  # of being selected, given the K candidates
+    finish_reason: FinishReason | None
+
+
+@dataclass
+class Block:
+    """One selection: `start` response tokens were committed before it."""
+
+    start: int
+    candidates: list[Candidate]
+    chosen: int
+
+
+@dataclass
+class Result:
+    """One finished response.
+
+    tokens: with the EOS, if one was drawn. rewards: each scorer's score of the whole response; reward:
+    their weighted sum (None without a scorer). logp_base, logp_policy: log-probability in nats of each
+    token under softmax(logits / T) and under the distribution it was drawn from; for block and sequence
+    selection that is the proposal. kl: nats from the base policy; kl_kind "exact" is the sum of exact
+    per-token KLs along the response (its mean over samples is the sequence KL), "bound" an upper bound:
+    b(K) for each selected block, plus the exact KL of the filters. blocks: every selection with all its
+    candidates; empty for k = 1.
+    """
+
+    prompt: str
+    text: str
+    tokens: list[int]
+    finish_reason: FinishReason
+    reward: float | None
+    rewards: dict[str, float]
+    logp_base: list[float]
+    logp_policy: list[float]
+    kl: float
+    kl_kind: Literal["exact", "bound"]
+    seed: int
+    blocks: list[Block] = field(default_factory=list)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain Python values, for JSON."""
+        return dataclasses.asdict(self)
+
+
+@dataclass
+class Event:
+    """Something was committed: a token, or a block of them. `result` comes with the last event."""
+
+    index: int  # of the prompt
+    text: str  # new text; characters split over tokens are held back until they are whole
+    tokens: list[int]
+    block: Block | None = None
+    result: Result | None = None

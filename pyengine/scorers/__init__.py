@@ -1,0 +1,73 @@
+"""Scorers: prefix scorer, probe, reward model, Python callable, and weighted lists of them."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from pyengine.errors import InputError
+from pyengine.scorers.base import Candidates, FunctionScorer, Hidden, Part, Policy, Scorer, ScorerLike
+from pyengine.scorers.heads import FORMAT, PrefixScorer, Probe, load_head
+from pyengine.scorers.reward_model import RewardModel
+
+__all__ = [
+    "Candidates",
+    "FunctionScorer",
+    "Hidden",
+    "Part",
+    "Policy",
+    "PrefixScorer",
+    "Probe",
+    "RewardModel",
+    "Scorer",
+    "ScorerLike",
+    "load_scorer",
+    "parts_of",
+]
+
+
+def load_scorer(path: str | Path, trust_remote_code: bool = False) -> Scorer:
+    """The scorer in a directory: a prefix scorer or probe of this library, else a reward model."""
+    directory = Path(path)
+    config_file = directory / "config.json"
+    if config_file.is_file():
+        config = json.loads(config_file.read_text())
+        if FORMAT in config:
+            return load_head(directory, config)
+    elif directory.is_dir() or directory.is_absolute() or str(path).startswith("."):
+        raise InputError(f"scorer {path}: no such directory with a config.json")
+    return RewardModel.from_pretrained(path, trust_remote_code)
+
+
+def parts_of(scorer: ScorerLike | None, trust_remote_code: bool = False) -> list[Part]:
+    """Any scorer as its weighted parts, in order; nested lists multiply their weights."""
+    parts: list[Part] = []
+    for weight, part in _flatten(scorer, 1.0, trust_remote_code):
+        if not math.isfinite(weight):
+            raise InputError(f"scorer {part.name!r}: its weight must be a finite number, got {weight}")
+        twins = sum(part.name == p.scorer.name for p in parts)
+        parts.append(Part(weight, part.name if not twins else f"{part.name}-{twins + 1}", part))
+    return parts
+
+
+def _flatten(scorer: Any, weight: float, trust_remote_code: bool) -> list[tuple[float, Scorer]]:
+    if scorer is None:
+        return []
+    if isinstance(scorer, Scorer):
+        return [(weight, scorer)]
+    if isinstance(scorer, (str, os.PathLike)):
+        return [(weight, load_scorer(Path(scorer), trust_remote_code))]
+    if callable(scorer):
+        return [(weight, FunctionScorer(scorer))]
+    if isinstance(scorer, Sequence):
+        parts = []
+        for item in scorer:
+            if not (isinstance(item, (tuple, list)) and len(item) == 2 and isinstance(item[0], (int, float))):
+                raise InputError(f"a list of scorers holds (weight, scorer) pairs, got {item!r}")
+            parts += _flatten(item[1], weight * item[0], trust_remote_code)
+        return parts
+    raise InputError(f"not a scorer: {scorer!r}; give a Scorer, a directory, a callable or (weight, scorer) pairs")

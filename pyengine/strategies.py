@@ -1,0 +1,83 @@
+"""The decoding strategies, as data: what to draw, what to score and what to keep.
+
+The engine runs them all with one loop: from each prefix draw `k` branches of at most `block_tokens`
+tokens, select one by utility, commit it, repeat. The base policy is k = 1 and no tilt.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+from pyengine.errors import InputError
+
+Selection = Literal["argmax", "softmax"]
+
+
+@dataclass(frozen=True)
+class Tokenwise:
+    """Tilt every token: softmax(logits / T + weight * V) (Controlled Decoding, Eq. 6).
+
+    weight is λ in 1 / (unit of the reward); 0 is the base policy. Needs a prefix scorer. Its KL is exact.
+    """
+
+    weight: float = 1.0
+    k: ClassVar[int] = 1
+    block_tokens: ClassVar[int] = 1
+
+    def __post_init__(self) -> None:
+        if not math.isfinite(self.weight):
+            raise InputError(f"Tokenwise: weight must be a finite number, got {self.weight}")
+
+
+@dataclass(frozen=True)
+class Blockwise:
+    """Draw k branches of block_tokens tokens, keep one, repeat (Controlled Decoding, Eq. 7).
+
+    selection "argmax" keeps the branch of highest utility; "softmax" draws from softmax(utility / beta).
+    k = 1 is the base policy and calls no scorer. KL is bounded by b(k) for each committed block.
+    """
+
+    k: int = 8
+    block_tokens: int = 16
+    selection: Selection = "argmax"
+    beta: float | None = None
+
+    def __post_init__(self) -> None:
+        _check(self)
+        if self.block_tokens < 1:
+            raise InputError(f"Blockwise: block_tokens must be at least 1, got {self.block_tokens}")
+
+
+@dataclass(frozen=True)
+class BestOfK:
+    """Draw k whole responses and keep one.
+
+    selection="softmax" with beta is Q-Probe (§4.1) when the scorer is a probe. KL is bounded by b(k).
+    """
+
+    k: int = 8
+    selection: Selection = "argmax"
+    beta: float | None = None
+    block_tokens: ClassVar[None] = None
+
+    def __post_init__(self) -> None:
+        _check(self)
+
+
+Strategy = Tokenwise | Blockwise | BestOfK
+BASE = Tokenwise(weight=0.0)
+
+
+def _check(strategy: Blockwise | BestOfK) -> None:
+    name = type(strategy).__name__
+    if isinstance(strategy.k, bool) or not isinstance(strategy.k, int) or strategy.k < 1:
+        raise InputError(f"{name}: k must be a whole number of at least 1, got {strategy.k}")
+    if strategy.selection not in ("argmax", "softmax"):
+        raise InputError(f'{name}: selection must be "argmax" or "softmax", got {strategy.selection!r}')
+    if strategy.selection == "softmax":
+        if strategy.beta is None or not (math.isfinite(strategy.beta) and strategy.beta > 0):
+            raise InputError(f'{name}: selection="softmax" needs beta > 0, got {strategy.beta}')
+    elif strategy.beta is not None:
+        raise InputError(f'{name}: beta is only used with selection="softmax"')
