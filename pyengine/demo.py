@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
@@ -47,9 +48,9 @@ def compare(prompts: int, k: int, block: int, weight: float, seed: int) -> list[
     plans: list[tuple[str, str, Any, Strategy]] = [
         ("base", "", None, BASE),
         (f"tokenwise λ={weight:g}", "prefix scorer", "prefix", Tokenwise(weight)),
-        (f"blockwise K={k}, M={block}", "prefix scorer", "prefix", Blockwise(k, block)),
-        (f"best-of-K K={k}", "reward model", "reward-model", BestOfK(k)),
-        (f"Q-Probe K={k}, β=0.1", "probe", "probe", BestOfK(k, "softmax", 0.1)),
+        (f"blockwise {k}×{block}", "prefix scorer", "prefix", Blockwise(k, block)),
+        (f"best-of-{k}", "reward model", "reward-model", BestOfK(k)),
+        (f"Q-Probe {k}, β=0.1", "probe", "probe", BestOfK(k, "softmax", 0.1)),
     ]
     engine = Engine.from_pretrained(pyengine.embedded("policy"))
     texts = reviews.prompts(prompts)
@@ -66,37 +67,34 @@ def compare(prompts: int, k: int, block: int, weight: float, seed: int) -> list[
 def run(prompts: int, k: int, block: int, weight: float, seed: int, svg: Path | None) -> None:
     """Print the comparison; with `svg`, also write it as a picture."""
     rows = compare(prompts, k, block, weight, seed)
-    console = Console(record=svg is not None, width=118 if svg else None)
-    table = Table(title=f"Sentiment of {prompts} reviews: one frozen model, one seed, five ways to decode it")
+    console = Console(record=svg is not None, width=100 if svg else None)
+    table = Table(title=f"{prompts} reviews by one frozen model, decoded in five ways from one seed", box=SIMPLE_HEAD)
     for column in ("strategy", "scored by"):
-        table.add_column(column)
-    for column in ("exact sentiment", "over base", "KL (nats)", "tokens", "tokens/s"):
-        table.add_column(column, justify="right")
+        table.add_column(column, no_wrap=True)
+    for column in ("sentiment", "gain", "KL, nats", "tokens/s"):
+        table.add_column(column, justify="right", no_wrap=True)
     for row in rows:
         kl = sum(r.kl for r in row.results) / len(row.results)
         sign = "≤ " if row.results[0].kl_kind == "bound" else ""
-        tokens = sum(len(r.tokens) for r in row.results)
-        gain = "" if row is rows[0] else f"{row.mean - rows[0].mean:+.2f}"
         table.add_row(
             row.name,
             row.scorer,
             f"{row.mean:+.2f} ± {row.error:.2f}",
-            gain,
+            "" if row is rows[0] else f"{row.mean - rows[0].mean:+.2f}",
             f"{sign}{kl:.2f}",
-            f"{tokens / len(row.results):.0f}",
-            f"{tokens / row.seconds:,.0f}",
+            f"{sum(len(r.tokens) for r in row.results) / row.seconds:,.0f}",
         )
     console.print(table)
     example = max(range(prompts), key=lambda i: rows[2].sentiments[i] - rows[0].sentiments[i])
-    console.print(f"\n[bold]{rows[0].results[example].prompt}[/bold]")
+    console.print(f"[bold]{rows[0].results[example].prompt}[/bold]")
     for row in rows:
         score = row.sentiments[example]
         console.print(
             f"  [cyan]{row.name}[/cyan] ({score:+.2f})[dim]{row.results[example].text}[/dim]", highlight=False
         )
     console.print(
-        "\nWhat to see: the model's weights never change, yet every strategy writes kinder reviews; KL says how far "
-        "each moved from the base to do so (exact for tokenwise, an upper bound for the others)."
+        "\n[bold]What to see:[/bold] the weights never change, yet every strategy raises the exact sentiment (-1 to 1); "
+        "KL says how far each strayed from the base for it: exact for tokenwise, an upper bound (≤) for the others."
     )
     if svg:
         console.save_svg(str(svg), title="pyengine demo")

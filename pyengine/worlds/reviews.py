@@ -128,16 +128,31 @@ def _balance(positive: int, negative: int) -> float:
     return (positive - negative) / (positive + negative + 1)
 
 
+def _opinions(completion: str) -> Iterator[tuple[int, int]]:
+    """(end of the word, +1 or -1) for each positive or negative word; "not" before it flips it."""
+    previous = ""
+    for match in _WORD.finditer(completion.lower()):
+        polarity = _POLARITY.get(match[0], 0)
+        if polarity:
+            yield match.end(), -polarity if previous == "not" else polarity
+        previous = match[0]
+
+
 def sentiment_of(completion: str) -> float:
     """(p - n) / (p + n + 1) in (-1, 1) over positive and negative words; "not" flips the next word."""
-    counts = {1: 0, -1: 0}
-    previous = ""
-    for word in _WORD.findall(completion.lower()):
-        polarity = _POLARITY.get(word, 0)
-        if polarity:
-            counts[-polarity if previous == "not" else polarity] += 1
-        previous = word
-    return _balance(counts[1], counts[-1])
+    return running_sentiment(completion, [len(completion)])[0]
+
+
+def running_sentiment(completion: str, ends: Sequence[int]) -> list[float]:
+    """The sentiment of completion[:end] for each of the ascending positions `ends`; whole words count."""
+    opinions = list(_opinions(completion))
+    out, counts, seen = [], {1: 0, -1: 0}, 0
+    for end in ends:
+        while seen < len(opinions) and opinions[seen][0] <= end:
+            counts[opinions[seen][1]] += 1
+            seen += 1
+        out.append(_balance(counts[1], counts[-1]))
+    return out
 
 
 def politeness_of(completion: str) -> float:

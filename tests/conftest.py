@@ -1,0 +1,91 @@
+"""Model directories that the project did not train, and the embedded engine, for all tests."""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may reach for a hub
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import pytest
+import torch
+import transformers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+import pyengine
+from pyengine import Engine
+
+TEXTS = ["the quick brown fox jumps over the lazy dog", "pack my box with five dozen jugs", "sphinx of quartz"]
+VOCAB = 320
+SMALL = {
+    "hidden_size": 48,
+    "intermediate_size": 96,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 96,
+    "vocab_size": VOCAB,
+    "eos_token_id": 0,
+    "bos_token_id": None,
+    "pad_token_id": 0,
+}
+ARCHITECTURES = {
+    "llama": lambda: transformers.LlamaConfig(**SMALL),
+    "qwen2": lambda: transformers.Qwen2Config(**SMALL),
+    "mistral": lambda: transformers.MistralConfig(**SMALL, sliding_window=8),
+    "gpt2": lambda: transformers.GPT2Config(
+        n_embd=48, n_layer=3, n_head=4, n_positions=96, vocab_size=VOCAB, eos_token_id=0, bos_token_id=0
+    ),
+    "gemma2": lambda: transformers.Gemma2Config(**SMALL, head_dim=12, sliding_window=8),
+    "phi3": lambda: transformers.Phi3Config(**SMALL),
+}
+
+
+def train_tokenizer() -> transformers.PreTrainedTokenizerFast:
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCAB,
+        special_tokens=["<eos>"],
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(TEXTS, trainer)
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>", pad_token="<eos>")
+
+
+@pytest.fixture(scope="session")
+def model_dirs(tmp_path_factory):
+    """{architecture: directory} with random weights large enough that logits differ clearly."""
+    tokenizer = train_tokenizer()
+    out = {}
+    for name, config in ARCHITECTURES.items():
+        torch.manual_seed(len(name))
+        model = transformers.AutoModelForCausalLM.from_config(config())
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.dim() > 1:
+                    parameter.mul_(6)
+        out[name] = tmp_path_factory.mktemp("models") / name
+        model.save_pretrained(out[name])
+        tokenizer.save_pretrained(out[name])
+    return out
+
+
+@pytest.fixture(params=sorted(ARCHITECTURES))
+def model_dir(request, model_dirs):
+    """Each architecture in turn."""
+    return model_dirs[request.param]
+
+
+@pytest.fixture(scope="session")
+def embedded_engine():
+    """The embedded policy without a scorer; tests that set one leave none behind."""
+    return Engine.from_pretrained(pyengine.embedded("policy"))
+
+
+@pytest.fixture
+def engine(embedded_engine):
+    yield embedded_engine
+    embedded_engine.set_scorer(None)

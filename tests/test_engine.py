@@ -1,0 +1,336 @@
+"""The engine: equality with transformers, invariances, strategies, bad input."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import pytest
+import torch
+import transformers
+
+import pyengine
+from pyengine import BestOfK, Blockwise, Engine, InputError, PrefixScorer, Probe, SamplingParams, Tokenwise, ledger
+from pyengine.worlds import reviews
+
+PROMPTS = ["the quick brown fox", "pack my box", "sphinx", "the lazy dog jumps over five dozen jugs of quartz"]
+
+
+def count_the(prompts, completions):
+    return [c.count("e") - 0.1 * len(c) for c in completions]
+
+
+def random_prefix_scorer(engine, seed=0):
+    torch.manual_seed(seed)
+    return PrefixScorer(engine.policy.hidden_size, engine.policy.vocab_size, name=f"prefix{seed}")
+
+
+@torch.inference_mode()
+def greedy_by_transformers(directory, prompts, max_tokens):
+    model = transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(directory)
+    out = []
+    for prompt in prompts:
+        ids = tokenizer(prompt, return_tensors="pt")
+        full = model.generate(**ids, do_sample=False, max_new_tokens=max_tokens)
+        out.append(full[0, ids.input_ids.shape[1] :].tolist())
+    return out
+
+
+def test_greedy_equals_generate(model_dir):
+    want = greedy_by_transformers(model_dir, PROMPTS, 40)
+    engine = Engine.from_pretrained(model_dir)
+    results = engine.generate(PROMPTS, sampling=SamplingParams(max_tokens=40, temperature=0))
+    assert [r.tokens for r in results] == want
+    assert all(r.logp_policy == [0.0] * len(r.tokens) for r in results)
+
+
+def test_weight_zero_and_one_branch_are_the_base_policy_to_the_bit(model_dir):
+    engine = Engine.from_pretrained(model_dir)
+    engine.set_scorer(random_prefix_scorer(engine))
+    sampling = SamplingParams(max_tokens=30, temperature=0.9, top_p=0.95, seed=3)
+    base = engine.generate(PROMPTS, sampling=sampling)
+    for strategy in (Tokenwise(0.0), Blockwise(1, 5), BestOfK(1), BestOfK(1, "softmax", 0.5)):
+        assert engine.generate(PROMPTS, strategy, sampling) == base
+
+
+@pytest.mark.parametrize(
+    "strategy", [None, Tokenwise(2.0), Blockwise(4, 6), BestOfK(3), BestOfK(4, "softmax", 0.3)], ids=str
+)
+def test_a_batch_equals_its_rows_run_alone(model_dir, strategy):
+    """Only the model's own GEMM rounding may differ, so tokens agree and numbers agree to 1e-3."""
+    engine = Engine.from_pretrained(model_dir)
+    engine.set_scorer(random_prefix_scorer(engine))
+    sampling = SamplingParams(max_tokens=20, seed=11)
+    together = engine.generate(PROMPTS, strategy, sampling)
+    backwards = engine.generate(PROMPTS[::-1], strategy, sampling)[::-1]
+    alone = [engine.generate(p, strategy, sampling)[0] for p in PROMPTS]
+    for a, b, c in zip(together, backwards, alone, strict=True):
+        assert a.tokens == b.tokens == c.tokens
+        assert a.text == b.text == c.text
+        assert [x.chosen for x in a.blocks] == [x.chosen for x in b.blocks] == [x.chosen for x in c.blocks]
+        for other in (b, c):
+            assert a.kl == pytest.approx(other.kl, abs=1e-3)
+            assert a.logp_base == pytest.approx(other.logp_base, abs=1e-3)
+            assert a.rewards == pytest.approx(other.rewards, abs=1e-3)
+
+
+def test_waiting_prompts_change_nothing(engine):
+    prompts = reviews.prompts(7)
+    sampling = SamplingParams(max_tokens=24, seed=2)
+    engine.set_scorer(reviews.sentiment)
+    whole = engine.generate(prompts, Blockwise(4, 8), sampling)
+    engine.max_rows = 8
+    try:
+        assert [r.tokens for r in engine.generate(prompts, Blockwise(4, 8), sampling)] == [r.tokens for r in whole]
+    finally:
+        engine.max_rows = 256
+
+
+@torch.inference_mode()
+def test_log_probabilities_and_tokenwise_kl_are_the_models_own(engine):
+    """Recomputed from the model's logits by teacher forcing, in fp64."""
+    scorer = random_prefix_scorer(engine, seed=4)
+    engine.set_scorer([(0.5, scorer)])
+    result = engine.generate(
+        reviews.prompts(1), Tokenwise(3.0), SamplingParams(max_tokens=30, temperature=0.8, seed=5)
+    )[0]
+    head = engine.tokenizer(result.prompt).input_ids
+    output = engine.model(input_ids=torch.tensor([head + result.tokens]), output_hidden_states=True)
+    span = slice(len(head) - 1, len(head) + len(result.tokens) - 1)
+    base = (output.logits[0, span].double() / 0.8).log_softmax(-1)
+    values = scorer.values({-1: output.hidden_states[-1][0, span]}).double()
+    policy = (output.logits[0, span].double() / 0.8 + 1.5 * values).log_softmax(-1)
+    tokens = torch.tensor(result.tokens)[:, None]
+    torch.testing.assert_close(torch.tensor(result.logp_base).double(), base.gather(1, tokens)[:, 0], atol=1e-4, rtol=0)
+    torch.testing.assert_close(
+        torch.tensor(result.logp_policy).double(), policy.gather(1, tokens)[:, 0], atol=1e-4, rtol=0
+    )
+    assert result.kl == pytest.approx((policy.exp() * (policy - base)).sum().item(), abs=1e-3)
+    assert result.kl_kind == "exact"
+    final = scorer.values({-1: output.hidden_states[-1][0, span]})[-1, result.tokens[-1]].item()
+    assert result.rewards["prefix4"] == pytest.approx(final, abs=1e-4)
+    assert result.reward == pytest.approx(0.5 * final, abs=1e-4)
+
+
+@torch.inference_mode()
+def test_probe_scores_the_hidden_state_at_the_last_token_of_every_candidate(engine):
+    torch.manual_seed(0)
+    probe = Probe(engine.policy.hidden_size, layer=1)
+    engine.set_scorer(probe)
+    result = engine.generate(reviews.prompts(1), Blockwise(5, 12), SamplingParams(max_tokens=40, seed=1))[0]
+    head = engine.tokenizer(result.prompt).input_ids
+    assert any(c.finish_reason == "stop" for b in result.blocks for c in b.candidates)  # scored at its EOS
+    for block in result.blocks:
+        for candidate in block.candidates:
+            ids = head + result.tokens[: block.start] + candidate.tokens
+            hidden = engine.model(input_ids=torch.tensor([ids]), output_hidden_states=True).hidden_states[1][:, -1]
+            assert candidate.utility == pytest.approx(probe.head(hidden).item(), abs=1e-4)
+
+
+def test_candidates_that_end_early_stop_at_their_eos(engine):
+    engine.set_scorer(lambda prompts, completions: [-float(len(c)) for c in completions])
+    results = engine.generate(reviews.prompts(16), Blockwise(8, 32), SamplingParams(max_tokens=96, seed=3))
+    ended = [c for r in results for b in r.blocks for c in b.candidates if c.finish_reason == "stop"]
+    assert ended
+    for candidate in ended:
+        assert [t for t in candidate.tokens if t in engine.eos] == candidate.tokens[-1:]
+    for result in results:
+        assert result.finish_reason == "stop"
+        block = result.blocks[-1]
+        assert block.chosen == max(range(8), key=lambda j: (block.candidates[j].utility, -j))
+        assert result.tokens == [t for b in result.blocks for t in b.candidates[b.chosen].tokens]
+
+
+def test_max_tokens_and_context_end_a_response(model_dirs):
+    engine = Engine.from_pretrained(model_dirs["llama"], scorer=count_the)
+    long_prompt = "the quick brown fox " * 10
+    n = len(engine.encode(long_prompt))
+    for strategy in (None, Blockwise(2, 7), BestOfK(2)):
+        short, cut = engine.generate(["sphinx", long_prompt], strategy, SamplingParams(max_tokens=60, seed=1))
+        assert len(short.tokens) <= 60
+        assert len(cut.tokens) <= engine.context - n
+        for r in (short, cut):
+            assert (r.finish_reason == "stop") == (r.tokens[-1] in engine.eos)
+
+
+def test_branches_differ_and_repeat_with_the_seed(engine):
+    engine.set_scorer(reviews.sentiment)
+    run = [engine.generate(reviews.prompts(2), BestOfK(8), SamplingParams(seed=s)) for s in (1, 1, 2)]
+    assert run[0] == run[1]
+    assert run[0] != run[2]
+    texts = {c.text for c in run[0][0].blocks[0].candidates}
+    assert len(texts) > 4  # vllm#10980: a copied seed makes identical children
+    fresh = {engine.generate(reviews.prompts(1))[0].text for _ in range(4)}
+    assert len(fresh) > 1
+
+
+def test_best_of_k_keeps_the_best_and_reports_the_bound(engine):
+    engine.set_scorer([(2.0, reviews.sentiment), (-0.5, reviews.length)])
+    for result in engine.generate(reviews.prompts(6), BestOfK(8), SamplingParams(seed=1)):
+        (block,) = result.blocks
+        utilities = [2 * reviews.sentiment_of(c.text) - 0.5 * reviews.length_of(c.text) for c in block.candidates]
+        assert block.chosen == utilities.index(max(utilities))
+        assert result.rewards == pytest.approx(
+            {"sentiment": reviews.sentiment_of(result.text), "length": reviews.length_of(result.text)}, abs=1e-6
+        )
+        assert result.reward == pytest.approx(utilities[block.chosen], abs=1e-5)
+        assert result.kl == pytest.approx(ledger.best_of_k_bound(8), abs=1e-6)
+        assert result.kl_kind == "bound"
+
+
+def test_blockwise_bound_counts_committed_blocks_and_filters(engine):
+    engine.set_scorer(reviews.sentiment)
+    result = engine.generate(reviews.prompts(1), Blockwise(4, 8), SamplingParams(seed=1))[0]
+    assert result.kl == pytest.approx(ledger.blockwise_bound(4, len(result.tokens), 8), abs=1e-5)
+    filtered = engine.generate(reviews.prompts(1), Blockwise(4, 8), SamplingParams(seed=1, top_p=0.8))[0]
+    extra = sum(p - b for p, b in zip(filtered.logp_policy, filtered.logp_base, strict=True))
+    assert extra > 0
+    assert filtered.kl == pytest.approx(ledger.blockwise_bound(4, len(filtered.tokens), 8) + extra, abs=1e-3)
+
+
+def test_softmax_selection_follows_its_law(engine):
+    """Over many blocks, the chosen candidate's probability sums to the number of times it is chosen."""
+    engine.set_scorer(reviews.sentiment)
+    sampling = [SamplingParams(max_tokens=24, seed=i) for i in range(200)]
+    results = engine.generate(reviews.prompts(200), BestOfK(4, "softmax", 0.3), sampling)
+    blocks = [r.blocks[0] for r in results]
+    first = sum(b.chosen == 0 for b in blocks)
+    mean = sum(b.candidates[0].probability for b in blocks)
+    spread = math.sqrt(sum(p * (1 - p) for p in (b.candidates[0].probability for b in blocks)))
+    assert abs(first - mean) < 4.5 * spread
+    assert all(sum(c.probability for c in b.candidates) == pytest.approx(1, abs=1e-5) for b in blocks)
+
+
+@pytest.mark.parametrize("strategy", [None, Tokenwise(1.0), Blockwise(3, 5), BestOfK(2)], ids=str)
+def test_stream_adds_up_to_generate(engine, strategy):
+    engine.set_scorer(pyengine.embedded("prefix"))
+    prompt, sampling = reviews.prompts(1)[0], SamplingParams(max_tokens=30, seed=4)
+    (whole,) = engine.generate(prompt, strategy, sampling)
+    events = list(engine.stream(prompt, strategy, sampling))
+    assert "".join(e.text for e in events) == whole.text
+    assert [t for e in events for t in e.tokens] == whole.tokens
+    assert [e.result for e in events[:-1]] == [None] * (len(events) - 1)
+    assert events[-1].result == whole
+    assert len(events) == (len(whole.tokens) if strategy is None or strategy.k == 1 else len(whole.blocks))
+
+
+def test_stream_holds_back_broken_characters(model_dirs):
+    """Random bytes: the text streamed must still be the text decoded at once."""
+    engine = Engine.from_pretrained(model_dirs["gpt2"])
+    for seed in range(5):
+        events = list(engine.stream("sphinx", sampling=SamplingParams(max_tokens=40, seed=seed)))
+        assert "".join(e.text for e in events) == events[-1].result.text
+
+
+def test_result_is_plain_json(engine):
+    engine.set_scorer(reviews.sentiment)
+    result = engine.generate(reviews.prompts(1), Blockwise(2, 8), SamplingParams(max_tokens=16, seed=1))[0]
+    again = json.loads(json.dumps(result.to_dict()))
+    assert again["tokens"] == result.tokens
+    assert (
+        again["blocks"][0]["candidates"][1]["scores"]["sentiment"] == result.blocks[0].candidates[1].scores["sentiment"]
+    )
+
+
+def test_sampling_for_each_prompt(engine):
+    prompts = reviews.prompts(2)
+    params = [SamplingParams(max_tokens=5, seed=1), SamplingParams(max_tokens=9, temperature=0)]
+    together = engine.generate(prompts, sampling=params)
+    alone = [engine.generate(p, sampling=s)[0] for p, s in zip(prompts, params, strict=True)]
+    assert [r.tokens for r in together] == [r.tokens for r in alone]
+    assert [len(r.tokens) for r in together] == [5, 9]
+
+
+def test_nan_score_ranks_last_with_a_warning(engine):
+    engine.set_scorer(lambda prompts, completions: [math.nan] + [0.0] * (len(completions) - 1))
+    with pytest.warns(RuntimeWarning, match="NaN"):
+        result = engine.generate(reviews.prompts(1), BestOfK(3), SamplingParams(max_tokens=8, seed=1))[0]
+    assert result.blocks[0].chosen == 1
+
+
+def test_bfloat16_model(model_dirs):
+    engine = Engine.from_pretrained(model_dirs["qwen2"], dtype=torch.bfloat16)
+    engine.set_scorer(random_prefix_scorer(engine))
+    for strategy in (None, Tokenwise(1.0), Blockwise(2, 4)):
+        assert engine.generate("sphinx", strategy, SamplingParams(max_tokens=8, seed=1))[0].tokens
+
+
+class TestBadInput:
+    def test_missing_model(self):
+        with pytest.raises(InputError, match="no such directory"):
+            Engine.from_pretrained("/no/such/model")
+        with pytest.raises(InputError, match="model nobody/nothing:"):
+            Engine.from_pretrained("nobody/nothing")
+
+    def test_pickled_weights_are_refused(self, tmp_path, model_dirs):
+        model = transformers.AutoModelForCausalLM.from_pretrained(model_dirs["llama"])
+        model.config.save_pretrained(tmp_path)
+        torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
+        transformers.AutoTokenizer.from_pretrained(model_dirs["llama"]).save_pretrained(tmp_path)
+        with pytest.raises(InputError, match="safetensors"):
+            Engine.from_pretrained(tmp_path)
+
+    def test_remote_code_does_not_run(self, tmp_path, model_dirs):
+        config = json.loads((model_dirs["llama"] / "config.json").read_text())
+        config |= {"model_type": "mine", "auto_map": {"AutoConfig": "evil.C", "AutoModelForCausalLM": "evil.M"}}
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        (tmp_path / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+        with pytest.raises(InputError):
+            Engine.from_pretrained(tmp_path)
+        assert not (tmp_path / "ran").exists()
+
+    @pytest.mark.parametrize("prompt", ["", "   "])
+    def test_empty_prompt(self, engine, prompt):
+        with pytest.raises(InputError, match="prompt 1 is empty"):
+            engine.generate(["fine", prompt])
+
+    def test_prompt_longer_than_the_context(self, engine):
+        with pytest.raises(InputError, match=r"prompt 0 has \d+ tokens, .* reads 512"):
+            engine.generate("wonderful " * 600)
+
+    def test_prompt_of_the_wrong_type(self, engine):
+        with pytest.raises(InputError, match="prompt 1 is not a string"):
+            engine.generate(["fine", 3])
+
+    def test_as_many_sampling_params_as_prompts(self, engine):
+        with pytest.raises(InputError, match="1 prompts but 2"):
+            engine.generate("a", sampling=[SamplingParams(), SamplingParams()])
+
+    def test_unknown_strategy(self, engine):
+        with pytest.raises(InputError, match="not a strategy"):
+            engine.generate("a", "beam")
+
+    @pytest.mark.parametrize("strategy", [Tokenwise(1.0), Blockwise(2), BestOfK(2)])
+    def test_strategy_without_scorer(self, engine, strategy):
+        with pytest.raises(InputError, match="needs a scorer"):
+            engine.generate("a", strategy)
+
+    def test_tokenwise_with_a_scorer_of_whole_prefixes(self, engine):
+        engine.set_scorer([(1.0, pyengine.embedded("prefix")), (1.0, pyengine.embedded("probe"))])
+        with pytest.raises(InputError, match="'probe' scores whole prefixes"):
+            engine.generate("a", Tokenwise(1.0))
+
+    def test_infinite_logits_name_the_prompt(self, model_dirs):
+        engine = Engine.from_pretrained(model_dirs["llama"])
+        with torch.no_grad():
+            engine.model.lm_head.weight[5] = math.nan
+        with pytest.raises(InputError, match=r"prompt 0: .* NaN or infinite logits at token 0"):
+            engine.generate("a")
+
+    @pytest.mark.parametrize(
+        "change",
+        [
+            {"max_tokens": 0},
+            {"temperature": -1.0},
+            {"temperature": math.nan},
+            {"top_k": -1},
+            {"top_p": 0.0},
+            {"top_p": 1.5},
+            {"min_p": -0.1},
+            {"seed": 2**64},
+        ],
+    )
+    def test_sampling_out_of_range(self, change):
+        with pytest.raises(InputError, match=next(iter(change))):
+            SamplingParams(**change)
