@@ -30,7 +30,7 @@ format: $(READY)
 
 # Timings with peers side by side; writes bench/results/tilt.json.
 bench: $(READY)
-	$(BIN)/pytest bench/bench_tilt.py --benchmark-json=bench/results/tilt.json
+	$(BIN)/pytest bench/bench_tilt.py
 
 # Retrain every embedded model, in place.
 embedded: $(READY)

@@ -171,7 +171,8 @@ def _mismatch(model: Any) -> str | None:
     steps = torch.tensor([[11, 12, 13, 14], [15, 16, 17, 18]], device=device) % vocab
     rows = torch.tensor([3, 0], device=device)
     try:
-        found, wanted = [], []
+        found: list[Tensor] = []
+        wanted: list[Tensor] = []
         for cache, out in ((ReplicatedCache(model, ()), found), (RecomputeCache(model, ()), wanted)):
             out.append(cache.prefill(prompts).logits)
             cache.fork(2)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import importlib.util
 import json
+import math
 import os
 import platform
 import sys
@@ -12,7 +13,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
-import click
 import typer
 
 import pyengine
@@ -25,7 +25,6 @@ if TYPE_CHECKING:
 app = typer.Typer(
     help="Reward-guided decoding for frozen language models.",
     add_completion=False,
-    no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
 
@@ -109,6 +108,19 @@ def read_prompts(arguments: list[str], file: Path | None, complain: Any) -> Iter
             complain(f'{where}: needs an object with a string "prompt"')
 
 
+def to_json(record: Any) -> str:
+    """JSON without NaN and Infinity, which are not JSON: a score that is not finite becomes null."""
+
+    def finite(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: finite(item) for key, item in value.items()}
+        if isinstance(value, list):
+            return [finite(item) for item in value]
+        return None if isinstance(value, float) and not math.isfinite(value) else value
+
+    return json.dumps(finite(record), allow_nan=False)
+
+
 def quiet_loading() -> None:
     """No loading bars where nobody watches."""
     if not sys.stderr.isatty():
@@ -179,13 +191,13 @@ def generate(
             for event in engine.stream(prompt, plan, sampling):
                 if as_json:
                     record = {"text": event.text, "tokens": event.tokens}
-                    print(json.dumps(record | ({"result": event.result.to_dict()} if event.result else {})), flush=True)
+                    print(to_json(record | ({"result": event.result.to_dict()} if event.result else {})), flush=True)
                 else:
                     print(event.text, end="" if event.result is None else "\n", flush=True)
     elif usable:
         for result in engine.generate(usable, plan, sampling):
             if as_json:
-                print(json.dumps(result.to_dict()))
+                print(to_json(result.to_dict()))
             else:
                 reward = "" if result.reward is None else f"reward {result.reward:.3f}, "
                 print(f"{result.prompt}{result.text}\n  [{reward}KL {result.kl:.2f} nats ({result.kl_kind})]")
@@ -257,20 +269,21 @@ def fail(message: str) -> NoReturn:
     raise SystemExit(2)
 
 
+# click's ClickException, wherever typer keeps click: older versions import it, newer ones carry their own.
+ClickException: Any = typer.BadParameter.__mro__[2]
+
+
 def main() -> None:
     """Entry point: bad input is one line on stderr and exit code 2."""
     try:
-        code = app(standalone_mode=False)
+        code = app(sys.argv[1:] or ["--help"], standalone_mode=False)
     except InputError as error:
         fail(str(error))
-    except click.exceptions.NoArgsIsHelpError as error:
-        print(error.ctx.get_help() if error.ctx else "", file=sys.stderr)
-        raise SystemExit(2) from None
-    except click.ClickException as error:
+    except ClickException as error:
         fail(error.format_message())
     except BrokenPipeError:  # the reader has gone: `pyengine generate ... | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(1) from None
-    except (KeyboardInterrupt, click.Abort):
+    except (KeyboardInterrupt, typer.Abort):
         raise SystemExit(130) from None
     raise SystemExit(code if isinstance(code, int) else 0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,8 +48,8 @@ def compare(prompts: int, k: int, block: int, weight: float, seed: int) -> list[
     """Run base, tokenwise, blockwise, best-of-K and Q-Probe on the embedded model."""
     plans: list[tuple[str, str, Any, Strategy]] = [
         ("base", "", None, BASE),
-        (f"tokenwise λ={weight:g}", "prefix scorer", "prefix", Tokenwise(weight)),
-        (f"blockwise {k}×{block}", "prefix scorer", "prefix", Blockwise(k, block)),
+        (f"tokenwise λ={weight:g}", "prefix", "prefix", Tokenwise(weight)),
+        (f"blockwise {k}×{block}", "prefix", "prefix", Blockwise(k, block)),
         (f"best-of-{k}", "reward model", "reward-model", BestOfK(k)),
         (f"Q-Probe {k}, β=0.1", "probe", "probe", BestOfK(k, "softmax", 0.1)),
     ]
@@ -93,8 +94,9 @@ def run(prompts: int, k: int, block: int, weight: float, seed: int, svg: Path | 
             f"  [cyan]{row.name}[/cyan] ({score:+.2f})[dim]{row.results[example].text}[/dim]", highlight=False
         )
     console.print(
-        "\n[bold]What to see:[/bold] the weights never change, yet every strategy raises the exact sentiment (-1 to 1); "
-        "KL says how far each strayed from the base for it: exact for tokenwise, an upper bound (≤) for the others."
+        "\n[bold]What to see:[/bold] the weights never change, and every strategy raises the exact sentiment "
+        "(-1 … 1); KL says how far each strayed from the base for it: exact for tokenwise, else an upper bound (≤)."
     )
     if svg:
-        console.save_svg(str(svg), title="pyengine demo")
+        picture = console.export_svg(title="pyengine demo")
+        svg.write_text(re.sub(r"@font-face \{.*?\}\s*", "", picture, flags=re.DOTALL))  # no font from elsewhere

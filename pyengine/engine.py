@@ -7,6 +7,7 @@ import secrets
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +41,6 @@ class _Request:
     blocks: list[Block] = field(default_factory=list)
     committed: int = 0  # blocks
     scores: list[float] | None = None  # of the whole response, one for each part of the scorer
-    shown: int = 0  # characters already streamed
     finish_reason: FinishReason | None = None
 
 
@@ -55,6 +55,9 @@ class _Tail:
     finish_reason: list[FinishReason | None]
     hidden: Hidden  # at each row's last token
     previous: Hidden  # at the token before
+
+
+_Commit = tuple[int, list[int], Result | None]  # request, its new tokens, the result when it is done
 
 
 class Engine:
@@ -113,7 +116,9 @@ class Engine:
             raise InputError(f"model {path}: no such directory")
         try:
             arguments = {"trust_remote_code": trust_remote_code}
-            model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype or "auto", use_safetensors=True, **arguments)
+            model: Any = AutoModelForCausalLM.from_pretrained(
+                path, dtype=dtype or "auto", use_safetensors=True, **arguments
+            )
             tokenizer = AutoTokenizer.from_pretrained(path, **arguments)
         except (OSError, ValueError, KeyError) as error:
             raise InputError(f"model {path}: {str(error).strip().splitlines()[0]}") from error
@@ -124,7 +129,7 @@ class Engine:
         parts = parts_of(scorer)
         for part in parts:
             part.scorer.check(self.policy)
-            part.scorer.to(self.policy.device)
+            part.scorer.move(self.policy.device)
         self.parts = parts
         self._layers = tuple(sorted({layer for part in parts for layer in part.scorer.layers}))
 
@@ -145,9 +150,9 @@ class Engine:
         results: dict[int, Result] = {}
         hide = None if progress is None else not progress
         with tqdm(total=len(prompts), unit="prompt", delay=2, disable=hide, leave=False) as bar:
-            for event in self._run(requests, strategy or BASE):
-                if event.result is not None:
-                    results[event.index] = event.result
+            for index, _, result in self._run(requests, strategy or BASE):
+                if result is not None:
+                    results[index] = result
                     bar.update()
         return [results[i] for i in range(len(prompts))]
 
@@ -155,13 +160,26 @@ class Engine:
         self, prompt: str, strategy: Strategy | None = None, sampling: SamplingParams | None = None
     ) -> Iterator[Event]:
         """One event for each committed token (base policy, Tokenwise) or block; the last has the result."""
-        return self._run(self._requests([prompt], sampling), strategy or BASE)
+        requests = self._requests([prompt], sampling)
+        return self._events(requests[0], self._run(requests, strategy or BASE))
+
+    def _events(self, request: _Request, commits: Iterator[_Commit]) -> Iterator[Event]:
+        """Commits with their new text; a character that is not whole yet waits for the next one."""
+        tokens: list[int] = []
+        shown = 0
+        for _, new, result in commits:
+            tokens += new
+            text = self._texts([request.prompt_ids], [tokens])[0]
+            if result is None:
+                text = text.rstrip("\ufffd")
+            fresh, shown = text[shown:], max(shown, len(text))
+            yield Event(fresh, new, request.blocks[-1] if request.blocks else None, result)
 
     def encode(self, prompt: str, label: str = "prompt") -> list[int]:
         """Token ids of a prompt; InputError, naming `label`, if it is empty or leaves no room to answer."""
         if not isinstance(prompt, str):
             raise InputError(f"{label} is not a string: {prompt!r}")
-        ids = self.tokenizer(prompt).input_ids if prompt.strip() else []
+        ids = self.tokenizer(prompt, verbose=False).input_ids if prompt.strip() else []
         if not ids:
             raise InputError(f"{label} is empty")
         if self.context is not None and len(ids) >= self.context:
@@ -203,14 +221,14 @@ class Engine:
         if not self.parts and (strategy.k > 1 or isinstance(strategy, Tokenwise)):
             raise InputError(f"{strategy} needs a scorer: Engine.from_pretrained(..., scorer=...)")
 
-    def _run(self, requests: list[_Request], strategy: Strategy) -> Iterator[Event]:
+    def _run(self, requests: list[_Request], strategy: Strategy) -> Iterator[_Commit]:
         self._check(strategy)
         size = max(1, self.max_rows // strategy.k)
-        for start in range(0, len(requests), size):
-            yield from self._decode(requests[start : start + size], strategy)
+        groups = (requests[start : start + size] for start in range(0, len(requests), size))
+        return chain.from_iterable(self._decode(group, strategy) for group in groups)
 
     @torch.inference_mode()
-    def _decode(self, live: list[_Request], strategy: Strategy) -> Iterator[Event]:
+    def _decode(self, live: list[_Request], strategy: Strategy) -> Iterator[_Commit]:
         """The loop: every pass forks each prefix into k branches, extends, scores, selects and commits."""
         cache = self._cache_type(self.model, self._layers)
         cache.prefill([r.prompt_ids for r in live])
@@ -219,12 +237,12 @@ class Engine:
             tail = self._propose(cache, frontier, live, strategy)
             winners = [i * strategy.k + c for i, c in enumerate(self._select(tail, live, strategy))]
             self._score_ended(tail, live, winners, strategy.k)
-            events = [self._commit(r, tail, row, strategy) for r, row in zip(live, winners, strict=True)]
+            commits = [self._commit(r, tail, row, strategy) for r, row in zip(live, winners, strict=True)]
             on = [i for i, r in enumerate(live) if r.finish_reason is None]
             live = [live[i] for i in on]
             if live:
                 cache.commit(torch.tensor([winners[i] for i in on], device=self.policy.device))
-            yield from events
+            yield from commits
 
     def _propose(self, cache: Cache, frontier: Frontier, live: list[_Request], strategy: Strategy) -> _Tail:
         """Draw k branches of up to block_tokens tokens for each live request."""
@@ -284,7 +302,7 @@ class Engine:
             tokens=[live[row // k].tokens + tail.tokens[row] for row in rows],
             hidden={layer: h[index] for layer, h in tail.hidden.items()},
             previous={layer: h[index] for layer, h in tail.previous.items()},
-            decode=self._texts,
+            decode=lambda tokens: self._texts([live[row // k].prompt_ids for row in rows], tokens),
         )
         return torch.stack([p.scorer.score(candidates).to(self.policy.device) for p in self.parts], -1)
 
@@ -304,7 +322,7 @@ class Engine:
             seed=torch.tensor([r.seed for r in live], device=device),
             position=torch.tensor([len(r.tokens) for r in live], device=device),
         )
-        texts = self._texts(tail.tokens)
+        texts = self._texts([r.prompt_ids + r.tokens for r in live for _ in range(k)], tail.tokens)
         chosen, utility, probability = picked.index.tolist(), picked.utility.tolist(), picked.probability.tolist()
         for i, (request, row_scores) in enumerate(zip(live, scores.tolist(), strict=True)):
             candidates = [
@@ -331,7 +349,7 @@ class Engine:
             for i, row_scores in zip(ended, scores, strict=True):
                 live[i].scores = row_scores
 
-    def _commit(self, request: _Request, tail: _Tail, row: int, strategy: Strategy) -> Event:
+    def _commit(self, request: _Request, tail: _Tail, row: int, strategy: Strategy) -> _Commit:
         """Append the winning row to the request."""
         request.tokens += tail.tokens[row]
         request.logp_base += tail.logp_base[row]
@@ -339,13 +357,8 @@ class Engine:
         request.kl_tokens += tail.kl[row]
         request.committed += 1
         request.finish_reason = tail.finish_reason[row]
-        text = self._texts([request.tokens])[0]
-        if request.finish_reason is None:
-            text = text.rstrip("\ufffd")
-        new, request.shown = text[request.shown :], max(request.shown, len(text))
-        block = request.blocks[-1] if request.blocks else None
         result = self._result(request, strategy) if request.finish_reason else None
-        return Event(request.index, new, tail.tokens[row], block, result)
+        return request.index, tail.tokens[row], result
 
     def _result(self, request: _Request, strategy: Strategy) -> Result:
         assert request.finish_reason is not None
@@ -355,7 +368,7 @@ class Engine:
         scores = request.scores or []
         return Result(
             prompt=request.prompt,
-            text=self._texts([request.tokens])[0],
+            text=self._texts([request.prompt_ids], [request.tokens])[0],
             tokens=request.tokens,
             finish_reason=request.finish_reason,
             reward=sum(p.weight * s for p, s in zip(self.parts, scores, strict=True)) if self.parts else None,
@@ -368,8 +381,12 @@ class Engine:
             blocks=request.blocks,
         )
 
-    def _texts(self, tokens: Sequence[Sequence[int]]) -> list[str]:
-        return self.tokenizer.batch_decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    def _texts(self, before: Sequence[Sequence[int]], tokens: Sequence[Sequence[int]]) -> list[str]:
+        """The text that `tokens` add after `before`. Decoded together: SentencePiece drops a leading space."""
+        context = [list(ids[-4:]) for ids in before]
+        both = context + [[*c, *t] for c, t in zip(context, tokens, strict=True)]
+        texts = self.tokenizer.batch_decode(both, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        return [whole[len(start) :] for start, whole in zip(texts[: len(context)], texts[len(context) :], strict=True)]
 
 
 def _mix(seed: int, words: Sequence[int]) -> int:

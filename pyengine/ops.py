@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
-from pyengine import _C, reference
+import pyengine._C as _C
+from pyengine import reference
 from pyengine.reference import BlockSelection, TiltSample
 
 _DTYPE_CODE = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # csrc/cpu/tilt.h DType
@@ -105,7 +106,9 @@ def tilt_sample(
             _fail(f"values must have shape [R, {batch}, {vocab}], got {list(values.shape)}")
         if values.dtype not in _DTYPE_CODE:
             _fail(f"values must be float32, bfloat16 or float16, got {values.dtype}")
-        weights = _weights(weights, values.shape[0], batch, logits.device)
+        if values.device != logits.device:
+            _fail(f"values are on {values.device}, logits on {logits.device}")
+    heads = None if values is None else _weights(weights, values.shape[0], batch, logits.device)
     if mask is not None:
         if mask.dtype != torch.bool or mask.shape not in (logits.shape, logits.shape[1:]):
             _fail(f"mask must be bool [B, V] or [V], got {mask.dtype} {list(mask.shape)}")
@@ -120,8 +123,8 @@ def tilt_sample(
         _column(position, "position", batch, device),
     )
     if device.type == "cpu" and not _traced(logits):
-        return _tilt_sample_cpu(logits, values, weights, *columns)
-    return TiltSample(*torch.ops.pyengine.tilt_sample(logits, values, weights, *columns))
+        return _tilt_sample_cpu(logits, values, heads, *columns)
+    return TiltSample(*torch.ops.pyengine.tilt_sample(logits, values, heads, *columns))
 
 
 def _traced(x: Tensor) -> bool:
@@ -183,7 +186,7 @@ def _tilt_sample_cpu(
 ) -> TiltSample:
     logits = _unit_stride(logits)
     batch, vocab = logits.shape
-    heads = (0, 0, 0, 0, 0, 0, 0, 0)
+    heads: tuple[int, ...] = (0, 0, 0, 0, 0, 0, 0, 0)
     if values is not None and weights is not None:
         values = _unit_stride(values)
         code = _DTYPE_CODE[values.dtype]

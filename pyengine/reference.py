@@ -30,7 +30,7 @@ class TiltSample(NamedTuple):
 class BlockSelection(NamedTuple):
     """What `select_block` returns: index [B], probability [B, K], utility [B, K]."""
 
-    index: Tensor
+    index: Tensor  # type: ignore[assignment]  # hides tuple.index, which nobody needs here
     probability: Tensor
     utility: Tensor
 

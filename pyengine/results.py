@@ -98,7 +98,6 @@ class Result:
 class Event:
     """Something was committed: a token, or a block of them. `result` comes with the last event."""
 
-    index: int  # of the prompt
     text: str  # new text; characters split over tokens are held back until they are whole
     tokens: list[int]
     block: Block | None = None

@@ -41,10 +41,11 @@ ARCHITECTURES = {
 }
 
 
-def train_tokenizer() -> transformers.PreTrainedTokenizerFast:
+def train_tokenizer(sentencepiece: bool = False) -> transformers.PreTrainedTokenizerFast:
+    """Byte-level BPE, or one that marks and drops spaces as SentencePiece does."""
     tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace() if sentencepiece else pre_tokenizers.ByteLevel(False)
+    tokenizer.decoder = decoders.Metaspace() if sentencepiece else decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=VOCAB,
         special_tokens=["<eos>"],
@@ -71,6 +72,11 @@ def model_dirs(tmp_path_factory):
         model.save_pretrained(out[name])
         tokenizer.save_pretrained(out[name])
     return out
+
+
+@pytest.fixture(scope="session")
+def sentencepiece_tokenizer():
+    return train_tokenizer(sentencepiece=True)
 
 
 @pytest.fixture(params=sorted(ARCHITECTURES))

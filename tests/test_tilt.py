@@ -369,6 +369,7 @@ def test_compiles_without_graph_breaks():
         ({"logits": torch.zeros(3)}, r"logits must have shape \[B, V\]"),
         ({"logits": torch.zeros(2, 3, dtype=torch.int64)}, "float32, bfloat16 or float16"),
         ({"values": torch.zeros(1, 2, 4)}, r"values must have shape \[R, 2, 3\]"),
+        ({"values": torch.zeros(1, 2, 3, device="meta")}, "values are on meta, logits on cpu"),
         ({"weights": None}, "values and weights go together"),
         ({"weights": torch.zeros(3)}, "weights must be a number or have shape"),
         ({"weights": math.nan}, "weights must be a number"),

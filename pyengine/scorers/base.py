@@ -53,7 +53,7 @@ class Scorer:
     def check(self, policy: Policy) -> None:
         """Raise InputError if this scorer does not fit the base policy."""
 
-    def to(self, device: torch.device) -> None:
+    def move(self, device: torch.device) -> None:
         """Move parameters to the base policy's device."""
 
     def score(self, candidates: Candidates) -> Tensor:
@@ -70,7 +70,7 @@ class FunctionScorer(Scorer):
 
     def __init__(self, function: Callable[[list[str], list[str]], Any], name: str | None = None) -> None:
         self.function = function
-        self.name = name or getattr(function, "__name__", "function")
+        self.name = name or str(getattr(function, "__name__", "function"))
 
     def score(self, candidates: Candidates) -> Tensor:
         scores = self.function(list(candidates.prompts), candidates.completions)

@@ -36,6 +36,9 @@ class _HeadScorer(Scorer, nn.Module):
         (path / "config.json").write_text(json.dumps(self.config(), indent=2) + "\n")
         save_file({k: v.contiguous() for k, v in self.state_dict().items()}, path / "model.safetensors")
 
+    def move(self, device: torch.device) -> None:
+        self.to(device)
+
     def check(self, policy: Policy) -> None:
         if self.hidden_size != policy.hidden_size:
             raise InputError(

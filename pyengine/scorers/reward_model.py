@@ -43,7 +43,7 @@ class RewardModel(Scorer):
             raise InputError(f"reward model {path}: {str(error).splitlines()[0]}") from error
         return cls(model, tokenizer, Path(path).name)
 
-    def to(self, device: torch.device) -> None:
+    def move(self, device: torch.device) -> None:
         self.model.to(device)
 
     def score(self, candidates: Candidates) -> Tensor:

@@ -84,7 +84,7 @@ class PolicyTrainer(BatchTrainer):
     have no need to count it (R^2 of a linear probe .01 without the read-out), so they are taught to.
     """
 
-    def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, **_: Any) -> Any:
+    def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, *_: Any, **__: Any) -> Any:
         known = inputs.pop("sentiment")
         output = model(**inputs, output_hidden_states=True)
         scored = known.isfinite()
@@ -95,7 +95,7 @@ class PolicyTrainer(BatchTrainer):
 class PairTrainer(BatchTrainer):
     """Bradley-Terry: each batch holds the preferred texts first, then the others in the same order."""
 
-    def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, **_: Any) -> Any:
+    def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, *_: Any, **__: Any) -> Any:
         chosen, rejected = model(**inputs).logits[:, 0].chunk(2)
         return -torch.nn.functional.logsigmoid(chosen - rejected).mean()
 
@@ -140,7 +140,7 @@ def llama(hidden: int, layers: int, vocab: int, **extra: Any) -> LlamaConfig:
     )
 
 
-def train_policy(out: Path, count: int = 30_000, epochs: int = 4) -> None:
+def train_policy(out: Path, count: int, epochs: int = 4) -> None:
     """The base model, in `out`: every token of prompt and completion is predicted, one EOS included."""
     pairs = list(reviews.corpus(count, seed=1))
     tokenizer = train_tokenizer([p + c for p, c in pairs])
@@ -171,7 +171,7 @@ def train_policy(out: Path, count: int = 30_000, epochs: int = 4) -> None:
     save(model.eval(), tokenizer, out)
 
 
-def save(model: Any, tokenizer: PreTrainedTokenizerFast, out: Path) -> None:
+def save(model: Any, tokenizer: Any, out: Path) -> None:
     shutil.rmtree(out, ignore_errors=True)
     model.config.use_cache = True  # Trainer turned it off
     model.save_pretrained(out)
@@ -224,7 +224,7 @@ def train_prefix(data: Rollouts, held_out: Rollouts, vocab: int, out: Path, epoc
     """CD-FUDGE: every prefix of a response is regressed on the response's reward (§1.2)."""
     torch.manual_seed(0)
     scorer = PrefixScorer(data.before.shape[1], vocab, name="prefix")
-    batch = 4096
+    batch = min(4096, len(data.token))
     steps = epochs * (len(data.token) // batch)
     optimizer = torch.optim.AdamW(scorer.parameters(), lr=3e-3, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=3e-3, total_steps=steps)
@@ -261,7 +261,7 @@ def train_probe(data: Rollouts, held_out: Rollouts, out: Path) -> None:
     probe.save(out)
 
 
-def train_reward_model(policy: Path, out: Path, pairs: int = 12_000, epochs: int = 2) -> None:
+def train_reward_model(policy: Path, out: Path, pairs: int, epochs: int = 2) -> None:
     """Bradley-Terry on pairs of reviews whose labels are drawn with P = sigmoid(4 * difference)."""
     tokenizer = AutoTokenizer.from_pretrained(policy)
     rng = random.Random(3)
@@ -292,18 +292,18 @@ def train_reward_model(policy: Path, out: Path, pairs: int = 12_000, epochs: int
     save(model, tokenizer, out)
 
 
-def main() -> None:
-    """Retrain the embedded models in place."""
+def main(home: Path, scale: float = 1.0) -> None:
+    """Train the policy and its scorers into `home`; scale shrinks the data, for tests."""
     torch.set_num_threads(THREADS)
     torch.use_deterministic_algorithms(True)
-    home = Path(__file__).parent.parent / "embedded"
-    train_policy(home / "policy")
-    data, held_out = roll_out(home / "policy", 16_000, seed=10), roll_out(home / "policy", 1000, seed=900_000)
+    train_policy(home / "policy", count=int(30_000 * scale))
+    data = roll_out(home / "policy", int(16_000 * scale), seed=10)
+    held_out = roll_out(home / "policy", int(1000 * scale), seed=900_000)
     vocab = AutoConfig.from_pretrained(home / "policy").vocab_size
     train_prefix(data, held_out, vocab, home / "prefix")
     train_probe(data, held_out, home / "probe")
-    train_reward_model(home / "policy", home / "reward-model")
+    train_reward_model(home / "policy", home / "reward-model", pairs=int(12_000 * scale))
 
 
 if __name__ == "__main__":
-    main()
+    main(Path(__file__).parent.parent / "embedded")

@@ -1,0 +1,5 @@
+"""`python -m pyengine`."""
+
+from pyengine.cli import main
+
+main()

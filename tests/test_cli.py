@@ -1,0 +1,194 @@
+"""The command line: what it prints, and one clear line with exit code 2 for bad input."""
+
+from __future__ import annotations
+
+import io
+import json
+import subprocess
+import sys
+
+import pytest
+
+from pyengine import PrefixScorer, cli
+from pyengine.worlds import reviews
+
+PROMPT = "Review of the Harbour, a bakery:"
+
+
+@pytest.fixture
+def run(monkeypatch, capsys):
+    """Runs `pyengine ARGUMENTS` in this process: (exit code, stdout, stderr)."""
+
+    def call(*arguments, stdin=""):
+        monkeypatch.setattr(sys, "argv", ["pyengine", *map(str, arguments)])
+        monkeypatch.setattr(sys, "stdin", io.StringIO(stdin))
+        with pytest.raises(SystemExit) as end:
+            cli.main()
+        out, err = capsys.readouterr()
+        return end.value.code or 0, out, err
+
+    return call
+
+
+def refused(outcome):
+    """The one line that a refused call printed."""
+    code, out, err = outcome
+    assert code == 2
+    assert out == ""
+    assert err.startswith("pyengine: ")
+    assert err.count("\n") == 1
+    assert "Traceback" not in err
+    return err
+
+
+def test_installed_command_starts():
+    done = subprocess.run(
+        [sys.executable, "-m", "pyengine", "generate", PROMPT, "--seed", "1", "--max-tokens", "8"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith(PROMPT)
+    assert done.stderr == ""  # no bar where nobody watches
+
+
+def test_generate_prints_text_reward_and_kl(run):
+    code, out, err = run(
+        "generate", PROMPT, "--scorer", "prefix", "--strategy", "tokenwise", "--weight", 4, "--seed", 1
+    )
+    assert code == 0
+    assert out.startswith(PROMPT)
+    assert "reward " in out
+    assert "nats (exact)" in out
+    assert err == ""
+
+
+def test_every_strategy_and_scorer_by_name(run):
+    for strategy in cli.STRATEGIES:
+        assert run("generate", PROMPT, "--scorer", "prefix", "--strategy", strategy, "--max-tokens", 4)[0] == 0
+    for scorer in cli.SCORERS:
+        assert run("generate", PROMPT, "--scorer", scorer, "--k", 2, "--block", 4, "--max-tokens", 4)[0] == 0
+
+
+def test_json_lines_from_arguments_stdin_and_file(run, tmp_path):
+    file = tmp_path / "prompts.jsonl"
+    file.write_text("".join(json.dumps({"prompt": p}) + "\n" for p in reviews.prompts(3)))
+    options = ("--json", "--seed", 1, "--max-tokens", 6)
+    by_file = run("generate", "--input", file, *options)
+    by_argument = run("generate", *reviews.prompts(3), *options)
+    by_stdin = run("generate", *options, stdin="\n".join(reviews.prompts(3)))
+    assert by_file == by_argument == by_stdin
+    records = [json.loads(line) for line in by_file[1].splitlines()]
+    assert [r["prompt"] for r in records] == reviews.prompts(3)
+    assert all(len(r["tokens"]) <= 6 for r in records)
+
+
+def test_stream(run):
+    plain = run("generate", PROMPT, "--seed", 2, "--max-tokens", 12, "--json")
+    text = json.loads(plain[1])["text"]
+    assert run("generate", PROMPT, "--seed", 2, "--max-tokens", 12, "--stream")[1] == text + "\n"
+    _, out, _ = run(
+        "generate", PROMPT, "--seed", 2, "--scorer", "probe", "--block", 4, "--max-tokens", 12, "--stream", "--json"
+    )
+    events = [json.loads(line) for line in out.splitlines()]
+    assert "".join(e["text"] for e in events) == events[-1]["result"]["text"]
+
+
+def test_unreadable_lines_are_named_and_the_others_processed(run, tmp_path):
+    file = tmp_path / "prompts.jsonl"
+    good = json.dumps({"prompt": PROMPT})
+    lines = [good, "{not json", json.dumps({"text": "x"}), json.dumps({"prompt": ""}), "", "[1]", good]
+    file.write_text("\n".join(lines))
+    code, out, err = run("generate", "--input", file, "--json", "--max-tokens", 4, "--seed", 1)
+    assert code == 2
+    assert len(out.splitlines()) == 2
+    assert [line.split(": ")[1] for line in err.splitlines()] == [f"{file}:{i}" for i in (2, 3, 6)] + [
+        f"{file}:4 is empty"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["generate", PROMPT, "--model", "/no/such/model"], "model /no/such/model: no such directory"),
+        (["generate", PROMPT, "--scorer", "/no/such/scorer"], "scorer /no/such/scorer: no such directory"),
+        (["generate", PROMPT, "--strategy", "beam"], "unknown strategy 'beam'; choose from base, tokenwise"),
+        (["generate", PROMPT, "--scorer", "probe", "--k", "0"], "k must be a whole number of at least 1, got 0"),
+        (
+            ["generate", PROMPT, "--scorer", "prefix", "--strategy", "tokenwise", "--weight", "nan"],
+            "finite number, got nan",
+        ),
+        (["generate", PROMPT, "--strategy", "blockwise"], "needs a scorer"),
+        (["generate", PROMPT, "--scorer", "probe", "--strategy", "tokenwise"], "'probe' scores whole prefixes"),
+        (
+            ["generate", PROMPT, "--k", "4"],
+            "--k is not used by strategy 'base' (it is by blockwise, best-of-k, q-probe)",
+        ),
+        (["generate", PROMPT, "--temperature", "-1"], "temperature is out of range"),
+        (["generate", PROMPT, "--k", "many"], "valid integer"),
+        (["generate", PROMPT, "--no-such-option"], "No such option"),
+        (["generate", PROMPT, "--input", "x.jsonl"], "not both"),
+        (["generate", "--input", "/no/such.jsonl"], "/no/such.jsonl: No such file"),
+        (["generate", ""], "prompt 1 is empty"),
+        (["generate", "wonderful " * 600], "needs room for one more"),
+        (["generate"], "no prompt on stdin"),
+        (["demo", "--prompts", "0"], "--prompts must be at least 1"),
+        (["decode"], "No such command"),
+    ],
+)
+def test_bad_input_is_one_line(run, arguments, words):
+    assert words.lower() in refused(run(*arguments)).lower()
+
+
+def test_scorer_of_another_vocabulary(run, tmp_path):
+    PrefixScorer(128, 99).save(tmp_path)
+    assert "a vocabulary of 99 tokens" in refused(run("generate", PROMPT, "--scorer", tmp_path))
+
+
+def test_model_that_the_project_did_not_train(run, model_dir):
+    code, out, err = run("generate", "the quick", "--model", model_dir, "--seed", 1, "--max-tokens", 6, "--json")
+    assert (code, err) == (0, "")
+    assert json.loads(out)["tokens"]
+    assert (
+        run(
+            "generate",
+            "the quick",
+            "--model",
+            model_dir,
+            "--scorer",
+            "length",
+            "--k",
+            2,
+            "--block",
+            3,
+            "--max-tokens",
+            6,
+        )[0]
+        == 0
+    )
+
+
+def test_demo_shows_every_strategy_and_writes_the_picture(run, tmp_path):
+    code, out, err = run("demo", "--prompts", 6, "--svg", tmp_path / "demo.svg")
+    assert (code, err) == (0, "")
+    for word in ("base", "tokenwise", "blockwise", "best-of-8", "Q-Probe", "KL", "What to see"):
+        assert word in out
+    assert (tmp_path / "demo.svg").read_text().startswith("<svg")
+
+
+def test_info_names_versions_and_what_is_missing(run):
+    code, out, _ = run("info")
+    assert code == 0
+    for word in ("tilt-engine", "torch", "CPU kernels", "GPU", "triton"):
+        assert word in out
+
+
+def test_scores_that_are_not_finite_are_still_json():
+    record = {"a": [float("nan"), 1.0], "b": {"c": float("-inf")}}
+    assert json.loads(cli.to_json(record)) == {"a": [None, 1.0], "b": {"c": None}}
+
+
+def test_help_does_not_load_the_model_libraries():
+    program = "import sys, pyengine.cli; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0
