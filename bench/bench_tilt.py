@@ -114,7 +114,7 @@ MEDIANS: dict[tuple[str, str, int], dict[str, float]] = {}
 def one_thread(request):
     """Refuses to time an op whose tests are red; then one thread for everybody."""
     if not request.config.getoption("benchmark_disable"):
-        tests = [sys.executable, "-m", "pytest", "-q", "-x", str(HERE.parent / "tests" / "test_tilt.py")]
+        tests = [sys.executable, "-P", "-m", "pytest", "-q", "-x", str(HERE.parent / "tests" / "test_tilt.py")]
         if subprocess.run(tests, capture_output=True, cwd=HERE.parent, check=False).returncode:
             pytest.exit("tests/test_tilt.py is red: nothing is timed", returncode=1)
     threads = torch.get_num_threads()

@@ -95,7 +95,8 @@ def run(prompts: int, k: int, block: int, weight: float, seed: int, svg: Path | 
         )
     console.print(
         "\n[bold]What to see:[/bold] the weights never change, and every strategy raises the exact sentiment "
-        "(-1 … 1); KL says how far each strayed from the base for it: exact for tokenwise, else an upper bound (≤)."
+        "(-1 to 1); KL says how far each strayed from the base for it: exact for tokenwise, else an upper bound (≤).",
+        highlight=False,
     )
     if svg:
         picture = console.export_svg(title="pyengine demo")

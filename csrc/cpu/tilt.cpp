@@ -148,11 +148,11 @@ bool usable(const RowSums& sums) {
 }
 
 // Index of the first entry at which the running sum exceeds target; the last positive entry when
-// rounding keeps the sum below it. Entries of weight 0 are never drawn.
+// rounding keeps the sum below it. Entries of weight 0 are never drawn while any is positive.
 template <class Weight>
 int64_t walk(int64_t n, double target, Weight weight) {
   double running = 0;
-  int64_t last = -1;
+  int64_t last = 0;
   for (int64_t i = 0; i < n; ++i) {
     const double w = weight(i);
     if (!(w > 0)) continue;
