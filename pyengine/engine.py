@@ -53,6 +53,7 @@ class _Tail:
     logp_policy: list[list[float]]
     kl: list[float]  # summed over the row's tokens
     finish_reason: list[FinishReason | None]
+    slots: list[int]  # the row that each row of the cache belongs to, once ended rows were dropped
     hidden: Hidden  # at each row's last token
     previous: Hidden  # at the token before
 
@@ -241,7 +242,8 @@ class Engine:
             on = [i for i, r in enumerate(live) if r.finish_reason is None]
             live = [live[i] for i in on]
             if live:
-                cache.commit(torch.tensor([winners[i] for i in on], device=self.policy.device))
+                kept = [tail.slots.index(winners[i]) for i in on]
+                cache.commit(torch.tensor(kept, device=self.policy.device))
             yield from commits
 
     def _propose(self, cache: Cache, frontier: Frontier, live: list[_Request], strategy: Strategy) -> _Tail:
@@ -251,47 +253,56 @@ class Engine:
         room = [r.limit - len(r.tokens) for r in rows]
         # k = 1 is the base policy whatever the strategy: token by token, so that it matches to the bit.
         steps = 1 if k == 1 else min(max(room), strategy.block_tokens or max(room))
-        column = {
+        columns = {
             name: torch.tensor([getattr(r.params, name) for r in rows], device=device)
             for name in ("temperature", "top_k", "top_p", "min_p")
         }
-        seed = torch.tensor([_mix(r.seed, [j]) if j else r.seed for r in live for j in range(k)], device=device)
-        position = torch.tensor([len(r.tokens) for r in rows], device=device)
+        columns["seed"] = torch.tensor([_mix(r.seed, [j]) if j else r.seed for r in live for j in range(k)]).to(device)
+        columns["position"] = torch.tensor([len(r.tokens) for r in rows], device=device)
         weight = strategy.weight if isinstance(strategy, Tokenwise) else 0.0
         weights = torch.tensor([weight * part.weight for part in self.parts], device=device) if weight else None
 
         n = len(rows)
-        tail = _Tail([[] for _ in rows], [[] for _ in rows], [[] for _ in rows], [0.0] * n, [None] * n, {}, {})
+        slots = list(range(n))  # the tail row that each cache row belongs to
+        tail = _Tail([[] for _ in rows], [[] for _ in rows], [[] for _ in rows], [0.0] * n, [None] * n, slots, {}, {})
         for step in range(steps):
             before = frontier.hidden
             values = torch.stack([p.scorer.values(before) for p in self.parts]) if weight else None
-            drawn = ops.tilt_sample(frontier.logits, values, weights, **column, seed=seed, position=position + step)
-            active = [i for i in range(n) if tail.finish_reason[i] is None]
+            drawn = ops.tilt_sample(frontier.logits, values, weights, **columns)
             tokens, valid = drawn.token.tolist(), drawn.valid.tolist()
             logp_base, logp_policy, kl = drawn.logp_base.tolist(), drawn.logp_policy.tolist(), drawn.kl.tolist()
-            for i in active:
-                if not valid[i]:
+            drew = [(c, i) for c, i in enumerate(slots) if tail.finish_reason[i] is None]
+            for c, i in drew:
+                if not valid[c]:
                     raise InputError(
                         f"prompt {rows[i].index}: {self.policy.name} or its scorer gave NaN or infinite logits at "
                         f"token {len(rows[i].tokens) + step}; check the checkpoint, dtype and temperature"
                     )
-                tail.tokens[i].append(tokens[i])
-                tail.logp_base[i].append(logp_base[i])
-                tail.logp_policy[i].append(logp_policy[i])
-                tail.kl[i] += kl[i]
-                if tokens[i] in self.eos:
+                tail.tokens[i].append(tokens[c])
+                tail.logp_base[i].append(logp_base[c])
+                tail.logp_policy[i].append(logp_policy[c])
+                tail.kl[i] += kl[c]
+                if tokens[c] in self.eos:
                     tail.finish_reason[i] = "stop"
                 elif step + 1 == room[i]:
                     tail.finish_reason[i] = "length"
-            done = all(tail.finish_reason)
-            if done and not self._layers:
+            going = [c for c, i in drew if tail.finish_reason[i] is None]
+            if not going and not self._layers:
                 break  # nobody reads the hidden state of the last tokens
             frontier = cache.append(drawn.token)
-            moved = torch.tensor(active, device=device)
-            tail.previous = _replace(tail.previous, before, moved)
-            tail.hidden = _replace(tail.hidden, frontier.hidden, moved)
-            if done:
+            if self._layers:
+                moved = torch.tensor(drew, device=device).T
+                tail.previous = _replace(tail.previous, before, *moved)
+                tail.hidden = _replace(tail.hidden, frontier.hidden, *moved)
+            if not going:
                 break
+            columns["position"] = columns["position"] + 1
+            if 2 * len(going) <= len(slots) and step + 1 < steps:  # ended branches are never read again
+                index = torch.tensor(going, device=device)
+                frontier = cache.commit(index)
+                columns = {name: column[index] for name, column in columns.items()}
+                slots = [slots[c] for c in going]
+        tail.slots = slots
         return tail
 
     def _score(self, tail: _Tail, live: list[_Request], rows: list[int], k: int) -> Tensor:
@@ -397,8 +408,8 @@ def _mix(seed: int, words: Sequence[int]) -> int:
     return int.from_bytes(digest.digest(), "little", signed=True)
 
 
-def _replace(old: Hidden, new: Hidden, rows: Tensor) -> Hidden:
-    """`old` with the given rows taken from `new`."""
+def _replace(old: Hidden, new: Hidden, source: Tensor, target: Tensor) -> Hidden:
+    """`old` with its rows `target` taken from the rows `source` of `new`."""
     if not old:
         return dict(new)
-    return {layer: h.index_copy(0, rows, new[layer][rows]) for layer, h in old.items()}
+    return {layer: h.index_copy(0, target, new[layer][source]) for layer, h in old.items()}

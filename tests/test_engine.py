@@ -142,6 +142,18 @@ def test_candidates_that_end_early_stop_at_their_eos(engine):
         assert result.tokens == [t for b in result.blocks for t in b.candidates[b.chosen].tokens]
 
 
+def test_ended_branches_cost_nothing_more(engine, monkeypatch):
+    """Most reviews end long before the longest; their rows leave the cache while the others go on."""
+    seen = []
+    append = engine._cache_type.append
+    monkeypatch.setattr(engine._cache_type, "append", lambda self, t: seen.append(len(t)) or append(self, t))
+    engine.set_scorer(reviews.sentiment)
+    results = engine.generate(reviews.prompts(8), BestOfK(8), SamplingParams(max_tokens=128, seed=0))
+    drawn = sum(len(c.tokens) for r in results for c in r.blocks[0].candidates)
+    assert len(seen) * 64 > 3 * drawn  # what it would have cost
+    assert sum(seen) < 1.6 * drawn
+
+
 def test_max_tokens_and_context_end_a_response(model_dirs):
     engine = Engine.from_pretrained(model_dirs["llama"], scorer=count_the)
     long_prompt = "the quick brown fox " * 10

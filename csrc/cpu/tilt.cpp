@@ -122,19 +122,22 @@ float shift_for(Row& row, int64_t b, bool tilted) {
 }
 
 // One pass over the row, every block relative to the first block's maxima. Only a block that outgrows
-// fp32's range (2^127 above them) or holds values that are not finite is summed again, relative to its
-// own.
+// fp32's range (2^127 above them) or holds a logit or value that is not finite is summed again, relative
+// to its own.
 RowSums accumulate(Row& row, Scratch& s) {
   RowSums total;
   s.sums.resize(size_t(row.blocks()));
   const float shift_base = shift_for(row, 0, false), shift_tilt = shift_for(row, 0, true);
+  bool careful = false;
   for (int64_t b = 0; b < row.blocks(); ++b) {
     row.read(b);
-    BlockSums sums = row.kernels.sums(row.block, shift_base, shift_tilt);
+    BlockSums sums =
+        (careful ? row.kernels.careful_sums : row.kernels.sums)(row.block, shift_base, shift_tilt);
     if (!std::isfinite(sums.s_base + sums.s_tilt + sums.e_delta)) {
       const float own_base = shift_for(row, b, false), own_tilt = shift_for(row, b, true);
       row.read(b);
       sums = row.kernels.careful_sums(row.block, own_base, own_tilt);
+      careful = true;  // -inf seldom comes alone: a mask must not cost every block twice
     }
     s.sums[size_t(b)] = sums;
     merge(total, sums);

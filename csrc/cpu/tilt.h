@@ -47,8 +47,8 @@ struct TiltKernels {
   // to = delta + weight * head, 0 where the token is forbidden, so that no value can revive it.
   void (*add_head)(const TiltBlock& block, float* to);
   // Sums relative to the given shifts, which need not be maxima: fp32 keeps its relative precision
-  // over 2^+-126. A sum that is not finite says that the shift was too low, or that values are not
-  // finite; `careful_sums` with the block's own maxima then settles what the row is.
+  // over 2^+-126. A sum that is not finite says that the shift was too low, or that a logit or value is
+  // not finite; `careful_sums` with the block's own maxima then settles what the row is.
   BlockSums (*sums)(const TiltBlock& block, float shift_base, float shift_tilt);
   BlockSums (*careful_sums)(const TiltBlock& block, float shift_base, float shift_tilt);
   // Each lane's maximum of the tilted logits: `lanes` interleaved groups of a block. Drops NaN.

@@ -92,7 +92,7 @@ BlockSums sums(const TiltBlock& b, float shift_base, float shift_tilt) {
         e[N + u] = e[u] + d[u];
       }
     }
-    exp2_in_place(e);
+    exp2_in_place<kCareful>(e);
     PYENGINE_EACH {
       s_base += e[u];
       if (kTilt) {
@@ -136,7 +136,7 @@ void expand(const TiltBlock& b, float shift, float* tilt, float* weight) {
       store(tilt + i + u * kLanes, t);
       e[u] = t - shift;
     }
-    exp2_in_place(e);
+    exp2_in_place<true>(e);
     PYENGINE_EACH store(weight + i + u * kLanes, e[u]);
   }
 }
