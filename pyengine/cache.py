@@ -149,9 +149,13 @@ class RecomputeCache:
 
 def choose_cache(model: Any) -> type[ReplicatedCache] | type[RecomputeCache]:
     """The fastest cache that is right for this model: unknown architectures are tried against a recompute."""
-    if model.config.model_type in TESTED:
+    moving = _rope_types(model.config.get_text_config(decoder=True)) & {"dynamic", "longrope"}
+    if moving:
+        reason: str | None = f"{moving.pop()} RoPE turns the frequencies of a whole batch with its longest row"
+    elif model.config.model_type in TESTED:
         return ReplicatedCache
-    reason = _mismatch(model)
+    else:
+        reason = _mismatch(model)
     if reason is None:
         return ReplicatedCache
     log.warning(
@@ -160,6 +164,13 @@ def choose_cache(model: Any) -> type[ReplicatedCache] | type[RecomputeCache]:
         reason,
     )
     return RecomputeCache
+
+
+def _rope_types(config: Any) -> set[str]:
+    """The rope_type of every layer type that the config names."""
+    found = getattr(config, "rope_parameters", None) or {}
+    groups = [found, *(v for v in found.values() if isinstance(v, dict))]
+    return {g["rope_type"] for g in groups if "rope_type" in g}
 
 
 @torch.inference_mode()

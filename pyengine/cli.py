@@ -147,9 +147,9 @@ def generate(
     strategy: Annotated[
         str | None, typer.Option(help=f"{', '.join(STRATEGIES)}; default: blockwise with a scorer, else base.")
     ] = None,
-    k: Annotated[int | None, typer.Option(help="Branches.  [default: 8]")] = None,
-    block: Annotated[int | None, typer.Option(help="Tokens in a block.  [default: 16]")] = None,
-    weight: Annotated[float | None, typer.Option(help="Strength λ of tokenwise.  [default: 1]")] = None,
+    k: Annotated[int | None, typer.Option(help="Branches (default: 8).")] = None,
+    block: Annotated[int | None, typer.Option(help="Tokens in a block (default: 16).")] = None,
+    weight: Annotated[float | None, typer.Option(help="Strength λ of tokenwise (default: 1).")] = None,
     beta: Annotated[float | None, typer.Option(help="Select from softmax(utility / beta) instead of argmax.")] = None,
     max_tokens: Annotated[int, typer.Option(help="Most new tokens.")] = 128,
     temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 1.0,

@@ -48,6 +48,18 @@ def tiny(config):
     return transformers.AutoModelForCausalLM.from_config(config).eval()
 
 
+@pytest.mark.parametrize("kind", ["dynamic", "longrope"])
+def test_rope_that_depends_on_the_batch_is_recomputed(kind, caplog):
+    """Its frequencies follow the longest row, so a prompt would feel its neighbours."""
+    rope = {"rope_type": kind, "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 16}
+    if kind == "longrope":
+        rope |= {"short_factor": [1.0] * 6, "long_factor": [4.0] * 6}
+    sizes = {"vocab_size": 64, "hidden_size": 48, "intermediate_size": 64, "num_hidden_layers": 1}
+    config = transformers.LlamaConfig(**sizes, num_attention_heads=4, rope_parameters=rope)
+    assert choose_cache(tiny(config)) is RecomputeCache
+    assert f"{kind} RoPE" in caplog.text
+
+
 def test_unknown_architecture_that_branches_is_accepted():
     config = transformers.OlmoConfig(
         vocab_size=128, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4
