@@ -18,6 +18,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from pyengine.errors import InputError
 from pyengine.scorers.base import Hidden
 
 log = logging.getLogger("pyengine")
@@ -149,9 +150,14 @@ class RecomputeCache:
 
 def choose_cache(model: Any) -> type[ReplicatedCache] | type[RecomputeCache]:
     """The fastest cache that is right for this model: unknown architectures are tried against a recompute."""
-    moving = _rope_types(model.config.get_text_config(decoder=True)) & {"dynamic", "longrope"}
-    if moving:
-        reason: str | None = f"{moving.pop()} RoPE turns the frequencies of a whole batch with its longest row"
+    rope = _rope_types(model.config.get_text_config(decoder=True))
+    if "dynamic" in rope:
+        raise InputError(
+            f"{model.config.model_type} with dynamic RoPE: its frequencies depend on earlier calls, so no result "
+            "could be repeated; set another rope_type in its config.json"
+        )
+    if "longrope" in rope:
+        reason: str | None = "longrope turns the frequencies of a whole batch with its longest row"
     elif model.config.model_type in TESTED:
         return ReplicatedCache
     else:

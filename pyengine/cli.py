@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.metadata
-import importlib.util
 import json
 import math
 import os
@@ -16,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 import typer
 
 import pyengine
-from pyengine.errors import InputError
+from pyengine.errors import InputError, whole
 
 if TYPE_CHECKING:
     from pyengine.engine import Engine
@@ -86,7 +85,10 @@ def read_prompts(arguments: list[str], file: Path | None, complain: Any) -> Iter
     if file is None:
         if sys.stdin.isatty():
             raise InputError("no prompt: give one as an argument, on stdin or with --input FILE.jsonl")
-        yield from ((f"stdin line {i}", line.rstrip("\n")) for i, line in enumerate(sys.stdin, 1) if line.strip())
+        try:
+            yield from ((f"stdin line {i}", line.rstrip("\n")) for i, line in enumerate(sys.stdin, 1) if line.strip())
+        except UnicodeDecodeError as error:
+            raise InputError(f"stdin is not text in {error.encoding}: byte {error.start} {error.reason}") from error
         return
     try:
         lines = file.read_bytes().splitlines()
@@ -98,7 +100,7 @@ def read_prompts(arguments: list[str], file: Path | None, complain: Any) -> Iter
             continue
         try:
             record = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             complain(f"{where}: not JSON: {error}")
             continue
         prompt = record.get("prompt") if isinstance(record, dict) else None
@@ -218,8 +220,9 @@ def demo(
     from pyengine.demo import run
 
     quiet_loading()
-    if prompts < 1:
-        raise InputError(f"demo: --prompts must be at least 1, got {prompts}")
+    whole(prompts, "demo: --prompts", 1)
+    if svg and not svg.absolute().parent.is_dir():
+        raise InputError(f"demo: --svg {svg}: no such directory")
     run(prompts, k, block, weight, seed, svg)
 
 
@@ -239,13 +242,13 @@ def report() -> Iterator[tuple[str, str]]:
     """(what, its state) for `pyengine info`."""
     import torch
 
-    from pyengine import _C
+    from pyengine import _C, ops
 
     yield "tilt-engine", pyengine.__version__
     yield "python", f"{platform.python_version()} on {platform.machine()}"
     for package in ("torch", "transformers", "tokenizers", "safetensors"):
         yield package, importlib.metadata.version(package)
-    yield "CPU kernels", f"C++ with {_C.instruction_set(os.environ.get('PYENGINE_CPU_ISA'))}, built by {_C.compiler()}"
+    yield "CPU kernels", f"C++ with {_C.instruction_set(ops.FORCED_ISA)}, built by {_C.compiler()}"
     yield "threads", str(torch.get_num_threads())
     if torch.cuda.is_available():
         yield "GPU", f"{torch.cuda.get_device_name()}; ops run their PyTorch reference, no CUDA kernel is built yet"
@@ -257,11 +260,11 @@ def report() -> Iterator[tuple[str, str]]:
         ("triton", "no kernel uses it yet"),
         ("flash_attn", "optional attention backend, not used yet"),
     ):
-        there = importlib.util.find_spec(package) is not None
-        yield (
-            package.replace("_", "-"),
-            f"{importlib.metadata.version(package)}; {use}" if there else f"not installed; {use}",
-        )
+        try:
+            there = importlib.metadata.version(package.replace("_", "-"))
+        except importlib.metadata.PackageNotFoundError:
+            there = ""
+        yield package.replace("_", "-"), f"{there or 'not installed'}; {use}"
 
 
 def fail(message: str) -> NoReturn:

@@ -55,7 +55,8 @@ def compare(prompts: int, k: int, block: int, weight: float, seed: int) -> list[
     ]
     engine = Engine.from_pretrained(pyengine.embedded("policy"))
     texts = reviews.prompts(prompts)
-    sampling = SamplingParams(max_tokens=128, seed=seed)
+    # Prompts repeat after 96; with a seed of its own each repetition is a new draw.
+    sampling = [SamplingParams(max_tokens=128, seed=seed + i // 96) for i in range(prompts)]
     rows = []
     for name, label, scorer, strategy in plans:
         engine.set_scorer(pyengine.embedded(scorer) if scorer else None)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import secrets
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
@@ -14,10 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM
 
 from pyengine import ledger, ops
 from pyengine.cache import Cache, Frontier, choose_cache
+from pyengine.checkpoint import load_checkpoint
 from pyengine.errors import InputError
 from pyengine.results import Block, Candidate, Event, FinishReason, Result, SamplingParams
 from pyengine.scorers import Candidates, Hidden, Part, Policy, ScorerLike, parts_of
@@ -34,6 +36,7 @@ class _Request:
     params: SamplingParams
     seed: int
     limit: int  # most new tokens that max_tokens and the context allow
+    given_seed: int  # `seed` is this one mixed with the prompt
     tokens: list[int] = field(default_factory=list)
     logp_base: list[float] = field(default_factory=list)
     logp_policy: list[float] = field(default_factory=list)
@@ -58,6 +61,7 @@ class _Tail:
     previous: Hidden  # at the token before
 
 
+_Tick = Callable[[], object]
 _Commit = tuple[int, list[int], Result | None]  # request, its new tokens, the result when it is done
 
 
@@ -66,7 +70,8 @@ class Engine:
 
     scorer: anything `parts_of` takes: a Scorer, a directory or hub id, a callable
     f(prompts, completions) -> list[float], or a list of (weight, scorer). max_rows: most sequences
-    (prompts times branches) decoded at once; more prompts wait their turn.
+    (prompts times branches) decoded at once, or the branches of one prompt if those are more; other prompts
+    wait their turn.
 
     Raises InputError, with one line that says what to do, for anything that does not fit.
     """
@@ -111,19 +116,16 @@ class Engine:
         dtype: fp32 on a CPU and the checkpoint's own elsewhere, unless given. trust_remote_code: run code
         that comes with the checkpoint; never unless asked for.
         """
-        if dtype is None and torch.device(device).type == "cpu":
+        if dtype is None and str(device).startswith("cpu"):
             dtype = torch.float32
-        if (Path(path).is_absolute() or str(path).startswith(".")) and not Path(path).is_dir():
-            raise InputError(f"model {path}: no such directory")
+        model, tokenizer = load_checkpoint(
+            AutoModelForCausalLM, "model", path, trust_remote_code, dtype=dtype or "auto"
+        )
         try:
-            arguments = {"trust_remote_code": trust_remote_code}
-            model: Any = AutoModelForCausalLM.from_pretrained(
-                path, dtype=dtype or "auto", use_safetensors=True, **arguments
-            )
-            tokenizer = AutoTokenizer.from_pretrained(path, **arguments)
-        except (OSError, ValueError, KeyError) as error:
-            raise InputError(f"model {path}: {str(error).strip().splitlines()[0]}") from error
-        return cls(model.to(device), tokenizer, scorer, max_rows)
+            model = model.to(device)
+        except (RuntimeError, AssertionError) as error:
+            raise InputError(f"device {device!r}: {str(error).strip().splitlines()[0]}") from error
+        return cls(model, tokenizer, scorer, max_rows)
 
     def set_scorer(self, scorer: ScorerLike | None) -> None:
         """Follow another scorer from now on; None follows none."""
@@ -151,7 +153,7 @@ class Engine:
         results: dict[int, Result] = {}
         hide = None if progress is None else not progress
         with tqdm(total=len(prompts), unit="prompt", delay=2, disable=hide, leave=False) as bar:
-            for index, _, result in self._run(requests, strategy or BASE):
+            for index, _, result in self._run(requests, strategy or BASE, tick=lambda: bar.update(0)):
                 if result is not None:
                     results[index] = result
                     bar.update()
@@ -180,6 +182,10 @@ class Engine:
         """Token ids of a prompt; InputError, naming `label`, if it is empty or leaves no room to answer."""
         if not isinstance(prompt, str):
             raise InputError(f"{label} is not a string: {prompt!r}")
+        try:
+            prompt.encode()
+        except UnicodeEncodeError as error:
+            raise InputError(f"{label} is not valid Unicode: {error.reason} at character {error.start}") from error
         ids = self.tokenizer(prompt, verbose=False).input_ids if prompt.strip() else []
         if not ids:
             raise InputError(f"{label} is empty")
@@ -204,7 +210,7 @@ class Engine:
             ids = self.encode(prompt, f"prompt {i}")
             room = p.max_tokens if self.context is None else min(p.max_tokens, self.context - len(ids))
             seed = secrets.randbits(63) if p.seed is None else p.seed
-            requests.append(_Request(i, prompt, ids, p, _mix(seed, ids), room))
+            requests.append(_Request(i, prompt, ids, p, _mix(seed, ids), room, seed))
         return requests
 
     def _check(self, strategy: Strategy) -> None:
@@ -222,20 +228,21 @@ class Engine:
         if not self.parts and (strategy.k > 1 or isinstance(strategy, Tokenwise)):
             raise InputError(f"{strategy} needs a scorer: Engine.from_pretrained(..., scorer=...)")
 
-    def _run(self, requests: list[_Request], strategy: Strategy) -> Iterator[_Commit]:
+    def _run(self, requests: list[_Request], strategy: Strategy, tick: _Tick = int) -> Iterator[_Commit]:
+        """Commits of all requests, group by group; `tick` is called for every token of a group."""
         self._check(strategy)
         size = max(1, self.max_rows // strategy.k)
         groups = (requests[start : start + size] for start in range(0, len(requests), size))
-        return chain.from_iterable(self._decode(group, strategy) for group in groups)
+        return chain.from_iterable(self._decode(group, strategy, tick) for group in groups)
 
     @torch.inference_mode()
-    def _decode(self, live: list[_Request], strategy: Strategy) -> Iterator[_Commit]:
+    def _decode(self, live: list[_Request], strategy: Strategy, tick: _Tick) -> Iterator[_Commit]:
         """The loop: every pass forks each prefix into k branches, extends, scores, selects and commits."""
         cache = self._cache_type(self.model, self._layers)
         cache.prefill([r.prompt_ids for r in live])
         while live:
             frontier = cache.fork(strategy.k)
-            tail = self._propose(cache, frontier, live, strategy)
+            tail = self._propose(cache, frontier, live, strategy, tick)
             winners = [i * strategy.k + c for i, c in enumerate(self._select(tail, live, strategy))]
             self._score_ended(tail, live, winners, strategy.k)
             commits = [self._commit(r, tail, row, strategy) for r, row in zip(live, winners, strict=True)]
@@ -246,11 +253,14 @@ class Engine:
                 cache.commit(torch.tensor(kept, device=self.policy.device))
             yield from commits
 
-    def _propose(self, cache: Cache, frontier: Frontier, live: list[_Request], strategy: Strategy) -> _Tail:
+    def _propose(
+        self, cache: Cache, frontier: Frontier, live: list[_Request], strategy: Strategy, tick: _Tick
+    ) -> _Tail:
         """Draw k branches of up to block_tokens tokens for each live request."""
         k, device = strategy.k, self.policy.device
         rows = [r for r in live for _ in range(k)]
         room = [r.limit - len(r.tokens) for r in rows]
+        context_room = [(self.context or math.inf) - len(r.prompt_ids) - len(r.tokens) for r in rows]
         # k = 1 is the base policy whatever the strategy: token by token, so that it matches to the bit.
         steps = 1 if k == 1 else min(max(room), strategy.block_tokens or max(room))
         columns = {
@@ -266,6 +276,7 @@ class Engine:
         slots = list(range(n))  # the tail row that each cache row belongs to
         tail = _Tail([[] for _ in rows], [[] for _ in rows], [[] for _ in rows], [0.0] * n, [None] * n, slots, {}, {})
         for step in range(steps):
+            tick()
             before = frontier.hidden
             values = torch.stack([p.scorer.values(before) for p in self.parts]) if weight else None
             drawn = ops.tilt_sample(frontier.logits, values, weights, **columns)
@@ -284,7 +295,7 @@ class Engine:
                 tail.kl[i] += kl[c]
                 if tokens[c] in self.eos:
                     tail.finish_reason[i] = "stop"
-                elif step + 1 == room[i]:
+                elif step + 1 >= room[i]:
                     tail.finish_reason[i] = "length"
             going = [c for c, i in drew if tail.finish_reason[i] is None]
             if not going and not self._layers:
@@ -297,7 +308,10 @@ class Engine:
             if not going:
                 break
             columns["position"] = columns["position"] + 1
-            if 2 * len(going) <= len(slots) and step + 1 < steps:  # ended branches are never read again
+            # Ended branches are never read again: they go once they are half of the rows, or before the model
+            # would be asked for a position beyond its context.
+            full = any(tail.finish_reason[i] and step + 1 >= context_room[i] for i in slots)
+            if full or 2 * len(going) <= len(slots):
                 index = torch.tensor(going, device=device)
                 frontier = cache.commit(index)
                 columns = {name: column[index] for name, column in columns.items()}
@@ -382,13 +396,13 @@ class Engine:
             text=self._texts([request.prompt_ids], [request.tokens])[0],
             tokens=request.tokens,
             finish_reason=request.finish_reason,
-            reward=sum(p.weight * s for p, s in zip(self.parts, scores, strict=True)) if self.parts else None,
+            reward=sum(p.weight * s for p, s in zip(self.parts, scores, strict=True) if p.weight) if scores else None,
             rewards={p.name: s for p, s in zip(self.parts, scores, strict=True)},
             logp_base=request.logp_base,
             logp_policy=request.logp_policy,
             kl=kl,
             kl_kind="bound" if bounded else "exact",
-            seed=request.seed,
+            seed=request.given_seed,
             blocks=request.blocks,
         )
 

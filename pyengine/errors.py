@@ -1,5 +1,35 @@
-"""The one exception for input that cannot be used."""
+"""The one exception for input that cannot be used, and the checks that numbers share."""
+
+from __future__ import annotations
+
+import math
+import operator
+from typing import Any
 
 
 class InputError(ValueError):
     """The caller's input is at fault; the message is one line that names the thing and what to do."""
+
+
+def whole(value: Any, name: str, least: int, most: int = 2**63 - 1) -> int:
+    """`value` as an int in [least, most]; InputError, naming it, if it is not a whole number there."""
+    try:
+        number = operator.index(value)
+    except TypeError:
+        number = None
+    if number is None or isinstance(value, bool) or not least <= number <= most:
+        bounds = f"of at least {least}" if most == 2**63 - 1 else f"in {least} .. {most}"
+        raise InputError(f"{name} must be a whole number {bounds}, got {value!r}")
+    return number
+
+
+def real(value: Any, name: str, least: float = -math.inf, most: float = math.inf) -> float:
+    """`value` as a finite float in [least, most]; InputError, naming it, if it is not one."""
+    try:
+        number = math.nan if isinstance(value, (str, bytes)) else float(value)
+    except (TypeError, ValueError):
+        number = math.nan
+    if not (math.isfinite(number) and least <= number <= most):
+        bounds = "" if (least, most) == (-math.inf, math.inf) else f" in {least:g} .. {most:g}"
+        raise InputError(f"{name} must be a finite number{bounds}, got {value!r}")
+    return number

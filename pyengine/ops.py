@@ -18,6 +18,7 @@ from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 import pyengine._C as _C
 from pyengine import reference
+from pyengine.errors import InputError
 from pyengine.reference import BlockSelection, TiltSample
 
 _DTYPE_CODE = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # csrc/cpu/tilt.h DType
@@ -34,7 +35,12 @@ _PARAMETERS = {
 }
 
 # "portable", "avx2" or "avx512": for comparing the paths on one machine; unset, the best one runs.
-_FORCED_ISA = os.environ.get("PYENGINE_CPU_ISA")
+FORCED_ISA = os.environ.get("PYENGINE_CPU_ISA")
+if FORCED_ISA is not None:
+    try:
+        _C.instruction_set(FORCED_ISA)
+    except ValueError as error:
+        raise InputError(f"PYENGINE_CPU_ISA: {error}") from error
 
 _library = torch.library.Library("pyengine", "DEF")
 _library.define(
@@ -211,7 +217,7 @@ def _tilt_sample_cpu(
         logp_policy.data_ptr(),
         kl.data_ptr(),
         valid.data_ptr(),
-        _FORCED_ISA,
+        FORCED_ISA,
     )
     return TiltSample(token, logp_base, logp_policy, kl, valid)
 

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from pyengine.errors import InputError
+from pyengine.errors import real, whole
 
 FinishReason = Literal["stop", "length"]  # an EOS token; max_tokens or the end of the context
 
@@ -29,22 +28,25 @@ class SamplingParams:
     seed: int | None = None
 
     def __post_init__(self) -> None:
-        checks = {
-            "max_tokens": self.max_tokens >= 1,
-            "temperature": math.isfinite(self.temperature) and self.temperature >= 0,
-            "top_k": self.top_k >= 0,
-            "top_p": 0 < self.top_p <= 1,
-            "min_p": 0 <= self.min_p <= 1,
-            "seed": self.seed is None or -(2**63) <= self.seed < 2**63,
+        checked = {
+            "max_tokens": whole(self.max_tokens, "SamplingParams: max_tokens", 1),
+            "temperature": real(self.temperature, "SamplingParams: temperature", 0),
+            "top_k": whole(self.top_k, "SamplingParams: top_k", 0),
+            "top_p": real(self.top_p, "SamplingParams: top_p", 1e-9, 1),
+            "min_p": real(self.min_p, "SamplingParams: min_p", 0, 1),
+            "seed": None if self.seed is None else whole(self.seed, "SamplingParams: seed", -(2**63)),
         }
-        for name, good in checks.items():
-            if not good:
-                raise InputError(f"SamplingParams: {name} is out of range: {getattr(self, name)}")
+        for name, value in checked.items():
+            object.__setattr__(self, name, value)  # NumPy's numbers become Python's
 
 
 @dataclass
 class Candidate:
-    """One branch of a block. utility is the weighted sum of scores; NaN scores rank as -inf."""
+    """One branch of a block. utility is the weighted sum of scores; NaN scores rank as -inf.
+
+    text is what its tokens add on their own: a character split between two blocks shows as U+FFFD here, and
+    whole in the result's text.
+    """
 
     text: str
     tokens: list[int]
@@ -72,8 +74,8 @@ class Result:
     token under softmax(logits / T) and under the distribution it was drawn from; for block and sequence
     selection that is the proposal. kl: nats from the base policy; kl_kind "exact" is the sum of exact
     per-token KLs along the response (its mean over samples is the sequence KL), "bound" an upper bound:
-    b(K) for each selected block, plus the exact KL of the filters. blocks: every selection with all its
-    candidates; empty for k = 1.
+    b(K) for each selected block, plus the exact KL of the filters. seed: given in SamplingParams with the same
+    prompt, it gives this result again. blocks: every selection with all its candidates; empty for k = 1.
     """
 
     prompt: str

@@ -6,11 +6,10 @@ tokens, select one by utility, commit it, repeat. The base policy is k = 1 and n
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from pyengine.errors import InputError
+from pyengine.errors import InputError, real, whole
 
 Selection = Literal["argmax", "softmax"]
 
@@ -27,8 +26,7 @@ class Tokenwise:
     block_tokens: ClassVar[int] = 1
 
     def __post_init__(self) -> None:
-        if not math.isfinite(self.weight):
-            raise InputError(f"Tokenwise: weight must be a finite number, got {self.weight}")
+        object.__setattr__(self, "weight", real(self.weight, "Tokenwise: weight"))
 
 
 @dataclass(frozen=True)
@@ -36,7 +34,8 @@ class Blockwise:
     """Draw k branches of block_tokens tokens, keep one, repeat (Controlled Decoding, Eq. 7).
 
     selection "argmax" keeps the branch of highest utility; "softmax" draws from softmax(utility / beta).
-    k = 1 is the base policy and calls no scorer. KL is bounded by b(k) for each committed block.
+    k = 1 is the base policy; a scorer is then only asked for the reward of the result. KL is bounded by b(k)
+    for each committed block.
     """
 
     k: int = 8
@@ -46,8 +45,7 @@ class Blockwise:
 
     def __post_init__(self) -> None:
         _check(self)
-        if self.block_tokens < 1:
-            raise InputError(f"Blockwise: block_tokens must be at least 1, got {self.block_tokens}")
+        object.__setattr__(self, "block_tokens", whole(self.block_tokens, "Blockwise: block_tokens", 1))
 
 
 @dataclass(frozen=True)
@@ -72,12 +70,11 @@ BASE = Tokenwise(weight=0.0)
 
 def _check(strategy: Blockwise | BestOfK) -> None:
     name = type(strategy).__name__
-    if isinstance(strategy.k, bool) or not isinstance(strategy.k, int) or strategy.k < 1:
-        raise InputError(f"{name}: k must be a whole number of at least 1, got {strategy.k}")
+    object.__setattr__(strategy, "k", whole(strategy.k, f"{name}: k", 1))
     if strategy.selection not in ("argmax", "softmax"):
         raise InputError(f'{name}: selection must be "argmax" or "softmax", got {strategy.selection!r}')
     if strategy.selection == "softmax":
-        if strategy.beta is None or not (math.isfinite(strategy.beta) and strategy.beta > 0):
+        if strategy.beta is None or real(strategy.beta, f"{name}: beta") <= 0:
             raise InputError(f'{name}: selection="softmax" needs beta > 0, got {strategy.beta}')
     elif strategy.beta is not None:
         raise InputError(f'{name}: beta is only used with selection="softmax"')

@@ -6,7 +6,7 @@ import pytest
 import torch
 import transformers
 
-from pyengine import Engine
+from pyengine import Engine, InputError, SamplingParams
 from pyengine.cache import TESTED, RecomputeCache, ReplicatedCache, choose_cache
 
 PROMPTS = [[5, 9, 40, 77, 8, 3, 21, 60, 12, 4, 33], [7, 7, 2], [90, 14, 6, 50, 51, 52]]
@@ -48,16 +48,26 @@ def tiny(config):
     return transformers.AutoModelForCausalLM.from_config(config).eval()
 
 
-@pytest.mark.parametrize("kind", ["dynamic", "longrope"])
-def test_rope_that_depends_on_the_batch_is_recomputed(kind, caplog):
-    """Its frequencies follow the longest row, so a prompt would feel its neighbours."""
-    rope = {"rope_type": kind, "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 16}
-    if kind == "longrope":
-        rope |= {"short_factor": [1.0] * 6, "long_factor": [4.0] * 6}
-    sizes = {"vocab_size": 64, "hidden_size": 48, "intermediate_size": 64, "num_hidden_layers": 1}
-    config = transformers.LlamaConfig(**sizes, num_attention_heads=4, rope_parameters=rope)
-    assert choose_cache(tiny(config)) is RecomputeCache
-    assert f"{kind} RoPE" in caplog.text
+def rope(kind, **extra):
+    sizes = {"vocab_size": 320, "hidden_size": 48, "intermediate_size": 64, "num_hidden_layers": 2}
+    parameters = {"rope_type": kind, "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 16}
+    return tiny(transformers.LlamaConfig(**sizes, num_attention_heads=4, rope_parameters=parameters | extra))
+
+
+def test_longrope_is_recomputed_so_that_a_prompt_does_not_feel_its_neighbours(model_dirs, caplog):
+    model = rope("longrope", short_factor=[1.0] * 6, long_factor=[4.0] * 6)
+    engine = Engine(model, transformers.AutoTokenizer.from_pretrained(model_dirs["llama"]))
+    assert "longrope" in caplog.text
+    short, long, sampling = "77", "7" * 30, SamplingParams(max_tokens=8, seed=1)
+    assert len(engine.encode(short)) + 8 < 16 < len(engine.encode(long))
+    both = engine.generate([short, long], sampling=sampling)
+    for prompt, result in zip((short, long), both, strict=True):
+        assert result.logp_base == pytest.approx(engine.generate(prompt, sampling=sampling)[0].logp_base, abs=1e-4)
+
+
+def test_dynamic_rope_is_refused():
+    with pytest.raises(InputError, match="dynamic RoPE"):
+        choose_cache(rope("dynamic"))
 
 
 def test_unknown_architecture_that_branches_is_accepted():

@@ -99,12 +99,15 @@ def test_unreadable_lines_are_named_and_the_others_processed(run, tmp_path):
     file = tmp_path / "prompts.jsonl"
     good = json.dumps({"prompt": PROMPT})
     lines = [good, "{not json", json.dumps({"text": "x"}), json.dumps({"prompt": ""}), "", "[1]", good]
+    lines += ["[" * 100_000, json.dumps({"prompt": "\ud800"})]
     file.write_text("\n".join(lines))
     code, out, err = run("generate", "--input", file, "--json", "--max-tokens", 4, "--seed", 1)
     assert code == 2
     assert len(out.splitlines()) == 2
-    assert [line.split(": ")[1] for line in err.splitlines()] == [f"{file}:{i}" for i in (2, 3, 6)] + [
-        f"{file}:4 is empty"
+    assert [line.split(": ")[1] for line in err.splitlines()] == [
+        *(f"{file}:{i}" for i in (2, 3, 6, 8)),
+        f"{file}:4 is empty",
+        f"{file}:9 is not valid Unicode",
     ]
 
 
@@ -125,7 +128,7 @@ def test_unreadable_lines_are_named_and_the_others_processed(run, tmp_path):
             ["generate", PROMPT, "--k", "4"],
             "--k is not used by strategy 'base' (it is by blockwise, best-of-k, q-probe)",
         ),
-        (["generate", PROMPT, "--temperature", "-1"], "temperature is out of range"),
+        (["generate", PROMPT, "--temperature", "-1"], "temperature must be a finite number in 0 .. inf, got -1"),
         (["generate", PROMPT, "--k", "many"], "valid integer"),
         (["generate", PROMPT, "--no-such-option"], "No such option"),
         (["generate", PROMPT, "--input", "x.jsonl"], "not both"),
@@ -133,7 +136,10 @@ def test_unreadable_lines_are_named_and_the_others_processed(run, tmp_path):
         (["generate", ""], "prompt 1 is empty"),
         (["generate", "wonderful " * 600], "needs room for one more"),
         (["generate"], "no prompt on stdin"),
-        (["demo", "--prompts", "0"], "--prompts must be at least 1"),
+        (["demo", "--prompts", "0"], "--prompts must be a whole number of at least 1"),
+        (["demo", "--svg", "/no/such/dir/x.svg"], "/no/such/dir/x.svg: no such directory"),
+        (["generate", PROMPT, "--device", "abacus"], "device 'abacus'"),
+        (["generate", "caf\udce9"], "prompt 1 is not valid Unicode"),
         (["decode"], "No such command"),
     ],
 )

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 
+import numpy as np
 import pytest
 import torch
 import transformers
@@ -166,6 +168,38 @@ def test_max_tokens_and_context_end_a_response(model_dirs):
             assert (r.finish_reason == "stop") == (r.tokens[-1] in engine.eos)
 
 
+@pytest.mark.parametrize("strategy", [BestOfK(2), Blockwise(2, 60)], ids=str)
+def test_ended_rows_are_never_fed_beyond_the_context(model_dirs, strategy):
+    """GPT-2's positions are a table: one step too far is an IndexError, for the whole batch."""
+    engine = Engine.from_pretrained(model_dirs["gpt2"], scorer=count_the)
+    engine.eos = frozenset()  # nothing but length ends a row
+    prompts = ["sphinx", "pack my", "the quick", "7" * 50]  # a token a digit
+    room = engine.context - len(engine.encode(prompts[3]))
+    assert 0 < room < 60
+    results = engine.generate(prompts, strategy, SamplingParams(max_tokens=60, seed=1))
+    assert len(results[3].tokens) <= room
+    for prompt, result in zip(prompts, results, strict=True):
+        assert engine.generate(prompt, strategy, SamplingParams(max_tokens=60, seed=1))[0].tokens == result.tokens
+
+
+def test_reported_seed_gives_the_result_again(engine):
+    for sampling in (SamplingParams(max_tokens=12), SamplingParams(max_tokens=12, seed=5)):
+        (result,) = engine.generate(reviews.prompts(1), sampling=sampling)
+        assert engine.generate(result.prompt, sampling=SamplingParams(max_tokens=12, seed=result.seed)) == [result]
+
+
+def test_a_score_of_weight_zero_does_not_reach_the_reward(engine):
+    engine.set_scorer([(0.0, lambda prompts, completions: [-math.inf] * len(completions)), (1.0, reviews.sentiment)])
+    result = engine.generate(reviews.prompts(1), BestOfK(3), SamplingParams(max_tokens=20, seed=1))[0]
+    assert result.reward == result.rewards["sentiment"]
+
+
+def test_numbers_of_numpy_are_numbers():
+    assert SamplingParams(max_tokens=np.int64(3), temperature=np.float32(0.5), seed=np.int64(4)).seed == 4
+    assert BestOfK(np.int64(4)).k == 4
+    assert Tokenwise(np.float64(2)) == Tokenwise(2.0)
+
+
 def test_branches_differ_and_repeat_with_the_seed(engine):
     engine.set_scorer(reviews.sentiment)
     run = [engine.generate(reviews.prompts(2), BestOfK(8), SamplingParams(seed=s)) for s in (1, 1, 2)]
@@ -298,6 +332,31 @@ class TestBadInput:
         with pytest.raises(InputError, match="safetensors"):
             Engine.from_pretrained(tmp_path)
 
+    def test_checkpoint_that_lacks_weights_is_not_filled_with_random_ones(self, tmp_path, model_dirs):
+        model = transformers.AutoModelForCausalLM.from_pretrained(model_dirs["llama"])
+        del model.model.norm.weight
+        model.save_pretrained(tmp_path)
+        transformers.AutoTokenizer.from_pretrained(model_dirs["llama"]).save_pretrained(tmp_path)
+        with pytest.raises(InputError, match=r"lacks 1 of the weights .*'model\.norm\.weight'"):
+            Engine.from_pretrained(tmp_path)
+
+    @pytest.mark.parametrize("damage", ["pointer", "truncated", "config", "tokenizer"])
+    def test_damaged_checkpoint(self, tmp_path, model_dirs, damage):
+        shutil.copytree(model_dirs["qwen2"], tmp_path, dirs_exist_ok=True)
+        weights = tmp_path / "model.safetensors"
+        if damage == "pointer":  # cloned without git-lfs
+            weights.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 12\n")
+        elif damage == "truncated":
+            weights.write_bytes(weights.read_bytes()[:5000])
+        elif damage == "config":
+            (tmp_path / "config.json").write_text("{")
+        else:
+            for file in tmp_path.glob("tokenizer*"):
+                file.unlink()
+        with pytest.raises(InputError, match=f"model {tmp_path}: ") as caught:
+            Engine.from_pretrained(tmp_path)
+        assert "\n" not in str(caught.value)
+
     def test_remote_code_does_not_run(self, tmp_path, model_dirs):
         config = json.loads((model_dirs["llama"] / "config.json").read_text())
         config |= {"model_type": "mine", "auto_map": {"AutoConfig": "evil.C", "AutoModelForCausalLM": "evil.M"}}
@@ -315,6 +374,10 @@ class TestBadInput:
     def test_prompt_longer_than_the_context(self, engine):
         with pytest.raises(InputError, match=r"prompt 0 has \d+ tokens, .* reads 512"):
             engine.generate("wonderful " * 600)
+
+    def test_prompt_with_a_lone_surrogate(self, engine):
+        with pytest.raises(InputError, match="prompt 0 is not valid Unicode"):
+            engine.generate("caf\ud800")
 
     def test_prompt_of_the_wrong_type(self, engine):
         with pytest.raises(InputError, match="prompt 1 is not a string"):
@@ -338,6 +401,30 @@ class TestBadInput:
         with pytest.raises(InputError, match="'probe' scores whole prefixes"):
             engine.generate("a", Tokenwise(1.0))
 
+    @pytest.mark.parametrize("device", ["cuda:77", "abacus"])
+    def test_device_that_is_not_there(self, device):
+        with pytest.raises(InputError, match=f"device '{device}'"):
+            Engine.from_pretrained(pyengine.embedded("policy"), device=device)
+
+    @pytest.mark.parametrize(
+        "make",
+        [
+            lambda: Tokenwise("4"),
+            lambda: Tokenwise(math.inf),
+            lambda: Blockwise(True),
+            lambda: Blockwise(2, 2.5),
+            lambda: Blockwise(2, 0),
+            lambda: BestOfK(0),
+            lambda: BestOfK(2, "softmax"),
+            lambda: BestOfK(2, "softmax", 0.0),
+            lambda: BestOfK(2, beta=1.0),
+            lambda: BestOfK(2, "best"),
+        ],
+    )
+    def test_strategy_out_of_range(self, make):
+        with pytest.raises(InputError, match=r"Tokenwise|Blockwise|BestOfK"):
+            make()
+
     def test_infinite_logits_name_the_prompt(self, model_dirs):
         engine = Engine.from_pretrained(model_dirs["llama"])
         with torch.no_grad():
@@ -356,6 +443,10 @@ class TestBadInput:
             {"top_p": 1.5},
             {"min_p": -0.1},
             {"seed": 2**64},
+            {"seed": 1.0},
+            {"max_tokens": 6.5},
+            {"temperature": None},
+            {"top_k": "3"},
         ],
     )
     def test_sampling_out_of_range(self, change):

@@ -19,7 +19,10 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 
 
 def python(code, cwd):
-    return subprocess.run([sys.executable, "-c", code], cwd=cwd, capture_output=True, text=True, check=False)
+    """stdout of the program; a failure shows its stderr."""
+    done = subprocess.run([sys.executable, "-c", code], cwd=cwd, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
 
 
 @pytest.fixture(scope="module")
@@ -76,9 +79,7 @@ from pyengine import Engine, SamplingParams
 engine = Engine.from_pretrained(pyengine.embedded("policy"))
 print(engine.generate("Review of the Harbour, a bakery:", sampling=SamplingParams(max_tokens=4, seed=1))[0].text)
 """
-    done = python(code, tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.strip()
+    assert python(code, tmp_path).strip()
 
 
 def test_extension_does_not_link_torch():
@@ -91,9 +92,8 @@ def test_the_folder_kernels_is_never_taken_for_the_package_kernels(tmp_path):
     """transformers imports whatever `kernels` it finds; ours must not be it."""
     assert not (ROOT / "kernels" / "__init__.py").exists()
     code = "import importlib.util as u; s = u.find_spec('kernels'); print(s and s.submodule_search_locations)"
-    assert str(ROOT) not in python(code, tmp_path).stdout
-    done = python("from transformers import Trainer, LlamaForCausalLM; print(Trainer.__name__)", ROOT)
-    assert done.stdout.strip() == "Trainer", done.stderr
+    assert str(ROOT) not in python(code, tmp_path)
+    assert python("from transformers import Trainer, LlamaForCausalLM; print(Trainer.__name__)", ROOT) == "Trainer\n"
 
 
 def test_nothing_puts_the_repository_on_the_path(tmp_path):
@@ -102,14 +102,13 @@ def test_nothing_puts_the_repository_on_the_path(tmp_path):
     assert "--import-mode=importlib" in options["addopts"]
     assert "pythonpath" not in options
     assert not (ROOT / "tests" / "__init__.py").exists()
-    path = python("import sys; print('\\n'.join(sys.path))", tmp_path).stdout.splitlines()
+    path = python("import sys; print('\\n'.join(sys.path))", tmp_path).splitlines()
     assert not {str(ROOT), str(ROOT.parent)} & set(path)
 
 
 def test_package_works_from_the_repository_root():
     """`python -m bench.something` puts the root first: the extension must still be found."""
-    done = python("import pyengine.ops; print(pyengine._C.instruction_set())", ROOT)
-    assert done.returncode == 0, done.stderr
+    assert python("import pyengine.ops; print(pyengine._C.instruction_set())", ROOT).strip()
 
 
 def test_embedded_models_are_small_and_plain():

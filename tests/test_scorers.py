@@ -45,6 +45,38 @@ def test_a_weighted_list_is_a_scorer():
     assert (a.name, b.name) == ("sentiment", "sentiment")
 
 
+def test_names_are_unique_whatever_they_are():
+    named = [(1.0, FunctionScorer(reviews.length, name)) for name in ("a", "a-2", "a", "a")]
+    assert [p.name for p in parts_of(named)] == ["a", "a-2", "a-3", "a-4"]
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda prompts, completions: [float(len(c)) for c in completions],
+        lambda completions, prompts: [float(len(c)) for c in completions],
+        lambda completions, **kwargs: [float(len(c)) for c in completions],
+        lambda asked, answers: [float(len(a)) for a in answers],
+    ],
+)
+def test_functions_are_called_as_their_arguments_are_named(function):
+    with torch.inference_mode():
+        assert FunctionScorer(function).score(candidates(["four", "seven!!"])).tolist() == [4.0, 7.0]
+
+
+def test_none_is_nan():
+    assert FunctionScorer(lambda p, c: [None, 1.0]).score(candidates(["a", "b"])).isnan().tolist() == [True, False]
+
+
+def test_reward_model_whose_positions_start_late(tmp_path, model_dirs):
+    """RoBERTa: 66 positions hold 64 tokens."""
+    tokenizer = transformers.AutoTokenizer.from_pretrained(model_dirs["llama"])
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "max_position_embeddings": 66}
+    config = transformers.RobertaConfig(vocab_size=len(tokenizer), num_labels=1, pad_token_id=1, **sizes)
+    scorer = RewardModel(transformers.RobertaForSequenceClassification(config), tokenizer)
+    assert scorer.longest == 64
+
+
 def test_reward_model_scores_text_one_by_one_as_in_a_batch():
     scorer = RewardModel.from_pretrained(pyengine.embedded("reward-model"))
     texts = [" The bread was lovely.", " The bread was awful and the coffee was dreadful.", " I went there."]
@@ -129,6 +161,11 @@ class TestBadInput:
         transformers.AutoTokenizer.from_pretrained(model_dirs["llama"]).save_pretrained(tmp_path)
         with pytest.raises(InputError, match="has 3 outputs"):
             load_scorer(tmp_path)
+
+    def test_language_model_in_place_of_a_reward_model(self, model_dirs):
+        """Its scoring head would be random numbers."""
+        with pytest.raises(InputError, match=r"lacks 1 of the weights of a LlamaForSequenceClassification"):
+            RewardModel.from_pretrained(model_dirs["llama"])
 
     def test_text_longer_than_the_reward_model_reads(self):
         scorer = RewardModel.from_pretrained(pyengine.embedded("reward-model"))

@@ -33,7 +33,7 @@ FILTERS = {
 @pytest.fixture(params=ISAS)
 def isa(request, monkeypatch):
     """Runs the test with each instruction set of this machine."""
-    monkeypatch.setattr(ops, "_FORCED_ISA", request.param)
+    monkeypatch.setattr(ops, "FORCED_ISA", request.param)
     return request.param
 
 
@@ -321,6 +321,24 @@ def test_logits_of_any_magnitude(isa):
     assert out.valid.all()
     assert torch.equal(out.token, want.token)
     torch.testing.assert_close(out.logp_base, want.logp_base, atol=1e-3, rtol=1e-5)
+
+
+@pytest.mark.parametrize("forbidden", [1024, 2048, 2500])
+def test_leading_blocks_that_are_forbidden(isa, forbidden):
+    """Sums are relative to the first block that has a finite maximum; far from 0 a default would underflow."""
+    torch.manual_seed(11)
+    logits, values = torch.randn(2, 3000), torch.randn(1, 2, 3000) - 50
+    values[..., :forbidden] = -math.inf
+    low = torch.randn(2, 3000) - 110
+    low[:, :forbidden] = -math.inf
+    cases = [((logits, values, 4.0), {}), ((low,), {}), ((low + 95,), {"temperature": 0.1})]
+    for arguments, parameters in cases:
+        for extra in ({}, {"top_k": 7}, {"top_p": 0.9}):
+            out = ops.tilt_sample(*arguments, seed=3, **parameters, **extra)
+            want = expected(*arguments, seed=3, **parameters, **extra)
+            assert out.valid.all()
+            assert torch.equal(out.token, want.token)
+            torch.testing.assert_close(out.kl, want.kl, atol=1e-4, rtol=1e-5)
 
 
 def test_mask_removes_tokens_from_base_and_policy():

@@ -114,27 +114,32 @@ struct Scratch {
   alignas(64) float tilt[kBlock], weight[kBlock];
 };
 
-// A shift for sums over block b: its maximum, or 0 where every token is forbidden or the maximum is
-// infinite (the sums then show it).
-float shift_for(Row& row, int64_t b, bool tilted) {
-  const float top = row.top(b, tilted);
-  return std::isfinite(top) ? top : 0.0f;
+// A shift for sums over the blocks from `first` on: the maximum of the first block up to `last` that has a
+// finite one. 0 where there is none: every token is forbidden, or infinite, and the sums show it.
+float shift_for(Row& row, int64_t first, int64_t last, bool tilted) {
+  for (int64_t b = first; b <= last; ++b) {
+    const float top = row.top(b, tilted);
+    if (std::isfinite(top)) return top;
+  }
+  return 0.0f;
 }
 
-// One pass over the row, every block relative to the first block's maxima. Only a block that outgrows
+// One pass over the row, every block relative to the maxima of the first block that has finite ones, so
+// that the sums of a row with an allowed token are never 0. Only a block that outgrows
 // fp32's range (2^127 above them) or holds a logit or value that is not finite is summed again, relative
 // to its own.
 RowSums accumulate(Row& row, Scratch& s) {
   RowSums total;
   s.sums.resize(size_t(row.blocks()));
-  const float shift_base = shift_for(row, 0, false), shift_tilt = shift_for(row, 0, true);
+  const int64_t last = row.blocks() - 1;
+  const float shift_base = shift_for(row, 0, last, false), shift_tilt = shift_for(row, 0, last, true);
   bool careful = false;
   for (int64_t b = 0; b < row.blocks(); ++b) {
     row.read(b);
     BlockSums sums =
         (careful ? row.kernels.careful_sums : row.kernels.sums)(row.block, shift_base, shift_tilt);
     if (!std::isfinite(sums.s_base + sums.s_tilt + sums.e_delta)) {
-      const float own_base = shift_for(row, b, false), own_tilt = shift_for(row, b, true);
+      const float own_base = shift_for(row, b, b, false), own_tilt = shift_for(row, b, b, true);
       row.read(b);
       sums = row.kernels.careful_sums(row.block, own_base, own_tilt);
       careful = true;  // -inf seldom comes alone: a mask must not cost every block twice

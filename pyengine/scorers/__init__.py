@@ -35,7 +35,10 @@ def load_scorer(path: str | Path, trust_remote_code: bool = False) -> Scorer:
     directory = Path(path)
     config_file = directory / "config.json"
     if config_file.is_file():
-        config = json.loads(config_file.read_text())
+        try:
+            config = json.loads(config_file.read_bytes())
+        except ValueError as error:
+            raise InputError(f"scorer {path}: config.json is not JSON: {error}") from error
         if FORMAT in config:
             return load_head(directory, config)
     elif directory.is_dir() or directory.is_absolute() or str(path).startswith("."):
@@ -43,24 +46,25 @@ def load_scorer(path: str | Path, trust_remote_code: bool = False) -> Scorer:
     return RewardModel.from_pretrained(path, trust_remote_code)
 
 
-def parts_of(scorer: ScorerLike | None, trust_remote_code: bool = False) -> list[Part]:
+def parts_of(scorer: ScorerLike | None) -> list[Part]:
     """Any scorer as its weighted parts, in order; nested lists multiply their weights."""
     parts: list[Part] = []
-    for weight, part in _flatten(scorer, 1.0, trust_remote_code):
+    for weight, part in _flatten(scorer, 1.0):
         if not math.isfinite(weight):
             raise InputError(f"scorer {part.name!r}: its weight must be a finite number, got {weight}")
-        twins = sum(part.name == p.scorer.name for p in parts)
-        parts.append(Part(weight, part.name if not twins else f"{part.name}-{twins + 1}", part))
+        taken = {p.name for p in parts}
+        names = (part.name, *(f"{part.name}-{i}" for i in range(2, len(parts) + 3)))
+        parts.append(Part(weight, next(name for name in names if name not in taken), part))
     return parts
 
 
-def _flatten(scorer: Any, weight: float, trust_remote_code: bool) -> list[tuple[float, Scorer]]:
+def _flatten(scorer: Any, weight: float) -> list[tuple[float, Scorer]]:
     if scorer is None:
         return []
     if isinstance(scorer, Scorer):
         return [(weight, scorer)]
     if isinstance(scorer, (str, os.PathLike)):
-        return [(weight, load_scorer(Path(scorer), trust_remote_code))]
+        return [(weight, load_scorer(Path(scorer)))]
     if callable(scorer):
         return [(weight, FunctionScorer(scorer))]
     if isinstance(scorer, Sequence):
@@ -68,6 +72,6 @@ def _flatten(scorer: Any, weight: float, trust_remote_code: bool) -> list[tuple[
         for item in scorer:
             if not (isinstance(item, (tuple, list)) and len(item) == 2 and isinstance(item[0], (int, float))):
                 raise InputError(f"a list of scorers holds (weight, scorer) pairs, got {item!r}")
-            parts += _flatten(item[1], weight * item[0], trust_remote_code)
+            parts += _flatten(item[1], weight * item[0])
         return parts
     raise InputError(f"not a scorer: {scorer!r}; give a Scorer, a directory, a callable or (weight, scorer) pairs")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+import math
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -66,14 +68,30 @@ class Scorer:
 
 
 class FunctionScorer(Scorer):
-    """A Python callable f(prompts, completions) -> one float a completion (the form TRL uses)."""
+    """A Python callable over lists of prompts and completions that returns one float for each.
 
-    def __init__(self, function: Callable[[list[str], list[str]], Any], name: str | None = None) -> None:
+    Called with `prompts=` and `completions=` where it takes arguments of these names, as TRL's reward
+    functions do, else with the two lists in this order. None stands for NaN.
+    """
+
+    def __init__(self, function: Callable[..., Any], name: str | None = None) -> None:
         self.function = function
         self.name = name or str(getattr(function, "__name__", "function"))
+        try:
+            parameters = inspect.signature(function).parameters
+        except ValueError:  # some builtins have none
+            parameters = {}  # type: ignore[assignment]
+        rest = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+        self._by_name = "completions" in parameters and (rest or "prompts" in parameters)
 
     def score(self, candidates: Candidates) -> Tensor:
-        scores = self.function(list(candidates.prompts), candidates.completions)
+        prompts, completions = list(candidates.prompts), candidates.completions
+        if self._by_name:
+            scores = self.function(prompts=prompts, completions=completions)
+        else:
+            scores = self.function(prompts, completions)
+        if isinstance(scores, (list, tuple)):
+            scores = [math.nan if s is None else s for s in scores]
         out = torch.as_tensor(scores, dtype=torch.float32)
         if out.shape != (len(candidates.tokens),):
             raise InputError(

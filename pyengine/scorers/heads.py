@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -117,6 +118,6 @@ def load_head(directory: Path, config: dict[str, Any]) -> PrefixScorer | Probe:
     try:
         scorer = kinds[kind](**arguments)
         scorer.load_state_dict(load_file(directory / "model.safetensors"))
-    except (OSError, RuntimeError, TypeError) as error:
+    except (OSError, RuntimeError, TypeError, SafetensorError) as error:
         raise InputError(f"scorer {directory}: {str(error).splitlines()[0]}") from error
     return scorer.eval()

@@ -8,8 +8,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from transformers import AutoModelForSequenceClassification
 
+from pyengine.checkpoint import load_checkpoint
 from pyengine.errors import InputError
 from pyengine.scorers.base import Candidates, Scorer
 
@@ -31,16 +32,14 @@ class RewardModel(Scorer):
         model.config.pad_token_id = tokenizer.pad_token_id
         self.model, self.tokenizer, self.name = model.eval(), tokenizer, name
         self.longest = getattr(model.config, "max_position_embeddings", None) or math.inf
+        for name, module in model.named_modules():  # RoBERTa counts positions from its padding index + 1
+            if name.endswith("position_embeddings") and getattr(module, "padding_idx", None) is not None:
+                self.longest -= module.padding_idx + 1
 
     @classmethod
     def from_pretrained(cls, path: str | Path, trust_remote_code: bool = False) -> RewardModel:
         """Load from a directory or hub id; safetensors only."""
-        arguments = {"trust_remote_code": trust_remote_code}
-        try:
-            model = AutoModelForSequenceClassification.from_pretrained(path, use_safetensors=True, **arguments)
-            tokenizer = AutoTokenizer.from_pretrained(path, **arguments)
-        except (OSError, ValueError) as error:
-            raise InputError(f"reward model {path}: {str(error).splitlines()[0]}") from error
+        model, tokenizer = load_checkpoint(AutoModelForSequenceClassification, "reward model", path, trust_remote_code)
         return cls(model, tokenizer, Path(path).name)
 
     def move(self, device: torch.device) -> None:

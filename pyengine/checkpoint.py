@@ -1,0 +1,37 @@
+"""Loading a checkpoint and its tokenizer with transformers, so that whatever is wrong with it is said in one line."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoTokenizer
+
+from pyengine.errors import InputError
+
+
+def load_checkpoint(auto: Any, kind: str, path: str | Path, trust_remote_code: bool, **arguments: Any) -> Any:
+    """(model, tokenizer) from a directory or hub id; safetensors only, no code of its own unless asked for.
+
+    auto: a transformers Auto class. Raises InputError, naming `kind` and `path`, for anything that cannot
+    be loaded whole: transformers would fill missing weights with random numbers and go on.
+    """
+    if (Path(path).is_absolute() or str(path).startswith(".")) and not Path(path).is_dir():
+        raise InputError(f"{kind} {path}: no such directory")
+    try:
+        model, found = auto.from_pretrained(
+            path, use_safetensors=True, trust_remote_code=trust_remote_code, output_loading_info=True, **arguments
+        )
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
+    except Exception as error:
+        reason = str(error).strip().splitlines()
+        raise InputError(f"{kind} {path}: {reason[0] if reason else type(error).__name__}") from error
+    if not tokenizer("a", add_special_tokens=False).input_ids:
+        raise InputError(f"{kind} {path}: its tokenizer knows no text; are the tokenizer files there?")
+    missing = sorted(found["missing_keys"])
+    if missing:
+        raise InputError(
+            f"{kind} {path}: the checkpoint lacks {len(missing)} of the weights of a {type(model).__name__}, "
+            f"{missing[0]!r} among them"
+        )
+    return model, tokenizer
