@@ -53,24 +53,19 @@ def cumsum_log_softmax(logits, values, weight):
     return outputs(base, tilted, policy, inverse_cdf(policy))
 
 
-def cumsum_softmax(logits, values, weight):
+def cumsum_softmax(logits, values, weight, expectation=lambda p, x: (p * x).sum(-1)):
     """No log-softmax: log-probabilities of the drawn token only, KL = E[delta] - log Z."""
     delta = weight * values.float()
     policy, base = torch.softmax(logits.float() + delta, -1), torch.softmax(logits.float(), -1)
     token = inverse_cdf(policy)
     logp_policy, logp_base = policy.gather(-1, token).log()[:, 0], base.gather(-1, token).log()[:, 0]
     log_z = delta.gather(-1, token)[:, 0] - (logp_policy - logp_base)
-    return token[:, 0], logp_base, logp_policy, (policy * delta).sum(-1) - log_z
+    return token[:, 0], logp_base, logp_policy, expectation(policy, delta) - log_z
 
 
 def cumsum_softmax_dot(logits, values, weight):
     """The same, with the expectation as a batched dot product."""
-    delta = weight * values.float()
-    policy, base = torch.softmax(logits.float() + delta, -1), torch.softmax(logits.float(), -1)
-    token = inverse_cdf(policy)
-    logp_policy, logp_base = policy.gather(-1, token).log()[:, 0], base.gather(-1, token).log()[:, 0]
-    log_z = delta.gather(-1, token)[:, 0] - (logp_policy - logp_base)
-    return token[:, 0], logp_base, logp_policy, torch.linalg.vecdot(policy, delta) - log_z
+    return cumsum_softmax(logits, values, weight, torch.linalg.vecdot)
 
 
 def eager_filters(logits, values, weight, top_k=50, top_p=0.95):

@@ -7,7 +7,7 @@ from typing import Any
 
 from transformers import AutoTokenizer
 
-from pyengine.errors import InputError
+from pyengine.errors import InputError, first_line
 
 
 def load_checkpoint(auto: Any, kind: str, path: str | Path, trust_remote_code: bool, **arguments: Any) -> Any:
@@ -24,8 +24,7 @@ def load_checkpoint(auto: Any, kind: str, path: str | Path, trust_remote_code: b
         )
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
     except Exception as error:
-        reason = str(error).strip().splitlines()
-        raise InputError(f"{kind} {path}: {reason[0] if reason else type(error).__name__}") from error
+        raise InputError(f"{kind} {path}: {first_line(error)}") from error
     if not tokenizer("a", add_special_tokens=False).input_ids:
         raise InputError(f"{kind} {path}: its tokenizer knows no text; are the tokenizer files there?")
     missing = sorted(found["missing_keys"])

@@ -6,6 +6,7 @@ import math
 import re
 import time
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -29,11 +30,11 @@ class Row:
     results: list[Result]
     seconds: float
 
-    @property
+    @cached_property
     def sentiments(self) -> list[float]:
         return [reviews.sentiment_of(r.text) for r in self.results]
 
-    @property
+    @cached_property
     def mean(self) -> float:
         return sum(self.sentiments) / len(self.results)
 

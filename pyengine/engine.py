@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM
 from pyengine import ledger, ops
 from pyengine.cache import Cache, Frontier, choose_cache
 from pyengine.checkpoint import load_checkpoint
-from pyengine.errors import InputError
+from pyengine.errors import InputError, first_line
 from pyengine.results import Block, Candidate, Event, FinishReason, Result, SamplingParams
 from pyengine.scorers import Candidates, Hidden, Part, Policy, ScorerLike, parts_of
 from pyengine.strategies import BASE, BestOfK, Blockwise, Strategy, Tokenwise
@@ -124,7 +124,7 @@ class Engine:
         try:
             model = model.to(device)
         except (RuntimeError, AssertionError) as error:
-            raise InputError(f"device {device!r}: {str(error).strip().splitlines()[0]}") from error
+            raise InputError(f"device {device!r}: {first_line(error)}") from error
         return cls(model, tokenizer, scorer, max_rows)
 
     def set_scorer(self, scorer: ScorerLike | None) -> None:
@@ -311,7 +311,7 @@ class Engine:
             # Ended branches are never read again: they go once they are half of the rows, or before the model
             # would be asked for a position beyond its context.
             full = any(tail.finish_reason[i] and step + 1 >= context_room[i] for i in slots)
-            if full or 2 * len(going) <= len(slots):
+            if step + 1 < steps and (full or 2 * len(going) <= len(slots)):  # else the block's commit drops them
                 index = torch.tensor(going, device=device)
                 frontier = cache.commit(index)
                 columns = {name: column[index] for name, column in columns.items()}

@@ -11,6 +11,12 @@ class InputError(ValueError):
     """The caller's input is at fault; the message is one line that names the thing and what to do."""
 
 
+def first_line(error: BaseException) -> str:
+    """What an exception says, on one line."""
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
+
+
 def whole(value: Any, name: str, least: int, most: int = 2**63 - 1) -> int:
     """`value` as an int in [least, most]; InputError, naming it, if it is not a whole number there."""
     try:

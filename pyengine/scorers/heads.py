@@ -11,7 +11,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from pyengine.errors import InputError
+from pyengine.errors import InputError, first_line
 from pyengine.scorers.base import Candidates, Hidden, Policy, Scorer
 
 FORMAT = "pyengine_scorer"
@@ -119,5 +119,5 @@ def load_head(directory: Path, config: dict[str, Any]) -> PrefixScorer | Probe:
         scorer = kinds[kind](**arguments)
         scorer.load_state_dict(load_file(directory / "model.safetensors"))
     except (OSError, RuntimeError, TypeError, SafetensorError) as error:
-        raise InputError(f"scorer {directory}: {str(error).splitlines()[0]}") from error
+        raise InputError(f"scorer {directory}: {first_line(error)}") from error
     return scorer.eval()
