@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 # What the installed environment depends on. Python files do not count: the install is editable.
-INPUTS := constraints.txt pyproject.toml CMakeLists.txt $(shell find csrc -type f)
+INPUTS := constraints.txt pyproject.toml CMakeLists.txt $(shell find csrc kernels -type f)
 
 .PHONY: demo test lint format bench embedded clean
 

@@ -20,6 +20,9 @@ namespace pyengine {
 // Sums run over fixed blocks of this many tokens whatever the batch or the thread count, so a row's
 // result depends on that row alone.
 constexpr int kBlock = 1024;
+
+enum class DType : int { f32 = 0, bf16 = 1, f16 = 2 };
+
 constexpr float kLog2E = 1.44269504088896341f;
 constexpr double kLn2 = 0.693147180559945309417;
 
@@ -61,15 +64,18 @@ PYENGINE_FN double kl_nats(double e_delta, double s_tilt, double lse2_tilt, doub
   return kLn2 * (e_delta / s_tilt - lse2_tilt + lse2_base);
 }
 
-// Philox4x32-10 (Salmon et al., 2011): a pure function of (seed, position, stream), so a draw does
-// not depend on the batch, the slot or the number of threads.
+// One stream for each use of a (seed, position), so that no two draws share their bits.
+constexpr uint32_t kTokenStream = 0, kSelectStream = 1, kGumbelStream = 2;
+
+// Philox4x32-10 (Salmon et al., 2011): a pure function of (seed, position, stream, counter), so a draw
+// does not depend on the batch, the slot or the number of threads.
 struct Philox {
   uint32_t x[4];
 };
 
-PYENGINE_FN Philox philox(uint64_t seed, uint64_t position, uint32_t stream) {
+PYENGINE_FN Philox philox(uint64_t seed, uint64_t position, uint32_t stream, uint32_t counter = 0) {
   uint32_t k0 = uint32_t(seed), k1 = uint32_t(seed >> 32);
-  Philox c{{uint32_t(position), uint32_t(position >> 32), stream, 0u}};
+  Philox c{{uint32_t(position), uint32_t(position >> 32), stream, counter}};
   for (int round = 0; round < 10; ++round) {
     const uint64_t p0 = uint64_t(0xD2511F53u) * c.x[0], p1 = uint64_t(0xCD9E8D57u) * c.x[2];
     c = Philox{
@@ -85,5 +91,10 @@ PYENGINE_FN Philox philox(uint64_t seed, uint64_t position, uint32_t stream) {
 PYENGINE_FN double uniform53(uint32_t high, uint32_t low) {
   return double(((uint64_t(high) << 32) | low) >> 11) * 0x1p-53;
 }
+
+// Gumbel noise of a token is -log(E), E = exponential(word token % 4 of Philox counter token / 4).
+// log1p keeps E's relative precision where it is small: that is where unlikely tokens win, and 32 bits
+// reach 2^-33.
+PYENGINE_FN double exponential(uint32_t word) { return -log1p(-(double(word) + 0.5) * 0x1p-32); }
 
 }  // namespace pyengine

@@ -248,7 +248,7 @@ def report() -> Iterator[tuple[str, str]]:
     yield "python", f"{platform.python_version()} on {platform.machine()}"
     for package in ("torch", "transformers", "tokenizers", "safetensors"):
         yield package, importlib.metadata.version(package)
-    yield "CPU kernels", f"C++ with {_C.instruction_set(ops.FORCED_ISA)}, built by {_C.compiler()}"
+    yield "CPU kernels", f"C++ with {_C.instruction_set(ops.common.FORCED_ISA)}, built by {_C.compiler()}"
     yield "threads", str(torch.get_num_threads())
     if torch.cuda.is_available():
         yield "GPU", f"{torch.cuda.get_device_name()}; ops run their PyTorch reference, no CUDA kernel is built yet"

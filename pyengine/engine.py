@@ -263,7 +263,7 @@ class Engine:
         context_room = [(self.context or math.inf) - len(r.prompt_ids) - len(r.tokens) for r in rows]
         # k = 1 is the base policy whatever the strategy: token by token, so that it matches to the bit.
         steps = 1 if k == 1 else min(max(room), strategy.block_tokens or max(room))
-        columns = {
+        columns: dict[str, Any] = {
             name: torch.tensor([getattr(r.params, name) for r in rows], device=device)
             for name in ("temperature", "top_k", "top_p", "min_p")
         }

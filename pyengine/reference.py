@@ -8,13 +8,15 @@ kernel's token can be compared with the reference's token and not only its law.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 BLOCK = 1024  # tokens; csrc/algebra.h kBlock
-TOKEN_STREAM, SELECT_STREAM = 0, 1
+# Philox streams: one for each use of a (seed, position), so that no two draws share their bits.
+TOKEN_STREAM, SELECT_STREAM, GUMBEL_STREAM = 0, 1, 2
 
 
 class TiltSample(NamedTuple):
@@ -27,6 +29,43 @@ class TiltSample(NamedTuple):
     valid: Tensor
 
 
+class TokenLogprob(NamedTuple):
+    """What `linear_logprob` and `logits_logprob` return; every field is fp32 of shape [N], in nats.
+
+    Only logp and entropy carry a gradient. The rest are moments for weights, which are detached.
+    """
+
+    logp: Tensor  # l_y - LSE(l)
+    lse: Tensor  # LSE(l)
+    lse2: Tensor  # LSE(2 l)
+    max_logit: Tensor
+    entropy: Tensor  # of softmax(l)
+
+
+class SequenceMoments(NamedTuple):
+    """Sums over the tokens of a response, each of shape [P]; what a paired loss is a function of.
+
+    Only logp carries a gradient: weights made of the rest are detached (WPO, §3.1).
+    """
+
+    logp: Tensor  # sum of log-probabilities
+    tokens: Tensor  # how many, int64
+    sampled: Tensor  # sum of l_y + LSE(l) - LSE(2 l), WPO's sampled alignment
+    greedy: Tensor  # sum of l_y - max l, WPO's greedy alignment
+    entropy: Tensor
+
+
+PairedLoss = Callable[[SequenceMoments, SequenceMoments, Tensor | None, Tensor | None], Tensor]
+
+
+class Preference(NamedTuple):
+    """What `linear_preference` returns."""
+
+    loss: Tensor  # scalar, the mean over pairs; the only field with a gradient
+    losses: Tensor  # [P]
+    moments: SequenceMoments  # of all 2P responses, chosen first
+
+
 class BlockSelection(NamedTuple):
     """What `select_block` returns: index [B], probability [B, K], utility [B, K]."""
 
@@ -35,24 +74,40 @@ class BlockSelection(NamedTuple):
     utility: Tensor
 
 
-def uniforms(seed: Tensor, position: Tensor, stream: int) -> tuple[Tensor, Tensor]:
-    """Two fp64 uniforms in [0, 1) for each (seed, position): Philox4x32-10, 53 bits each.
-
-    seed, position: int64 [B]. The same pair always gives the same numbers.
-    """
+def philox(seed: Tensor, position: Tensor, stream: int, counter: Tensor | int = 0) -> tuple[Tensor, ...]:
+    """Philox4x32-10: four words of 32 bits, as int64, for each (seed, position, stream, counter)."""
     low = 0xFFFFFFFF
     c0, c1 = position & low, (position >> 32) & low
-    c2, c3 = torch.full_like(c0, stream), torch.zeros_like(c0)
+    c2, c3 = torch.full_like(c0, stream), torch.zeros_like(c0) + counter
     k0, k1 = seed & low, (seed >> 32) & low
     for _ in range(10):
         p0, p1 = c0 * 0xD2511F53, c2 * 0xCD9E8D57  # int64 wraps like uint64
         c0, c1, c2, c3 = ((p1 >> 32) & low) ^ c1 ^ k0, p1 & low, ((p0 >> 32) & low) ^ c3 ^ k1, p0 & low
         k0, k1 = (k0 + 0x9E3779B9) & low, (k1 + 0xBB67AE85) & low
+    return c0, c1, c2, c3
+
+
+def uniforms(seed: Tensor, position: Tensor, stream: int) -> tuple[Tensor, Tensor]:
+    """Two fp64 uniforms in [0, 1) of 53 bits for each (seed, position); int64 [B] both."""
+    c0, c1, c2, c3 = philox(seed, position, stream)
 
     def uniform(high: Tensor, rest: Tensor) -> Tensor:
         return ((high << 21) | (rest >> 11)).double() * 2.0**-53
 
     return uniform(c0, c1), uniform(c2, c3)
+
+
+def gumbel(seed: Tensor, position: Tensor, vocab: int) -> Tensor:
+    """Standard Gumbel noise [B, V], a pure function of (seed, position, token id).
+
+    Token i takes word i % 4 of Philox counter i // 4. The exponential -log1p(-u), u = (word + 1/2) / 2^32,
+    keeps its relative precision where it is small, which is where unlikely tokens win.
+    """
+    counter = torch.arange((vocab + 3) // 4, device=seed.device)
+    shape = (len(seed), len(counter))
+    words = philox(seed[:, None].expand(shape), position[:, None].expand(shape), GUMBEL_STREAM, counter)
+    u = (torch.stack(words, -1).flatten(1)[:, :vocab].double() + 0.5) * 2.0**-32
+    return -(-torch.log1p(-u)).log()
 
 
 def _first_above(weights: Tensor, target: Tensor) -> Tensor:
@@ -91,9 +146,13 @@ def tilt_sample(
     min_p: Tensor,
     seed: Tensor,
     position: Tensor,
+    mask: Tensor | None = None,
+    method: str = "inverse",
 ) -> TiltSample:
     """`pyengine.ops.tilt_sample` in fp64; all per-row parameters have shape [B]."""
     x = logits.double()
+    if mask is not None:
+        x = x.masked_fill(~mask, -math.inf)
     vocab = x.shape[-1]
     greedy = temperature == 0
     base = x / torch.where(greedy, 1.0, temperature.double())[:, None]
@@ -124,6 +183,8 @@ def tilt_sample(
     in_block = _first_above(chosen, u_token * chosen.sum(-1))
     flat = _first_above(weight, u_block * weight.sum(-1))
     token = torch.where(filtered, flat, block * BLOCK + in_block)
+    if method == "gumbel":
+        token = (kept + gumbel(seed, position, vocab)).argmax(-1)
     token = torch.where(greedy, (torch.where(valid[:, None], x, 0.0) + delta).argmax(-1), token)
     token = torch.where(valid, token, 0)
 
@@ -146,17 +207,148 @@ def tilt_sample(
     )
 
 
-def select_block(scores: Tensor, weights: Tensor, *, beta: float, seed: Tensor, position: Tensor) -> BlockSelection:
-    """`pyengine.ops.select_block` in fp64: utility = scores . weights, then argmax or a softmax draw."""
-    w = weights.double()
-    utility = torch.where(w == 0, 0.0, scores.double() * w).sum(-1)
+def token_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, softcap: float | None) -> Tensor:
+    """hidden [N, D], weight [V, D], bias [V] -> fp64 logits [N, V], capped as softcap * tanh(z / softcap)."""
+    z = hidden.double() @ weight.double().T
+    if bias is not None:
+        z = z + bias.double()
+    return z if softcap is None else softcap * torch.tanh(z / softcap)
+
+
+def logits_logprob(
+    logits: Tensor, target: Tensor, *, temperature: float = 1.0, softcap: float | None = None, ignore_index: int = -100
+) -> TokenLogprob:
+    """`pyengine.ops.logits_logprob` in fp64, outputs too: gradcheck needs them."""
+    x = logits.double()
+    x = (x if softcap is None else softcap * torch.tanh(x / softcap)) / temperature
+    kept = target != ignore_index
+    lse = x.logsumexp(-1)
+    logp = x.gather(-1, torch.where(kept, target, 0)[:, None])[:, 0] - lse
+    log_p = x - lse[:, None]
+    possible = log_p > -math.inf  # 0 * log 0 = 0, also in the backward pass
+    entropy = -torch.where(possible, log_p.exp() * torch.where(possible, log_p, 0.0), 0.0).sum(-1)
+    entropy = torch.where(lse.isnan(), math.nan, entropy)
+    moments = (lse.detach(), (2 * x).logsumexp(-1).detach(), x.amax(-1).detach())
+    return TokenLogprob(*(torch.where(kept, field, 0.0) for field in (logp, *moments, entropy)))
+
+
+def linear_logprob(
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    *,
+    bias: Tensor | None = None,
+    temperature: float = 1.0,
+    softcap: float | None = None,
+    ignore_index: int = -100,
+) -> TokenLogprob:
+    """`pyengine.ops.linear_logprob` in fp64, with the whole [N, V] in memory."""
+    logits = token_logits(hidden, weight, bias, softcap)
+    return logits_logprob(logits, target, temperature=temperature, ignore_index=ignore_index)
+
+
+def sequence_moments(tokens: TokenLogprob, kept: Tensor) -> SequenceMoments:
+    """Sums over the last dimension of tokens [..., T]; kept marks the response's tokens."""
+    logp = tokens.logp.detach()
+    sampled, greedy = logp + 2 * tokens.lse - tokens.lse2, logp + tokens.lse - tokens.max_logit
+    fields = (sampled, greedy, tokens.entropy.detach())
+    sums = [torch.where(kept, field, 0.0).sum(-1) for field in (tokens.logp, *fields)]
+    return SequenceMoments(sums[0], kept.sum(-1), *sums[1:])
+
+
+def linear_preference(
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    loss: PairedLoss,
+    *,
+    reference_logp: Tensor | None = None,
+    bias: Tensor | None = None,
+    temperature: float = 1.0,
+    softcap: float | None = None,
+    ignore_index: int = -100,
+) -> Preference:
+    """`pyengine.ops.linear_preference`, all pairs at once and by autograd."""
+    flat = linear_logprob(
+        hidden.flatten(0, 1),
+        weight,
+        target.flatten(),
+        bias=bias,
+        temperature=temperature,
+        softcap=softcap,
+        ignore_index=ignore_index,
+    )
+    tokens = TokenLogprob(*(field.unflatten(0, target.shape) for field in flat))
+    moments = sequence_moments(tokens, target != ignore_index)
+    pairs = len(target) // 2
+    chosen, rejected = (SequenceMoments(*(f[half] for f in moments)) for half in (slice(pairs), slice(pairs, None)))
+    references = (None, None) if reference_logp is None else reference_logp.split(pairs)
+    losses = loss(chosen, rejected, *references)
+    detached = SequenceMoments(*(f.detach() for f in moments))
+    return Preference(losses.mean(), losses.detach(), detached)
+
+
+def head_tilt_sample(
+    hidden: Tensor,
+    weight: Tensor,
+    value_hidden: Tensor | None,
+    value_weight: Tensor | None,
+    weights: Tensor | None,
+    *,
+    bias: Tensor | None,
+    value_bias: Tensor | None,
+    softcap: float | None,
+    temperature: Tensor,
+    top_k: Tensor,
+    top_p: Tensor,
+    min_p: Tensor,
+    seed: Tensor,
+    position: Tensor,
+    mask: Tensor | None = None,
+) -> TiltSample:
+    """`pyengine.ops.head_tilt_sample` in fp64: both heads, then `tilt_sample` with Gumbel noise."""
+    values = None
+    if value_hidden is not None and value_weight is not None:
+        values = value_hidden.double() @ value_weight.double().mT
+        if value_bias is not None:
+            values = values + value_bias.double()[:, None]
+    return tilt_sample(
+        token_logits(hidden, weight, bias, softcap),
+        values,
+        weights,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        min_p=min_p,
+        seed=seed,
+        position=position,
+        mask=mask,
+        method="gumbel",
+    )
+
+
+def select_block(
+    scores: Tensor,
+    weights: Tensor,
+    reference: Tensor | None = None,
+    *,
+    transform: str,
+    beta: float,
+    seed: Tensor,
+    position: Tensor,
+) -> BlockSelection:
+    """`pyengine.ops.select_block` in fp64: utility = transform(scores) . weights, then argmax or a softmax draw."""
+    w, r = weights.double(), scores.double()
+    if transform == "lsc":
+        r = torch.nn.functional.logsigmoid(r if reference is None else r - reference.double()[:, None])
+    utility = torch.where(w == 0, 0.0, r * w).sum(-1)
     utility = torch.where(utility.isnan(), -math.inf, utility)
     best = utility.argmax(-1)
     if beta == 0:
         probability = torch.nn.functional.one_hot(best, utility.shape[-1]).double()
         return BlockSelection(best, probability.float(), utility.float())
     top = utility.amax(-1, keepdim=True)
-    gap = torch.where(utility == top, 0.0, utility - top)  # -inf - -inf: every candidate is equally bad
+    gap = torch.where(utility == top, 0.0, utility - top)  # inf - inf: equally good or bad
     probability = (gap / beta).softmax(-1)
     u, _ = uniforms(seed, position, SELECT_STREAM)
     return BlockSelection(_first_above(probability, u), probability.float(), utility.float())

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+
+import pytest
 import torch
 
 from pyengine import ops, reference
@@ -61,3 +64,41 @@ def test_two_heads_are_their_weighted_sum():
     summed = ops.tilt_sample(logits, (0.7 * values[0] - 0.3 * values[1])[None], 1.0, seed=1)
     assert torch.equal(together.token, summed.token)
     torch.testing.assert_close(together.kl, summed.kl, atol=1e-5, rtol=0)
+
+
+def test_gumbel_noise_is_gumbel_down_to_rare_tokens():
+    """Mean and variance, and the frequency of noise that exceeds 12 (6 in a million)."""
+    noise = reference.gumbel(torch.arange(40), torch.arange(40) * 3, 50_001)
+    assert noise.shape == (40, 50_001)
+    assert noise.mean().item() == pytest.approx(0.5772157, abs=5e-3)
+    assert noise.var().item() == pytest.approx(math.pi**2 / 6, abs=1e-2)
+    expected = noise.numel() * -math.expm1(-math.exp(-12))
+    assert abs((noise > 12).sum().item() - expected) < 4.5 * math.sqrt(expected)
+    longer = reference.gumbel(torch.arange(40), torch.arange(40) * 3, 50_007)
+    assert torch.equal(longer[:, :50_001], noise)  # a token's noise does not depend on the vocabulary
+
+
+@pytest.mark.parametrize(("bias", "temperature", "softcap"), [(False, 1.0, None), (True, 0.7, 3.0)])
+def test_linear_logprob_reference(bias, temperature, softcap):
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(5, 4, dtype=torch.float64), torch.randn(9, 4, dtype=torch.float64)
+    offset = torch.randn(9, dtype=torch.float64) if bias else None
+    target = torch.tensor([0, 8, -100, 3, 3])
+    out = reference.linear_logprob(hidden, weight, target, bias=offset, temperature=temperature, softcap=softcap)
+    z = hidden @ weight.T + (0 if offset is None else offset)
+    x = (z if softcap is None else softcap * (z / softcap).tanh()) / temperature
+    p = x.softmax(-1)
+    kept = target >= 0
+    torch.testing.assert_close(out.logp[kept], p[kept].gather(1, target[kept][:, None])[:, 0].log())
+    torch.testing.assert_close(out.lse2[kept] - 2 * out.lse[kept], (p**2).sum(-1).log()[kept])
+    torch.testing.assert_close(out.entropy[kept], -(p * p.log()).sum(-1)[kept])
+    torch.testing.assert_close(out.max_logit[kept], x.amax(-1)[kept])
+    assert all(field[2] == 0 for field in out)
+    inputs = [hidden.requires_grad_(), weight.requires_grad_()] + ([offset.requires_grad_()] if bias else [])
+
+    def outputs(h, w, b=None):
+        found = reference.linear_logprob(h, w, target, bias=b, temperature=temperature, softcap=softcap)
+        assert not any(field.requires_grad for field in (found.lse, found.lse2, found.max_logit))
+        return found.logp, found.entropy
+
+    assert torch.autograd.gradcheck(outputs, inputs)

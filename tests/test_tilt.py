@@ -33,7 +33,7 @@ FILTERS = {
 @pytest.fixture(params=ISAS)
 def isa(request, monkeypatch):
     """Runs the test with each instruction set of this machine."""
-    monkeypatch.setattr(ops, "FORCED_ISA", request.param)
+    monkeypatch.setattr(ops.common, "FORCED_ISA", request.param)
     return request.param
 
 
@@ -379,8 +379,12 @@ def test_empty_batch():
 def test_opcheck():
     logits, values = torch.randn(3, 1500), torch.randn(1, 3, 1500)
     columns = {"temperature": 0.7, "top_k": 5, "top_p": 0.9, "min_p": 0.0, "seed": 1, "position": 0}
-    arguments = [ops._column(value, name, 3, logits.device) for name, value in columns.items()]
-    torch.library.opcheck(torch.ops.pyengine.tilt_sample, (logits, values, torch.ones(3, 1), *arguments))
+    arguments = [ops.common.column("test", value, name, 3, logits.device) for name, value in columns.items()]
+    mask = torch.ones(3, 1500, dtype=torch.bool)
+    for gumbel in (False, True):
+        torch.library.opcheck(
+            torch.ops.pyengine.tilt_sample, (logits, values, torch.ones(3, 1), mask, *arguments, gumbel)
+        )
 
 
 def test_compiles_without_graph_breaks():

@@ -327,7 +327,7 @@ void sample_row(Row& row, Scratch& s) {
     return;
   }
   const Philox random =
-      philox(uint64_t(a.seed[i * a.seed_stride]), uint64_t(a.position[i * a.position_stride]), 0);
+      philox(uint64_t(a.seed[i * a.seed_stride]), uint64_t(a.position[i * a.position_stride]), kTokenStream);
   int64_t top_k = a.top_k[i * a.top_k_stride];
   if (top_k >= a.vocab) top_k = 0;
   const float top_p = a.top_p[i * a.top_p_stride], min_p = a.min_p[i * a.min_p_stride];

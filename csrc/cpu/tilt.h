@@ -7,8 +7,6 @@
 
 namespace pyengine {
 
-enum class DType : int { f32 = 0, bf16 = 1, f16 = 2 };
-
 // All pointers are borrowed for the call. Strides are in elements; a stride of 0 repeats the value.
 struct TiltArgs {
   int64_t batch, vocab, heads;

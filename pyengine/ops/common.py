@@ -1,0 +1,142 @@
+"""What all ops share: parameter columns, backend choice, the torch.library handle, the count of launches."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import os
+import sys
+from collections import Counter
+from types import ModuleType
+from typing import NoReturn
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
+
+import pyengine._C as _C
+from pyengine.errors import InputError
+
+DTYPE_CODE = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # csrc/algebra.h DType
+
+# name: (dtype, lowest, highest) of the per-row parameters
+_PARAMETERS = {
+    "temperature": (torch.float32, 0.0, sys.float_info.max),
+    "top_k": (torch.int64, 0, 2**63 - 1),
+    "top_p": (torch.float32, 0.0, sys.float_info.max),
+    "min_p": (torch.float32, 0.0, 1.0),
+    "seed": (torch.int64, -(2**63), 2**63 - 1),
+    "position": (torch.int64, -(2**63), 2**63 - 1),
+    "weights": (torch.float32, -sys.float_info.max, sys.float_info.max),
+}
+
+# "portable", "avx2" or "avx512": for comparing the paths on one machine; unset, the best one runs.
+FORCED_ISA = os.environ.get("PYENGINE_CPU_ISA")
+if FORCED_ISA is not None:
+    try:
+        _C.instruction_set(FORCED_ISA)
+    except ValueError as error:
+        raise InputError(f"PYENGINE_CPU_ISA: {error}") from error
+
+# "cuda", "triton" or "reference": for comparing the backends on one GPU; unset, the first that is there runs.
+GPU_BACKENDS = ("cuda", "triton", "reference")
+FORCED_GPU = os.environ.get("PYENGINE_GPU_BACKEND")
+if FORCED_GPU not in (None, *GPU_BACKENDS):
+    raise InputError(f"PYENGINE_GPU_BACKEND must be one of {GPU_BACKENDS}, got {FORCED_GPU!r}")
+
+# "op/kernel" -> calls: which kernel really ran. Tests read it; nothing else depends on it.
+LAUNCHES: Counter[str] = Counter()
+
+library = torch.library.Library("pyengine", "DEF")
+
+
+def fail(op: str, message: str) -> NoReturn:
+    raise ValueError(f"{op}: {message}")
+
+
+def launched(op: str, kernel: str) -> None:
+    LAUNCHES[f"{op}/{kernel}"] += 1
+
+
+def traced(x: Tensor) -> bool:
+    """Whether somebody (torch.compile, a fake or functional tensor, a dispatch mode) watches the ops.
+
+    Otherwise the dispatcher is passed by: it costs 5 us, a tenth of a row of 128,256 logits.
+    """
+    return torch.compiler.is_compiling() or type(x) is not Tensor or is_in_torch_dispatch_mode()
+
+
+@functools.cache
+def triton_kernels(stem: str) -> ModuleType | None:
+    """pyengine.kernels.<stem>, or None where Triton is not installed."""
+    try:
+        import triton  # noqa: F401
+    except ImportError:
+        return None
+    return importlib.import_module(f"pyengine.kernels.{stem}")
+
+
+def gpu_backend(op: str, stem: str, cuda: bool) -> str:
+    """Which backend serves `op` on a GPU; `cuda` says whether a CUDA kernel for it is built in."""
+    there = {"cuda": cuda, "triton": FORCED_GPU == "triton" or not cuda, "reference": True}
+    if there["triton"]:
+        there["triton"] = triton_kernels(stem) is not None
+    if FORCED_GPU is None:
+        return next(name for name in GPU_BACKENDS if there[name])
+    if not there[FORCED_GPU]:
+        fail(op, f"PYENGINE_GPU_BACKEND={FORCED_GPU}, but that backend is not available here")
+    return FORCED_GPU
+
+
+@functools.lru_cache(maxsize=4096)
+def constant(op: str, value: float, name: str, device: torch.device, *shape: int) -> Tensor:
+    """A checked number as a tensor with stride 0. Cached: building six of them costs a fifth of a row."""
+    dtype, low, high = _PARAMETERS[name]
+    if not low <= value <= high:
+        fail(op, f"{name} must be a number in {low} .. {high}, got {value}")
+    if dtype is torch.int64 and int(value) != value:
+        fail(op, f"{name} must be a whole number, got {value}")
+    return torch.tensor(value, dtype=dtype, device=device).expand(shape)
+
+
+def column(op: str, value: Tensor | float, name: str, batch: int, device: torch.device) -> Tensor:
+    """A tensor of shape [B] from a number or a tensor."""
+    if not isinstance(value, Tensor):
+        # torch.compile traces through a cache with a warning; it folds the constant itself.
+        make = constant.__wrapped__ if torch.compiler.is_compiling() else constant
+        return make(op, value, name, device, batch)
+    dtype = _PARAMETERS[name][0]
+    if value.shape not in ((), (1,), (batch,)):
+        fail(op, f"{name} must be a number or have shape [{batch}], got {list(value.shape)}")
+    if value.dtype.is_floating_point and not dtype.is_floating_point:
+        fail(op, f"{name} must be an integer tensor, got {value.dtype}")
+    return value.to(device=device, dtype=dtype).expand(batch)
+
+
+def head_weights(op: str, weights: Tensor | float | None, heads: int, batch: int, device: torch.device) -> Tensor:
+    """λ as [B, R] from a number, [R] or [B, R]."""
+    if isinstance(weights, (int, float)):
+        make = constant.__wrapped__ if torch.compiler.is_compiling() else constant
+        return make(op, weights, "weights", device, batch, heads)
+    w = torch.as_tensor(weights, dtype=torch.float32, device=device)
+    if w.shape not in ((), (heads,), (batch, heads)):
+        fail(op, f"weights must be a number or have shape [{heads}] or [{batch}, {heads}], got {list(w.shape)}")
+    return w.expand(batch, heads)
+
+
+def check_float(op: str, x: Tensor, name: str) -> None:
+    if x.dtype not in DTYPE_CODE:
+        fail(op, f"{name} must be float32, bfloat16 or float16, got {x.dtype}")
+
+
+def check_mask(op: str, mask: Tensor, batch: int, vocab: int, device: torch.device) -> Tensor:
+    """The mask as bool [B, V], a row repeated with stride 0."""
+    if mask.dtype != torch.bool or mask.shape not in ((batch, vocab), (vocab,)):
+        fail(op, f"mask must be bool [{batch}, {vocab}] or [{vocab}], got {mask.dtype} {list(mask.shape)}")
+    if mask.device != device:
+        fail(op, f"mask is on {mask.device}, logits on {device}")
+    return mask.expand(batch, vocab)
+
+
+def unit_stride(x: Tensor) -> Tensor:
+    return x if x.shape[-1] <= 1 or x.stride(-1) == 1 else x.contiguous()

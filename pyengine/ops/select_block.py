@@ -1,0 +1,139 @@
+"""select_block: the branch that a request keeps."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from pyengine import reference
+from pyengine.ops.common import check_float, column, fail, launched, library, traced
+from pyengine.reference import BlockSelection
+
+OP = "select_block"
+TRANSFORMS = ("identity", "lsc")
+
+library.define(
+    "select_block(Tensor? scores, Tensor? hidden, Tensor? probe, Tensor weights, Tensor? reference, bool lsc, "
+    "float beta, Tensor seed, Tensor position) -> (Tensor, Tensor, Tensor)"
+)
+
+
+def select_block(
+    scores: Tensor | None = None,
+    weights: Tensor | float = 1.0,
+    *,
+    hidden: Tensor | None = None,
+    probe: Tensor | None = None,
+    reference: Tensor | None = None,
+    transform: str = "identity",
+    beta: float = 0.0,
+    seed: Tensor | int = 0,
+    position: Tensor | int = 0,
+) -> BlockSelection:
+    """Choose one of K candidates a row: argmax, or a draw from softmax(utility / beta) (Q-Probe, §4.1).
+
+    utility = sum_r weights[r] * u_r, where u_r is the score itself or its LSC form
+    log sigmoid(score - reference) (LSC, §2.1). A head of weight 0 is skipped, not multiplied.
+
+    Args:
+        scores: [B, K, R], fp32, bf16 or fp16; or None, and then
+        hidden, probe: [B, K, D] and [R, D]; the scores are hidden . probe (a bias changes no choice).
+        weights: a number or [R].
+        reference: [B, R] or [R], with transform "lsc": the score of the reference response; None is 0.
+        transform: "identity" or "lsc".
+        beta: 0 is argmax, ties to the lowest index; > 0 draws with the uniform of (seed, position).
+        seed, position: a number or int64 [B]. The stream differs from `tilt_sample`'s.
+
+    Returns:
+        BlockSelection: index int64 [B], probability fp32 [B, K], utility fp32 [B, K]. A utility that is
+        NaN ranks as -inf and is returned as such. Where every candidate has -inf, argmax gives index 0 and
+        the draw is uniform; candidates at +inf share the draw.
+
+    Raises:
+        ValueError: a shape, dtype, device or parameter is out of range; the message names it.
+    """
+    if (scores is None) == (hidden is None) or (hidden is None) != (probe is None):
+        fail(OP, "give either scores, or hidden and probe")
+    given = scores if scores is not None else hidden
+    assert given is not None
+    name, shape = ("scores", "[B, K, R]") if scores is not None else ("hidden", "[B, K, D]")
+    if given.dim() != 3 or 0 in given.shape[1:]:
+        fail(OP, f"{name} must have shape {shape} with K >= 1, got {list(given.shape)}")
+    check_float(OP, given, name)
+    batch, device = given.shape[0], given.device
+    heads = given.shape[2]
+    if probe is not None:
+        if probe.dim() != 2 or probe.shape[1] != given.shape[2] or len(probe) == 0:
+            fail(OP, f"probe must have shape [R, {given.shape[2]}], got {list(probe.shape)}")
+        check_float(OP, probe, "probe")
+        heads = len(probe)
+    if transform not in TRANSFORMS:
+        fail(OP, f"transform must be one of {TRANSFORMS}, got {transform!r}")
+    if not 0 <= beta < math.inf:
+        fail(OP, f"beta must be a number >= 0, got {beta}")
+    w = torch.as_tensor(weights, dtype=torch.float32, device=device)
+    if w.shape not in ((), (heads,)):
+        fail(OP, f"weights must be a number or have shape [{heads}], got {list(w.shape)}")
+    if reference is not None:
+        if transform != "lsc":
+            fail(OP, "reference goes with transform='lsc' (a mere shift changes no choice)")
+        if reference.shape not in ((heads,), (batch, heads)):
+            fail(OP, f"reference must have shape [{heads}] or [{batch}, {heads}], got {list(reference.shape)}")
+        reference = reference.to(device=device, dtype=torch.float32).expand(batch, heads)
+    for other, tensor in (("probe", probe), ("reference", reference)):
+        if tensor is not None and tensor.device != device:
+            fail(OP, f"{other} is on {tensor.device}, {name} on {device}")
+    arguments = (
+        scores,
+        hidden,
+        probe,
+        w.expand(heads),
+        reference,
+        transform == "lsc",
+        float(beta),
+        column(OP, seed, "seed", batch, device),
+        column(OP, position, "position", batch, device),
+    )
+    if device.type == "cpu" and not traced(given):
+        return _select_block_cpu(*arguments)
+    return BlockSelection(*torch.ops.pyengine.select_block(*arguments))
+
+
+def _select_block_reference(
+    scores: Tensor | None,
+    hidden: Tensor | None,
+    probe: Tensor | None,
+    weights: Tensor,
+    against: Tensor | None,
+    lsc: bool,
+    beta: float,
+    seed: Tensor,
+    position: Tensor,
+) -> BlockSelection:
+    launched(OP, "reference")
+    if scores is None:
+        assert hidden is not None
+        assert probe is not None
+        scores = hidden.double() @ probe.double().T
+    transform = "lsc" if lsc else "identity"
+    return reference.select_block(
+        scores, weights, against, transform=transform, beta=beta, seed=seed, position=position
+    )
+
+
+_select_block_cpu = _select_block_reference
+
+
+def _select_block_fake(scores: Tensor | None, hidden: Tensor | None, *_: object) -> tuple[Tensor, ...]:
+    given = scores if scores is not None else hidden
+    assert given is not None
+    shape = given.shape[:2]
+    dtypes = ((shape[:1], torch.int64), (shape, torch.float32), (shape, torch.float32))
+    return tuple(given.new_empty(size, dtype=dtype) for size, dtype in dtypes)
+
+
+library.impl("select_block", _select_block_cpu, "CPU")
+library.impl("select_block", _select_block_reference, "CUDA")
+torch.library.register_fake("pyengine::select_block", _select_block_fake, lib=library)

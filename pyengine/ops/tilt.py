@@ -1,0 +1,206 @@
+"""tilt_sample: one token a row from the exponentially tilted policy."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+import pyengine._C as _C
+from pyengine import reference
+from pyengine.ops import common
+from pyengine.ops.common import (
+    DTYPE_CODE,
+    check_float,
+    check_mask,
+    column,
+    fail,
+    head_weights,
+    launched,
+    library,
+    traced,
+    unit_stride,
+)
+from pyengine.reference import TiltSample
+
+OP = "tilt_sample"
+METHODS = ("inverse", "gumbel")
+
+library.define(
+    "tilt_sample(Tensor logits, Tensor? values, Tensor? weights, Tensor? mask, Tensor temperature, Tensor top_k, "
+    "Tensor top_p, Tensor min_p, Tensor seed, Tensor position, bool gumbel) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor)"
+)
+
+
+def tilt_sample(
+    logits: Tensor,
+    values: Tensor | None = None,
+    weights: Tensor | float | None = None,
+    *,
+    temperature: Tensor | float = 1.0,
+    top_k: Tensor | int = 0,
+    top_p: Tensor | float = 1.0,
+    min_p: Tensor | float = 0.0,
+    seed: Tensor | int = 0,
+    position: Tensor | int = 0,
+    mask: Tensor | None = None,
+    method: str = "inverse",
+) -> TiltSample:
+    """Draw one token a row from the exponentially tilted policy, with its log-probabilities and KL.
+
+    The policy is softmax(logits / temperature + sum_r weights[r] * values[r]) (Controlled Decoding,
+    Eq. 6), restricted by top-k, then top-p, then min-p, in this order; ties go to the lowest id.
+    One pass over the row; the draw re-reads one block of 1,024 tokens (hierarchical inverse CDF).
+
+    Args:
+        logits: [B, V], fp32, bf16 or fp16. -inf marks a forbidden token.
+        values: [R, B, V] reward heads, or None for the base policy. -inf forbids a token.
+        weights: λ of each head: a number, [R] or [B, R]. A head of weight 0 is skipped, not multiplied.
+        temperature: >= 0. 0 is greedy: argmax of logits + sum_r weights[r] * values[r].
+        top_k: keep the k most likely tokens; 0 or >= V is off.
+        top_p: keep the smallest set whose mass reaches top_p; >= 1 is off.
+        min_p: keep tokens at least min_p times as likely as the likeliest; 0 is off.
+        seed, position: int64; the uniforms are Philox4x32-10 of (seed, position).
+        mask: bool [B, V] or [V]; False removes a token from base and policy alike (padded vocabulary,
+            grammar).
+        method: how the token is drawn. "inverse": hierarchical inverse CDF, two uniforms a row. "gumbel":
+            argmax of the tilted logits plus noise that depends on (seed, position, id) alone, so that two
+            policies drawn with the same seed are coupled and shards of a row can be drawn apart; slower.
+
+    Returns:
+        TiltSample of shape [B] each:
+        token (int64);
+        logp_base (nats): log softmax(logits / temperature)[token];
+        logp_policy (nats): log-probability under the distribution that was sampled from, filters
+            included;
+        kl (nats): KL of that distribution from softmax(logits / temperature);
+        valid (bool): False for a row with NaN or +inf, or in which every token is forbidden. Such a row
+            returns token 0 and NaN, never an id outside [0, V). A head whose product with its weight is
+            +inf or NaN on an allowed token makes the row bad as well.
+        Greedy rows are a point mass: logp_policy = 0 and kl = -logp_base, the base taken at temperature 1.
+        Where the values forbid every token (all -inf), the row falls back to the base policy.
+
+    Raises:
+        ValueError: a shape, dtype, device or parameter is out of range; the message names it. Ranges of
+            parameters given as tensors are not read (no host synchronisation).
+    """
+    if logits.dim() != 2 or logits.shape[1] == 0:
+        fail(OP, f"logits must have shape [B, V] with V > 0, got {list(logits.shape)}")
+    check_float(OP, logits, "logits")
+    batch, vocab = logits.shape
+    if (values is None) != (weights is None):
+        fail(OP, "values and weights go together; one of them is missing")
+    if values is not None:
+        if values.dim() != 3 or values.shape[1:] != logits.shape:
+            fail(OP, f"values must have shape [R, {batch}, {vocab}], got {list(values.shape)}")
+        check_float(OP, values, "values")
+        if values.device != logits.device:
+            fail(OP, f"values are on {values.device}, logits on {logits.device}")
+    if method not in METHODS:
+        fail(OP, f"method must be one of {METHODS}, got {method!r}")
+    device = logits.device
+    arguments = (
+        logits,
+        values,
+        None if values is None else head_weights(OP, weights, values.shape[0], batch, device),
+        None if mask is None else check_mask(OP, mask, batch, vocab, device),
+        column(OP, temperature, "temperature", batch, device),
+        column(OP, top_k, "top_k", batch, device),
+        column(OP, top_p, "top_p", batch, device),
+        column(OP, min_p, "min_p", batch, device),
+        column(OP, seed, "seed", batch, device),
+        column(OP, position, "position", batch, device),
+        method == "gumbel",
+    )
+    if device.type == "cpu" and not traced(logits):
+        return _tilt_sample_cpu(*arguments)
+    return TiltSample(*torch.ops.pyengine.tilt_sample(*arguments))
+
+
+def _tilt_sample_cpu(
+    logits: Tensor,
+    values: Tensor | None,
+    weights: Tensor | None,
+    mask: Tensor | None,
+    temperature: Tensor,
+    top_k: Tensor,
+    top_p: Tensor,
+    min_p: Tensor,
+    seed: Tensor,
+    position: Tensor,
+    gumbel: bool,
+) -> TiltSample:
+    if gumbel:
+        return _tilt_sample_gpu(logits, values, weights, mask, temperature, top_k, top_p, min_p, seed, position, gumbel)
+    if mask is not None:
+        logits = logits.masked_fill(~mask, -torch.inf)
+    logits = unit_stride(logits)
+    batch, vocab = logits.shape
+    heads: tuple[int, ...] = (0, 0, 0, 0, 0, 0, 0, 0)
+    if values is not None and weights is not None:
+        values = unit_stride(values)
+        code = DTYPE_CODE[values.dtype]
+        heads = (len(values), values.data_ptr(), code, *values.stride()[:2], weights.data_ptr(), *weights.stride())
+    token = torch.empty(batch, dtype=torch.int64)
+    logp_base = torch.empty(batch, dtype=torch.float32)
+    logp_policy = torch.empty(batch, dtype=torch.float32)
+    kl = torch.empty(batch, dtype=torch.float32)
+    valid = torch.empty(batch, dtype=torch.bool)
+    # Spelt out: a loop over the columns would cost more than the call itself.
+    _C.tilt_sample(
+        (batch, vocab, logits.data_ptr(), DTYPE_CODE[logits.dtype], logits.stride(0)),
+        heads,
+        (temperature.data_ptr(), temperature.stride(0)),
+        (top_k.data_ptr(), top_k.stride(0)),
+        (top_p.data_ptr(), top_p.stride(0)),
+        (min_p.data_ptr(), min_p.stride(0)),
+        (seed.data_ptr(), seed.stride(0)),
+        (position.data_ptr(), position.stride(0)),
+        token.data_ptr(),
+        logp_base.data_ptr(),
+        logp_policy.data_ptr(),
+        kl.data_ptr(),
+        valid.data_ptr(),
+        common.FORCED_ISA,
+    )
+    return TiltSample(token, logp_base, logp_policy, kl, valid)
+
+
+def _tilt_sample_gpu(
+    logits: Tensor,
+    values: Tensor | None,
+    weights: Tensor | None,
+    mask: Tensor | None,
+    temperature: Tensor,
+    top_k: Tensor,
+    top_p: Tensor,
+    min_p: Tensor,
+    seed: Tensor,
+    position: Tensor,
+    gumbel: bool,
+) -> TiltSample:
+    launched(OP, "reference")
+    return reference.tilt_sample(
+        logits,
+        values,
+        weights,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        min_p=min_p,
+        seed=seed,
+        position=position,
+        mask=mask,
+        method="gumbel" if gumbel else "inverse",
+    )
+
+
+def _tilt_sample_fake(logits: Tensor, *_: object) -> tuple[Tensor, ...]:
+    batch = logits.shape[0]
+    dtypes = (torch.int64, torch.float32, torch.float32, torch.float32, torch.bool)
+    return tuple(logits.new_empty(batch, dtype=dtype) for dtype in dtypes)
+
+
+library.impl("tilt_sample", _tilt_sample_cpu, "CPU")
+library.impl("tilt_sample", _tilt_sample_gpu, "CUDA")
+torch.library.register_fake("pyengine::tilt_sample", _tilt_sample_fake, lib=library)
