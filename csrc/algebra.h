@@ -64,6 +64,33 @@ PYENGINE_FN double kl_nats(double e_delta, double s_tilt, double lse2_tilt, doub
   return kLn2 * (e_delta / s_tilt - lse2_tilt + lse2_base);
 }
 
+// One block of one row of linear_logprob: sums of 2^(x - m), of its square, and of 2^(x - m) * (x - m).
+// One exp2 gives all three, so WPO's LSE(2l) and the entropy ride along.
+struct BlockMoments {
+  double m;  // exactly what the x were taken relative to
+  float s, s2, w;
+};
+
+// The same sums over a row, the target's x and the largest x. Laid out as linear_logprob's state, a row
+// of kStateSize doubles.
+struct RowMoments {
+  double m, s, s2, w, target, max;
+};
+constexpr int kStateSize = 6;
+
+PYENGINE_FN RowMoments no_moments() { return RowMoments{-INFINITY, 0, 0, 0, NAN, -INFINITY}; }
+
+PYENGINE_FN void merge(RowMoments& row, const BlockMoments& block) {
+  const double m = block.m > row.m ? block.m : row.m;
+  const double keep = rescale(row.m, m), add = rescale(block.m, m);
+  // w moves with its reference: sum e (x - m') = sum e (x - m) + (m - m') sum e. An identity has no m.
+  if (keep != 1) row.w = keep == 0 ? 0 : (row.w + (row.m - m) * row.s) * keep;
+  row.w += add == 1 ? block.w : add == 0 ? 0 : (block.w + (block.m - m) * block.s) * add;
+  row.s = row.s * keep + block.s * add;
+  row.s2 = row.s2 * keep * keep + block.s2 * add * add;
+  row.m = m;
+}
+
 // One stream for each use of a (seed, position), so that no two draws share their bits.
 constexpr uint32_t kTokenStream = 0, kSelectStream = 1, kGumbelStream = 2;
 

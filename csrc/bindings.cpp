@@ -8,6 +8,7 @@
 #include <optional>
 #include <string>
 
+#include "cpu/linear_logprob.h"
 #include "cpu/tilt.h"
 
 namespace py = pybind11;
@@ -61,11 +62,50 @@ void tilt_sample(const Logits& logits, const Heads& heads, const Column& tempera
   pyengine::tilt_sample(args, kernels);
 }
 
+// rows, cols, first id, vocab, address, dtype, stride
+using Tile = std::array<int64_t, 7>;
+
+pyengine::LogitTile logit_tile(const Tile& tile, int64_t bias, float softcap, float temperature,
+                               int64_t target) {
+  pyengine::LogitTile out{};
+  out.rows = tile[0], out.cols = tile[1], out.start = tile[2], out.vocab = tile[3];
+  out.data = address<void>(tile[4]), out.type = pyengine::DType(tile[5]), out.stride = tile[6];
+  out.bias = address<float>(bias), out.softcap = softcap, out.inverse_temperature = 1 / temperature;
+  out.target = address<int64_t>(target);
+  return out;
+}
+
+const pyengine::LogprobKernels& logprob_kernels_or_throw(const std::optional<std::string>& isa) {
+  kernels_or_throw(isa);
+  return *pyengine::logprob_kernels(isa ? isa->c_str() : nullptr);
+}
+
+void fold_logits(const Tile& tile, int64_t bias, float softcap, float temperature, int64_t target,
+                 int64_t state, const std::optional<std::string>& isa) {
+  const auto& kernels = logprob_kernels_or_throw(isa);
+  const auto logits = logit_tile(tile, bias, softcap, temperature, target);
+  py::gil_scoped_release release;
+  pyengine::fold_logits(logits, kernels, address<double>(state));
+}
+
+void logit_gradient(const Tile& tile, int64_t bias, float softcap, float temperature, int64_t target,
+                    int64_t lse, int64_t entropy, int64_t grad_logp, int64_t grad_entropy, int64_t to,
+                    int64_t to_stride, const std::optional<std::string>& isa) {
+  const auto& kernels = logprob_kernels_or_throw(isa);
+  const auto logits = logit_tile(tile, bias, softcap, temperature, target);
+  py::gil_scoped_release release;
+  pyengine::logit_gradient(logits, kernels, address<float>(lse), address<float>(entropy),
+                           address<float>(grad_logp), address<float>(grad_entropy), address<float>(to),
+                           to_stride);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
   m.doc() = "C++ kernels of pyengine; call them through pyengine.ops.";
   m.def("tilt_sample", &tilt_sample);
+  m.def("fold_logits", &fold_logits);
+  m.def("logit_gradient", &logit_gradient);
   m.def(
       "instruction_set", [](const std::optional<std::string>& isa) { return kernels_or_throw(isa).name; },
       py::arg("isa") = py::none(), "The instruction set the CPU kernels run with.");

@@ -223,13 +223,14 @@ def logits_logprob(
     x = (x if softcap is None else softcap * torch.tanh(x / softcap)) / temperature
     kept = target != ignore_index
     lse = x.logsumexp(-1)
-    logp = x.gather(-1, torch.where(kept, target, 0)[:, None])[:, 0] - lse
-    log_p = x - lse[:, None]
+    lse = torch.where(lse.isfinite(), lse, math.nan)  # NaN, +inf or -inf alone: a bad row
+    log_p = x.log_softmax(-1)
+    logp = log_p.gather(-1, torch.where(kept, target, 0)[:, None])[:, 0]
     possible = log_p > -math.inf  # 0 * log 0 = 0, also in the backward pass
     entropy = -torch.where(possible, log_p.exp() * torch.where(possible, log_p, 0.0), 0.0).sum(-1)
-    entropy = torch.where(lse.isnan(), math.nan, entropy)
     moments = (lse.detach(), (2 * x).logsumexp(-1).detach(), x.amax(-1).detach())
-    return TokenLogprob(*(torch.where(kept, field, 0.0) for field in (logp, *moments, entropy)))
+    fields = (torch.where(lse.isnan(), math.nan, field) for field in (logp, *moments, entropy))
+    return TokenLogprob(*(torch.where(kept, field, 0.0) for field in fields))
 
 
 def linear_logprob(

@@ -13,7 +13,7 @@ import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 import pyengine
-from pyengine import Engine
+from pyengine import _C, Engine, ops
 
 TEXTS = ["the quick brown fox jumps over the lazy dog", "pack my box with five dozen jugs", "sphinx of quartz"]
 VOCAB = 320
@@ -95,3 +95,31 @@ def embedded_engine():
 def engine(embedded_engine):
     yield embedded_engine
     embedded_engine.set_scorer(None)
+
+
+def _instruction_sets():
+    for name in ("portable", "avx2", "avx512"):
+        try:
+            _C.instruction_set(name)
+        except ValueError:
+            continue
+        yield name
+
+
+@pytest.fixture(params=list(_instruction_sets()))
+def isa(request, monkeypatch):
+    """Runs the test with each instruction set of this machine."""
+    monkeypatch.setattr(ops.common, "FORCED_ISA", request.param)
+    return request.param
+
+
+@pytest.fixture
+def poisoned(monkeypatch):
+    """Fresh memory holds NaN: whoever reads what nobody wrote is seen."""
+    empty, new_empty = torch.empty, torch.Tensor.new_empty
+
+    def poison(x):
+        return x.fill_(float("nan")) if x.is_floating_point() else x.fill_(-(2**31) if x.dtype != torch.bool else True)
+
+    monkeypatch.setattr(torch, "empty", lambda *a, **k: poison(empty(*a, **k)))
+    monkeypatch.setattr(torch.Tensor, "new_empty", lambda self, *a, **k: poison(new_empty(self, *a, **k)))

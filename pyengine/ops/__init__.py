@@ -6,8 +6,30 @@ pure function of (seed, position) and so does not depend on the batch, the slot 
 """
 
 from pyengine.ops.common import LAUNCHES
+from pyengine.ops.linear_logprob import linear_logprob, logits_logprob
+from pyengine.ops.linear_preference import linear_preference
 from pyengine.ops.select_block import select_block
 from pyengine.ops.tilt import tilt_sample
-from pyengine.reference import BlockSelection, TiltSample
+from pyengine.reference import (
+    BlockSelection,
+    PairedLoss,
+    Preference,
+    SequenceMoments,
+    TiltSample,
+    TokenLogprob,
+)
 
-__all__ = ["LAUNCHES", "BlockSelection", "TiltSample", "select_block", "tilt_sample"]
+__all__ = [
+    "LAUNCHES",
+    "BlockSelection",
+    "PairedLoss",
+    "Preference",
+    "SequenceMoments",
+    "TiltSample",
+    "TokenLogprob",
+    "linear_logprob",
+    "linear_preference",
+    "logits_logprob",
+    "select_block",
+    "tilt_sample",
+]
