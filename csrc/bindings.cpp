@@ -9,6 +9,7 @@
 #include <string>
 
 #include "cpu/linear_logprob.h"
+#include "cpu/select_block.h"
 #include "cpu/tilt.h"
 
 namespace py = pybind11;
@@ -99,6 +100,29 @@ void logit_gradient(const Tile& tile, int64_t bias, float softcap, float tempera
                            to_stride);
 }
 
+// batch, candidates, heads, scores, hidden, dtype, strides over the batch and the candidates, width, probe
+using Candidates = std::array<int64_t, 10>;
+
+void select_block(const Candidates& candidates, int64_t weights, int64_t reference, bool lsc, double beta,
+                  const Column& seed, const Column& position, int64_t index, int64_t probability,
+                  int64_t utility, const std::optional<std::string>& isa) {
+  kernels_or_throw(isa);
+  const auto& c = candidates;
+  pyengine::SelectArgs args{};
+  args.batch = c[0], args.candidates = c[1], args.heads = c[2], args.scores = address<float>(c[3]);
+  args.hidden = address<void>(c[4]), args.hidden_type = pyengine::DType(c[5]);
+  args.hidden_stride_row = c[6], args.hidden_stride_candidate = c[7];
+  args.width = c[8], args.probe = address<float>(c[9]);
+  args.weights = address<float>(weights), args.reference = address<float>(reference);
+  args.lsc = lsc, args.beta = beta;
+  args.seed = address<int64_t>(seed[0]), args.seed_stride = seed[1];
+  args.position = address<int64_t>(position[0]), args.position_stride = position[1];
+  args.index = address<int64_t>(index), args.probability = address<float>(probability);
+  args.utility = address<float>(utility);
+  py::gil_scoped_release release;
+  pyengine::select_block(args, *pyengine::select_kernels(isa ? isa->c_str() : nullptr));
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -106,6 +130,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("tilt_sample", &tilt_sample);
   m.def("fold_logits", &fold_logits);
   m.def("logit_gradient", &logit_gradient);
+  m.def("select_block", &select_block);
   m.def(
       "instruction_set", [](const std::optional<std::string>& isa) { return kernels_or_throw(isa).name; },
       py::arg("isa") = py::none(), "The instruction set the CPU kernels run with.");

@@ -7,8 +7,19 @@ import math
 import torch
 from torch import Tensor
 
+import pyengine._C as _C
 from pyengine import reference
-from pyengine.ops.common import check_float, column, fail, launched, library, traced
+from pyengine.ops import common
+from pyengine.ops.common import (
+    DTYPE_CODE,
+    check_float,
+    column,
+    fail,
+    launched,
+    library,
+    traced,
+    unit_stride,
+)
 from pyengine.reference import BlockSelection
 
 OP = "select_block"
@@ -123,7 +134,48 @@ def _select_block_reference(
     )
 
 
-_select_block_cpu = _select_block_reference
+def _select_block_cpu(
+    scores: Tensor | None,
+    hidden: Tensor | None,
+    probe: Tensor | None,
+    weights: Tensor,
+    against: Tensor | None,
+    lsc: bool,
+    beta: float,
+    seed: Tensor,
+    position: Tensor,
+) -> BlockSelection:
+    launched(OP, _C.instruction_set(common.FORCED_ISA))
+    if scores is not None:
+        scores = scores.float().contiguous()
+        batch, candidates, heads = scores.shape
+        rows = (scores.data_ptr(), 0, 0, 0, 0, 0, 0)
+    else:
+        assert hidden is not None
+        assert probe is not None
+        hidden, probe = unit_stride(hidden), probe.float().contiguous()
+        batch, candidates, width = hidden.shape
+        heads = len(probe)
+        code = DTYPE_CODE[hidden.dtype]
+        rows = (0, hidden.data_ptr(), code, *hidden.stride()[:2], width, probe.data_ptr())
+    weights = weights.contiguous()
+    against = None if against is None else against.contiguous()
+    index = torch.empty(batch, dtype=torch.int64)
+    probability, utility = torch.empty(batch, candidates), torch.empty(batch, candidates)
+    _C.select_block(
+        (batch, candidates, heads, *rows),
+        weights.data_ptr(),
+        0 if against is None else against.data_ptr(),
+        lsc,
+        beta,
+        (seed.data_ptr(), seed.stride(0)),
+        (position.data_ptr(), position.stride(0)),
+        index.data_ptr(),
+        probability.data_ptr(),
+        utility.data_ptr(),
+        common.FORCED_ISA,
+    )
+    return BlockSelection(index, probability, utility)
 
 
 def _select_block_fake(scores: Tensor | None, hidden: Tensor | None, *_: object) -> tuple[Tensor, ...]:

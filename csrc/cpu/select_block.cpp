@@ -1,0 +1,87 @@
+#include "select_block.h"
+
+#include <algorithm>
+#include <cmath>
+#include <vector>
+
+#include "dispatch.h"
+
+namespace pyengine {
+namespace {
+
+// log sigmoid(x), without overflow and with both limits: x at -inf, 0 at +inf.
+float log_sigmoid(float x) { return std::min(x, 0.0f) - std::log1p(std::exp(-std::abs(x))); }
+
+// The candidate's scores, one a head; `scratch` holds those that a probe makes.
+const float* scores_of(const SelectArgs& a, const SelectKernels& kernels, int64_t row, int64_t candidate,
+                       std::vector<float>& scratch) {
+  if (a.scores) return a.scores + (row * a.candidates + candidate) * a.heads;
+  const int64_t at = row * a.hidden_stride_row + candidate * a.hidden_stride_candidate;
+  const char* hidden = static_cast<const char*>(a.hidden) + at * (a.hidden_type == DType::f32 ? 4 : 2);
+  scratch.resize(size_t(a.heads));
+  kernels.dots(hidden, a.hidden_type, a.width, a.probe, int(a.heads), scratch.data());
+  return scratch.data();
+}
+
+double utility_of(const SelectArgs& a, int64_t row, const float* scores) {
+  double utility = 0;
+  for (int64_t r = 0; r < a.heads; ++r) {
+    if (a.weights[r] == 0) continue;  // skipped, not multiplied: 0 * inf must not count
+    float score = scores[r];
+    if (a.lsc) score = log_sigmoid(a.reference ? score - a.reference[row * a.heads + r] : score);
+    utility += double(a.weights[r]) * score;
+  }
+  return std::isnan(utility) ? -INFINITY : utility;
+}
+
+void select_row(const SelectArgs& a, const SelectKernels& kernels, int64_t row, std::vector<double>& weight,
+                std::vector<float>& scratch) {
+  weight.resize(size_t(a.candidates));
+  for (int64_t k = 0; k < a.candidates; ++k)
+    weight[size_t(k)] = utility_of(a, row, scores_of(a, kernels, row, k, scratch));
+  const auto best = std::max_element(weight.begin(), weight.end());
+  const double top = *best;
+  float* const utility = a.utility + row * a.candidates;
+  float* const probability = a.probability + row * a.candidates;
+  std::copy(weight.begin(), weight.end(), utility);
+  if (a.beta == 0) {
+    a.index[row] = best - weight.begin();
+    std::fill(probability, probability + a.candidates, 0.0f);
+    probability[a.index[row]] = 1.0f;
+    return;
+  }
+  double sum = 0;
+  for (double& w : weight) {
+    w = w == top ? 1.0 : std::exp((w - top) / a.beta);  // inf - inf: equally good or bad
+    sum += w;
+  }
+  const Philox random = philox(uint64_t(a.seed[row * a.seed_stride]),
+                               uint64_t(a.position[row * a.position_stride]), kSelectStream);
+  const double target = uniform53(random.x[0], random.x[1]);
+  double running = 0;
+  a.index[row] = -1;
+  for (int64_t k = 0; k < a.candidates; ++k) {
+    const double p = weight[size_t(k)] / sum;
+    probability[k] = float(p);
+    if (running <= target && p > 0) a.index[row] = k;  // the last positive one, should rounding fall short
+    running += p;
+  }
+}
+
+}  // namespace
+
+const SelectKernels* select_kernels(const char* forced) {
+#if defined(__x86_64__)
+  return choose({&select_kernels_avx512, &select_kernels_avx2, &select_kernels_portable}, forced);
+#else
+  return choose({&select_kernels_portable}, forced);
+#endif
+}
+
+void select_block(const SelectArgs& args, const SelectKernels& kernels) {
+  std::vector<double> weight;
+  std::vector<float> scratch;
+  for (int64_t row = 0; row < args.batch; ++row) select_row(args, kernels, row, weight, scratch);
+}
+
+}  // namespace pyengine
