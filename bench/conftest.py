@@ -1,0 +1,114 @@
+"""What all benchmarks share: they refuse while their op's tests are red, run peers in turn with ours in one run,
+and write medians and raw samples to bench/results/<stem>.json.
+
+    make bench                                         # everything, a quiet machine wanted
+    pytest bench --benchmark-disable -k "not peers"    # smoke run at small sizes, as in `make test`
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from pyengine import _C
+from pyengine.ops import common
+
+HERE = Path(__file__).parent
+Rows = list[dict[str, object]]
+Race = tuple[dict[str, float], dict[str, list[float]]]
+
+
+def machine() -> dict[str, object]:
+    """What the figures were measured on."""
+    names = [
+        line.split(":")[1].strip()
+        for line in Path("/proc/cpuinfo").read_text().splitlines()
+        if line.startswith("model name")
+    ]
+    out = {
+        "cpu": names[0] if names else platform.machine(),
+        "cores": len(names),
+        "instruction_set": _C.instruction_set(common.FORCED_ISA),
+        "compiler": _C.compiler(),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+    }
+    if torch.cuda.is_available():
+        return out | {"gpu": torch.cuda.get_device_name(), "cuda": torch.version.cuda}
+    return out | {"gpu": "not yet run on a GPU"}
+
+
+@pytest.fixture(scope="module")
+def rows(request):
+    """Rows of the report. Refuses to time an op whose tests are red; writes what was collected at the end."""
+    stem = request.module.__name__.rpartition("bench_")[2]
+    timing = not request.config.getoption("benchmark_disable")
+    if timing:
+        tests = [sys.executable, "-P", "-m", "pytest", "-q", "-x", str(HERE.parent / "tests" / f"test_{stem}.py")]
+        if subprocess.run(tests, capture_output=True, cwd=HERE.parent, check=False).returncode:
+            pytest.exit(f"tests/test_{stem}.py is red: nothing is timed", returncode=1)
+    # glibc gives every half-megabyte result back to the kernel and page-faults it in again, which makes the
+    # peers up to 4x slower, until one larger block was freed: free one, so that they run at their best.
+    torch.ones(7 * 1024 * 1024)
+    collected: Rows = []
+    yield collected
+    if timing and collected:
+        report = {"machine": machine(), "rows": collected}
+        (HERE / "results" / f"{stem}.json").write_text(json.dumps(report, indent=1) + "\n")
+        for row in collected:
+            print(json.dumps({k: v for k, v in row.items() if k != "samples"}))
+
+
+@pytest.fixture
+def race(benchmark):
+    """race(ours, peers, rounds): seconds of each, the peers timed once before each round of ours.
+
+    Taking turns keeps a machine's drift out of the ratios. Returns (medians, samples), keyed by the peers' names
+    and "pyengine"; None when timing is disabled.
+    """
+
+    def run(ours: Callable[[], object], peers: dict[str, Callable[[], object]], rounds: int) -> Race | None:
+        samples: dict[str, list[float]] = {name: [] for name in peers}
+
+        def take_turns():
+            for name, peer in peers.items():
+                start = time.perf_counter()
+                peer()
+                samples[name].append(time.perf_counter() - start)
+            return (), {}
+
+        benchmark.pedantic(ours, setup=take_turns, rounds=rounds, warmup_rounds=1 if rounds > 1 else 0)
+        if benchmark.stats is None:
+            return None
+        samples["pyengine"] = list(benchmark.stats.stats.data)
+        kept = {name: times[-rounds:] for name, times in samples.items()}
+        return {name: statistics.median(times) for name, times in kept.items()}, kept
+
+    return run
+
+
+@pytest.fixture
+def peak():
+    return _peak_extra_bytes
+
+
+def _peak_extra_bytes(work: Callable[[], object]) -> int:
+    """By how much the process's memory rises above where it stood, at its highest, while `work` runs."""
+
+    def status(field: str) -> int:
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(field))
+
+    Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark
+    before = status("VmRSS:")
+    work()
+    return status("VmHWM:") - before
