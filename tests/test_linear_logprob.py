@@ -24,7 +24,7 @@ FORMS = {
 @pytest.fixture(autouse=True)
 def small_tiles(monkeypatch):
     """Several tiles in each direction, at sizes that a test can afford."""
-    monkeypatch.setattr(tiles, "TOKENS", 5)
+    monkeypatch.setattr(ops.logit_tiles, "TOKENS", 5)
     monkeypatch.setattr(ops.logit_tiles, "COLUMNS", 2048)
 
 
@@ -121,10 +121,10 @@ def test_sums_do_not_depend_on_the_tiles(isa, monkeypatch):
     torch.manual_seed(3)
     logits, target = torch.randn(7, 6000) * 5, torch.randint(0, 6000, (7,))
     whole = ops.logits_logprob(logits, target)
-    state, head = ops.logit_tiles.new_state(7), ops.logit_tiles.Head(6000, None, 1.0, None)
+    state, head = ops.logit_tiles.new_state(target), ops.logit_tiles.Head(6000, None, 1.0, None, -100)
     for start in range(0, 6000, 2048):
         ops.logit_tiles.fold(logits[:, start : start + 2048].contiguous(), start, head, target, state)
-    for a, b in zip(ops.logit_tiles.finish(state), whole, strict=True):
+    for a, b in zip(ops.logit_tiles.finish(state, head, target), whole, strict=True):
         assert torch.equal(a.float(), b)
     one = ops.logits_logprob(logits[2:3], target[2:3])
     assert all(torch.equal(a[2:3], b) for a, b in zip(whole, one, strict=True))

@@ -153,6 +153,31 @@ def test_nothing_to_learn_from():
     assert (out.moments.logp == 0).all()
 
 
+def test_compiles_without_graph_breaks():
+    hidden, weight, target, logp = problem()
+    bias = torch.randn(VOCAB)
+
+    def step(h, w, b):
+        out = ops.linear_preference(h * 2, w, target, wpo, reference_logp=logp, bias=b, softcap=9.0)
+        return out.loss, out.losses, *out.moments
+
+    results = []
+    for function in (step, torch.compile(step, fullgraph=True, backend="aot_eager")):
+        inputs = [x.clone().requires_grad_() for x in (hidden, weight, bias)]
+        loss, *rest = function(*inputs)
+        results.append((loss.detach(), *rest, *torch.autograd.grad(3 * loss, inputs)))
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_opcheck():
+    hidden, weight, target, logp = problem()
+    inputs = [hidden.requires_grad_(), weight.requires_grad_(), torch.randn(VOCAB).requires_grad_()]
+    handle = module._handle(wpo)
+    arguments = (*inputs, target, logp, handle, 0.9, 5.0, -100, [True, True, True])
+    torch.library.opcheck(torch.ops.pyengine.linear_preference, arguments)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

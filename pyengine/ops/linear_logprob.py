@@ -28,10 +28,14 @@ from pyengine.ops.logit_tiles import (
     differentiate,
     finish,
     fold,
+    gradient_into,
+    in_place,
     kept_rows,
     make_head,
     multiply,
     new_state,
+    tokens,
+    triton_runs,
 )
 from pyengine.reference import TokenLogprob
 
@@ -129,11 +133,15 @@ def _as_result(fields: tuple[Tensor, ...], target: Tensor) -> TokenLogprob:
     return TokenLogprob(logp, lse.detach(), lse2.detach(), max_logit.detach(), entropy)
 
 
+def _kernel(x: Tensor) -> str:
+    return "triton" if triton_runs(x) else _C.instruction_set(common.FORCED_ISA)
+
+
 def _scatter(fields: TokenLogprob, kept: Tensor, rows: int) -> tuple[Tensor, ...]:
-    return tuple(torch.zeros(rows).index_copy_(0, kept, field.float()) for field in fields)
+    return tuple(field.new_zeros(rows).index_copy_(0, kept, field).float() for field in fields)
 
 
-def _linear_logprob_cpu(
+def _linear_logprob(
     hidden: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -142,19 +150,21 @@ def _linear_logprob_cpu(
     softcap: float | None,
     ignore_index: int,
 ) -> tuple[Tensor, ...]:
-    launched(OP, _C.instruction_set(common.FORCED_ISA))
-    head = make_head(weight, bias, temperature, softcap)
+    launched(OP, _kernel(hidden))
+    head = make_head(weight, bias, temperature, softcap, ignore_index)
     kept = kept_rows(OP, target, head.vocab, ignore_index)
-    state = new_state(len(kept))
-    buffer = hidden.new_empty(min(len(kept), TOKENS) * min(head.vocab, COLUMNS))
-    for rows, at in zip(kept.split(TOKENS), state.split(TOKENS), strict=True):
+    parts, step = [], tokens(hidden)
+    buffer = hidden.new_empty(min(len(kept), step) * min(head.vocab, COLUMNS))
+    for rows in kept.split(step):
         some, labels = hidden[rows], target[rows]
+        state = new_state(labels)
         for start, end in columns(head.vocab):
-            fold(multiply(some, weight[start:end], buffer), start, head, labels, at)
-    return _scatter(finish(state), kept, len(target))
+            fold(multiply(some, weight[start:end], buffer), start, head, labels, state)
+        parts.append(finish(state, head, labels))
+    return _scatter(TokenLogprob(*(torch.cat(field) for field in zip(*parts, strict=True))), kept, len(target))
 
 
-def _linear_logprob_backward_cpu(
+def _linear_logprob_backward(
     grad_logp: Tensor | None,
     grad_entropy: Tensor | None,
     hidden: Tensor,
@@ -169,12 +179,12 @@ def _linear_logprob_backward_cpu(
     wanted: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of hidden, weight and bias, each empty unless wanted."""
-    head = make_head(weight, bias, temperature, softcap)
-    kept = (target != ignore_index).nonzero()[:, 0]
-    gradients = Gradients(hidden, weight, bias, wanted)
-    buffer = hidden.new_empty(min(len(kept), TOKENS) * min(head.vocab, COLUMNS))
-    scratch = buffer if hidden.dtype == torch.float32 else buffer.float()
-    for rows in kept.split(TOKENS):
+    head = make_head(weight, bias, temperature, softcap, ignore_index)
+    kept = kept_rows(OP, target, head.vocab, ignore_index)
+    gradients, step = Gradients(hidden, weight, bias, wanted), tokens(hidden)
+    buffer = hidden.new_empty(min(len(kept), step) * min(head.vocab, COLUMNS))
+    scratch = buffer if in_place(buffer) else buffer.float()
+    for rows in kept.split(step):
         if len(rows) == 0:
             continue
         some, labels = hidden[rows], target[rows]
@@ -183,9 +193,7 @@ def _linear_logprob_backward_cpu(
         def recomputed() -> Iterator[tuple[int, int, Tensor]]:
             for start, end in columns(head.vocab):
                 tile = multiply(some, weight[start:end], buffer)
-                out = scratch[: tile.numel()].view_as(tile)
-                differentiate(tile, start, head, labels, known, out)
-                yield start, end, out
+                yield start, end, differentiate(tile, start, head, labels, known, scratch)
 
         gradients.add(recomputed(), some, weight, rows)
     results = gradients.results(weight, bias)
@@ -195,29 +203,34 @@ def _linear_logprob_backward_cpu(
 def _row_gradient(
     grad_logp: Tensor | None, grad_entropy: Tensor | None, lse: Tensor, entropy: Tensor, rows: Tensor
 ) -> RowGradient:
-    by_logp = torch.zeros(len(rows)) if grad_logp is None else grad_logp[rows]
+    by_logp = lse.new_zeros(len(rows)) if grad_logp is None else grad_logp[rows]
     return RowGradient(lse[rows], entropy[rows], by_logp, None if grad_entropy is None else grad_entropy[rows])
 
 
 def _runs(target: Tensor, ignore_index: int) -> Iterator[tuple[int, int]]:
     """(start, end) of each stretch of rows that are not ignored: logits are read where they lie."""
+    if triton_runs(target):  # to look would synchronise, and the kernels skip ignored rows
+        return iter([(0, len(target))])
     edges = torch.nn.functional.pad((target != ignore_index).to(torch.int8), (1, 1)).diff().nonzero()[:, 0].tolist()
     return zip(edges[::2], edges[1::2], strict=True)
 
 
-def _logits_logprob_cpu(
+def _logits_logprob(
     logits: Tensor, target: Tensor, temperature: float, softcap: float | None, ignore_index: int
 ) -> tuple[Tensor, ...]:
-    launched(TWIN, _C.instruction_set(common.FORCED_ISA))
-    logits, head = common.unit_stride(logits), Head(logits.shape[1], None, temperature, softcap)
-    kept = kept_rows(TWIN, target, head.vocab, ignore_index)
-    state = new_state(len(target))
+    launched(TWIN, _kernel(logits))
+    logits, head = common.unit_stride(logits), Head(logits.shape[1], None, temperature, softcap, ignore_index)
+    kept_rows(TWIN, target, head.vocab, ignore_index)  # checks the targets
+    fields = [logits.new_zeros(len(target), dtype=torch.float32) for _ in TokenLogprob._fields]
     for start, end in _runs(target, ignore_index):
-        fold(logits[start:end], 0, head, target[start:end], state[start:end])
-    return _scatter(finish(state[kept]), kept, len(target))
+        state = new_state(target[start:end])
+        fold(logits[start:end], 0, head, target[start:end], state)
+        for out, field in zip(fields, finish(state, head, target[start:end]), strict=True):
+            out[start:end] = field
+    return tuple(fields)
 
 
-def _logits_logprob_backward_cpu(
+def _logits_logprob_backward(
     grad_logp: Tensor | None,
     grad_entropy: Tensor | None,
     logits: Tensor,
@@ -228,17 +241,18 @@ def _logits_logprob_backward_cpu(
     softcap: float | None,
     ignore_index: int,
 ) -> Tensor:
-    logits, head = common.unit_stride(logits), Head(logits.shape[1], None, temperature, softcap)
-    gradient = torch.zeros(logits.shape, dtype=logits.dtype)
-    step = max(1, TOKENS * COLUMNS // head.vocab)  # rows a scratch of a tile's size holds
+    logits, head = common.unit_stride(logits), Head(logits.shape[1], None, temperature, softcap, ignore_index)
+    gradient = torch.zeros(logits.shape, dtype=logits.dtype, device=logits.device)
+    direct = in_place(logits)
+    step = len(target) if direct else max(1, TOKENS * COLUMNS // head.vocab)  # rows that a tile's scratch holds
     for first, last in _runs(target, ignore_index):
         for start in range(first, last, step):
-            rows = torch.arange(start, min(start + step, last))
+            rows = torch.arange(start, min(start + step, last), device=logits.device)
             at = slice(start, start + len(rows))
-            out = gradient[at] if logits.dtype == torch.float32 else torch.empty(len(rows), head.vocab)
+            out = gradient[at] if direct else torch.empty(len(rows), head.vocab)
             known = _row_gradient(grad_logp, grad_entropy, lse, entropy, rows)
-            differentiate(logits[at], 0, head, target[at], known, out)
-            if out.dtype != logits.dtype:
+            gradient_into(out, logits[at], 0, head, target[at], known)
+            if not direct:
                 gradient[at] = out
     return gradient
 
@@ -283,10 +297,11 @@ def _logits_autograd(ctx, grad_logp, _lse, _lse2, _max, grad_entropy):  # type: 
     return (gradient, *(None,) * 4)
 
 
-library.impl("linear_logprob", _linear_logprob_cpu, "CPU")
-library.impl("linear_logprob_backward", _linear_logprob_backward_cpu, "CPU")
-library.impl("logits_logprob", _logits_logprob_cpu, "CPU")
-library.impl("logits_logprob_backward", _logits_logprob_backward_cpu, "CPU")
+for key in ("CPU", "CUDA"):
+    library.impl("linear_logprob", _linear_logprob, key)
+    library.impl("linear_logprob_backward", _linear_logprob_backward, key)
+    library.impl("logits_logprob", _logits_logprob, key)
+    library.impl("logits_logprob_backward", _logits_logprob_backward, key)
 torch.library.register_fake(
     "pyengine::linear_logprob", lambda hidden, weight, bias, target, *_: _fake_fields(hidden, target), lib=library
 )

@@ -7,13 +7,14 @@ place. Three GEMMs do the work of `linear_logprob`'s four.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import accumulate
 
 import torch
 from torch import Tensor
 
 import pyengine._C as _C
 from pyengine.ops import common
-from pyengine.ops.common import fail, launched
+from pyengine.ops.common import fail, launched, library, traced
 from pyengine.ops.logit_tiles import (
     Gradients,
     Head,
@@ -24,14 +25,21 @@ from pyengine.ops.logit_tiles import (
     differentiate,
     finish,
     fold,
+    in_place,
     kept_rows,
     make_head,
     multiply,
     new_state,
+    triton_runs,
 )
 from pyengine.reference import PairedLoss, Preference, SequenceMoments, TokenLogprob
 
 OP = "linear_preference"
+library.define(
+    "linear_preference(Tensor hidden, Tensor weight, Tensor? bias, Tensor target, Tensor? reference_logp, int loss, "
+    "float temperature, float? softcap, int ignore_index, bool[] wanted) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
+)
 # Logits that a chunk of pairs may keep: 512 tokens at V = 131,072, 256 MB in fp32. Fewer tokens would spend
 # more than 4 % of the time on reading and writing the weight's gradient once a chunk.
 KEPT_LOGITS = 2**26
@@ -72,8 +80,8 @@ def linear_preference(
     Raises:
         ValueError: a shape, dtype, device, number or target is out of range, or `loss` returns another shape.
     """
-    if hidden.dim() != 3 or len(hidden) % 2 or len(hidden) == 0:
-        fail(OP, f"hidden must have shape [2P, T, D] with P >= 1, got {list(hidden.shape)}")
+    if hidden.dim() != 3 or len(hidden) % 2 or 0 in hidden.shape:
+        fail(OP, f"hidden must have shape [2P, T, D] with P, T >= 1, got {list(hidden.shape)}")
     check_head(OP, hidden, weight, bias, target)
     check_numbers(OP, temperature, softcap)
     if reference_logp is not None and reference_logp.shape != hidden.shape[:1]:
@@ -81,15 +89,90 @@ def linear_preference(
     given = (hidden, weight, bias)
     tracked = torch.is_grad_enabled()
     wanted = [tracked and tensor is not None and tensor.requires_grad for tensor in given]
+    if traced(hidden):
+        wanted[0] = tracked  # while tracing, what the model made does not say that it requires a gradient
+        numbers = (temperature, softcap, ignore_index)
+        mean, losses, sums, tokens, *_ = torch.ops.pyengine.linear_preference(
+            *given, target, reference_logp, _handle(loss), *numbers, wanted
+        )
+        sums = sums.detach()
+        return Preference(mean, losses.detach(), SequenceMoments(sums[0], tokens, *sums[1:]))
     with torch.no_grad():
-        head = make_head(weight, bias, temperature, softcap)
+        head = make_head(weight, bias, temperature, softcap, ignore_index)
         gradients = Gradients(hidden.flatten(0, 1), weight, bias, wanted)
-        result = _forward(hidden, weight, target, loss, reference_logp, head, ignore_index, gradients)
+        result = _forward(hidden, weight, target, loss, reference_logp, head, gradients)
     if not any(wanted):
         return result
     to_hidden, to_weight, to_bias = gradients.results(weight, bias)
     to_hidden = None if to_hidden is None else to_hidden.view(hidden.shape)
     return result._replace(loss=_Precomputed.apply(result.loss, *given, to_hidden, to_weight, to_bias))
+
+
+# A compiled graph calls an operator, and an operator takes no function: it finds the loss by this number. Held for
+# the life of the process, as the graph may be called as long.
+_LOSSES: dict[int, PairedLoss] = {}
+
+
+@torch._dynamo.assume_constant_result
+def _handle(loss: PairedLoss) -> int:
+    _LOSSES[id(loss)] = loss
+    return id(loss)
+
+
+def _operator(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    target: Tensor,
+    reference_logp: Tensor | None,
+    loss: int,
+    temperature: float,
+    softcap: float | None,
+    ignore_index: int,
+    wanted: list[bool],
+) -> tuple[Tensor, ...]:
+    """The forward for compiled graphs: the loss, the losses, the moments [4, 2P], the tokens and the gradients."""
+    head = make_head(weight, bias, temperature, softcap, ignore_index)
+    gradients = Gradients(hidden.flatten(0, 1), weight, bias, wanted)
+    mean, losses, moments = _forward(hidden, weight, target, _LOSSES[loss], reference_logp, head, gradients)
+    to_hidden, *rest = gradients.results(weight, bias)
+    found = [None if to_hidden is None else to_hidden.view(hidden.shape), *rest]
+    sums = torch.stack((moments.logp, *moments[2:]))
+    return mean, losses, sums, moments.tokens, *(hidden.new_empty(0) if g is None else g for g in found)
+
+
+def _operator_fake(hidden: Tensor, weight: Tensor, bias: Tensor | None, *rest: object) -> tuple[Tensor, ...]:
+    wanted, rows = rest[-1], len(hidden)
+    assert isinstance(wanted, list)
+    given = [
+        x if x is not None and want else hidden.new_empty(0)
+        for x, want in zip((hidden, weight, bias), wanted, strict=True)
+    ]
+    return (
+        hidden.new_empty((), dtype=torch.float32),
+        hidden.new_empty(rows // 2, dtype=torch.float32),
+        hidden.new_empty((4, rows), dtype=torch.float32),
+        hidden.new_empty(rows, dtype=torch.int64),
+        *(torch.empty_like(x) for x in given),
+    )
+
+
+def _operator_setup(ctx, inputs, output):  # type: ignore[no-untyped-def]
+    ctx.wanted = inputs[-1]
+    ctx.save_for_backward(*output[4:])
+
+
+def _operator_autograd(ctx, grad, *_):  # type: ignore[no-untyped-def]
+    scaled = [g * grad.to(g.dtype) if want else None for g, want in zip(ctx.saved_tensors, ctx.wanted, strict=True)]
+    return (*scaled, *(None,) * 7)
+
+
+for key in ("CPU", "CUDA"):
+    library.impl("linear_preference", _operator, key)
+torch.library.register_fake("pyengine::linear_preference", _operator_fake, lib=library)
+torch.library.register_autograd(
+    "pyengine::linear_preference", _operator_autograd, setup_context=_operator_setup, lib=library
+)
 
 
 class _Precomputed(torch.autograd.Function):
@@ -106,20 +189,20 @@ class _Precomputed(torch.autograd.Function):
         gradients, ctx.gradients = ctx.gradients, None
         if gradients is None:
             raise RuntimeError("linear_preference: its gradients were handed out by an earlier backward; call it again")
-        if grad.item() != 1:
+        if grad.is_cuda or grad.item() != 1:  # to look would synchronise
             gradients = [None if g is None else g.mul_(grad) for g in gradients]
         return (None, *gradients, None, None, None)
 
 
-def _chunks(tokens: Tensor, limit: int) -> Iterator[tuple[int, int]]:
-    """Ranges of pairs whose tokens [P] sum to at most `limit`, or a single longer pair."""
+def _chunks(counts: list[int], limit: int) -> Iterator[tuple[int, int]]:
+    """Ranges of pairs whose tokens sum to at most `limit`, or a single longer pair; counts: tokens of each."""
     start, used = 0, 0
-    for pair, count in enumerate(tokens.tolist()):
+    for pair, count in enumerate(counts):
         if used and used + count > limit:
             yield start, pair
             start, used = pair, 0
         used += count
-    yield start, len(tokens)
+    yield start, len(counts)
 
 
 def _forward(
@@ -129,39 +212,40 @@ def _forward(
     loss: PairedLoss,
     reference_logp: Tensor | None,
     head: Head,
-    ignore_index: int,
     gradients: Gradients,
 ) -> Preference:
-    launched(OP, _C.instruction_set(common.FORCED_ISA))
+    launched(OP, "triton" if triton_runs(hidden) else _C.instruction_set(common.FORCED_ISA))
     pairs, length = len(hidden) // 2, target.shape[1]
     flat, labels = hidden.flatten(0, 1), target.flatten()
-    kept = kept_rows(OP, labels, head.vocab, ignore_index)
-    sequence = kept // length  # of each kept row
-    tokens = torch.bincount(sequence, minlength=2 * pairs)
-    sums = torch.zeros(4, 2 * pairs, dtype=torch.float64)
-    losses = torch.empty(pairs)
-    limit = max(1, KEPT_LOGITS // head.vocab)
-    buffer, scratch = hidden.new_empty(0), torch.empty(0)
-    for first, last in _chunks(tokens[:pairs] + tokens[pairs:], limit):
-        in_chunk = (sequence % pairs >= first) & (sequence % pairs < last)
-        rows, where = kept[in_chunk], sequence[in_chunk]
+    kept = kept_rows(OP, labels, head.vocab, head.ignore_index)
+    tokens = (target != head.ignore_index).sum(-1)
+    counts = [length] * (2 * pairs) if triton_runs(hidden) else tokens.tolist()
+    ends = [0, *accumulate(counts)]  # sequence i has the rows kept[ends[i] : ends[i + 1]]
+    chosen_and_rejected = [a + b for a, b in zip(counts[:pairs], counts[pairs:], strict=True)]
+    sums = torch.zeros(4, 2 * pairs, dtype=torch.float64, device=hidden.device)
+    losses = torch.empty(pairs, device=hidden.device)
+    limit, widest = max(1, KEPT_LOGITS // head.vocab), next(columns(head.vocab))[1]
+    buffer = scratch = hidden.new_empty(0)
+    for first, last in _chunks(chosen_and_rejected, limit):
+        halves = (slice(first, last), slice(pairs + first, pairs + last))
+        rows = torch.cat([kept[ends[half.start] : ends[half.stop]] for half in halves])
         some, some_labels = flat[rows], labels[rows]
         keep = gradients.wanted and len(rows) <= limit
-        widest = next(columns(head.vocab))[1]
         size = len(rows) * (head.vocab if keep else widest)
         if buffer.numel() < size:  # once or twice: fresh memory costs a page fault every 4 kB
             buffer = hidden.new_empty(size)
-            scratch = buffer if hidden.dtype == torch.float32 else torch.empty(len(rows) * widest)
-        state = new_state(len(rows))
+            scratch = buffer if in_place(buffer) else torch.empty(len(rows) * widest)
+        state = new_state(some_labels)
         for start, end in columns(head.vocab):
             to = buffer[len(rows) * start :] if keep else buffer
             fold(multiply(some, weight[start:end], to), start, head, some_labels, state)
-        fields = finish(state)
-        _add(sums, fields, where)
-        by_sequence = _loss_gradient(loss, sums, tokens, reference_logp, first, last, losses)
+        fields = finish(state, head, some_labels)
+        _add(sums, fields, rows, length)
+        by_sequence = _loss_gradient(loss, sums, tokens, reference_logp, halves, losses)
         if not gradients.wanted or len(rows) == 0:
             continue
-        known = RowGradient(fields.lse.float(), fields.entropy.float(), by_sequence[where], None)
+        by_logp = by_sequence[rows // length]
+        known = RowGradient(fields.lse.float(), fields.entropy.float(), by_logp, None)
 
         def differentiated() -> Iterator[tuple[int, int, Tensor]]:
             for start, end in columns(head.vocab):
@@ -169,18 +253,21 @@ def _forward(
                     tile = buffer[len(rows) * start : len(rows) * end].view(len(rows), end - start)
                 else:  # a pair too long to keep is recomputed, as in linear_logprob's backward
                     tile = multiply(some, weight[start:end], buffer)
-                out = tile if tile.dtype == torch.float32 else scratch[: tile.numel()].view_as(tile)
-                differentiate(tile, start, head, some_labels, known, out)
-                yield start, end, out
+                yield start, end, differentiate(tile, start, head, some_labels, known, scratch)
 
         gradients.add(differentiated(), some, weight, rows)
     return Preference(losses.mean(), losses, _moments(sums, tokens, slice(None)))
 
 
-def _add(sums: Tensor, fields: TokenLogprob, sequence: Tensor) -> None:
-    """Add the tokens' logp, alignments and entropy to the sums [4, 2P] of their sequences."""
+def _add(sums: Tensor, fields: TokenLogprob, rows: Tensor, length: int) -> None:
+    """Add the tokens' logp, alignments and entropy to the sums [4, 2P] of their sequences.
+
+    By way of the padded layout, in which the order of the additions is fixed: index_add_ on a GPU has none.
+    """
     sampled, greedy = fields.logp + 2 * fields.lse - fields.lse2, fields.logp + fields.lse - fields.max_logit
-    sums.index_add_(1, sequence, torch.stack((fields.logp, sampled, greedy, fields.entropy)))
+    padded = sums.new_zeros(4, sums.shape[1] * length)
+    padded[:, rows] = torch.stack((fields.logp, sampled, greedy, fields.entropy)).to(sums.dtype)
+    sums += padded.view(4, -1, length).sum(-1)
 
 
 def _moments(sums: Tensor, tokens: Tensor, which: slice) -> SequenceMoments:
@@ -193,26 +280,24 @@ def _loss_gradient(
     sums: Tensor,
     tokens: Tensor,
     reference_logp: Tensor | None,
-    first: int,
-    last: int,
+    halves: tuple[slice, slice],
     losses: Tensor,
 ) -> Tensor:
-    """d (mean loss) / d logp of each of the 2P sequences, zero outside the chunk; fills losses[first:last]."""
+    """d (mean loss) / d logp of each of the 2P sequences, zero outside the chunk; fills the chunk's losses."""
     pairs = len(losses)
-    halves = (slice(first, last), slice(pairs + first, pairs + last))
     references = [None if reference_logp is None else reference_logp[half].detach() for half in halves]
-    out = torch.zeros(2 * pairs)
+    out = torch.zeros(2 * pairs, device=losses.device)
     with torch.enable_grad():
         chosen, rejected = (_moments(sums, tokens, half) for half in halves)
         leaves = [m.logp.detach().requires_grad_() for m in (chosen, rejected)]
         found = loss(chosen._replace(logp=leaves[0]), rejected._replace(logp=leaves[1]), *references)
-        if not isinstance(found, Tensor) or found.shape != (last - first,):
+        if not isinstance(found, Tensor) or found.shape != leaves[0].shape:
             shape = list(found.shape) if isinstance(found, Tensor) else type(found).__name__
-            fail(OP, f"loss must return one value a pair, shape [{last - first}], got {shape}")
+            fail(OP, f"loss must return one value a pair, shape {list(leaves[0].shape)}, got {shape}")
         if found.requires_grad:
             gradients = torch.autograd.grad(found.sum() / pairs, leaves, allow_unused=True)
             for half, gradient in zip(halves, gradients, strict=True):
                 if gradient is not None:
                     out[half] = gradient
-    losses[first:last] = found.detach()
+    losses[halves[0]] = found.detach()
     return out

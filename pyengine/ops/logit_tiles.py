@@ -1,13 +1,15 @@
 """Tiles of logits: the GEMM that makes them, the epilogue that folds them, the gradient they turn into.
 
-What `linear_logprob` and `linear_preference` share. A tile is [n, columns], in the type of the hidden states.
+What `linear_logprob` and `linear_preference` share. A tile is [n, columns], in the type of
+the hidden states.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import NamedTuple
+from types import ModuleType
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,8 +19,10 @@ from pyengine.ops import common
 from pyengine.ops.common import DTYPE_CODE, check_float, fail
 from pyengine.reference import TokenLogprob
 
-# 4,096 columns: wide enough for the GEMM's full rate at 1,024 tokens; 16 MB in fp32.
-TOKENS, COLUMNS = 1024, 4096
+# A tile's tokens and columns. 4,096 columns: wide enough for a CPU GEMM's full rate at 1,024 tokens, 16 MB in
+# fp32. On a GPU 4,096 by 4,096 in bf16 is 33 MB, which an H200's 50 MB of L2 hold until it is folded.
+TOKENS, TOKENS_GPU = 1024, 4096
+COLUMNS = 4096
 _STATE = 6  # csrc/algebra.h kStateSize
 
 
@@ -29,10 +33,14 @@ class Head(NamedTuple):
     bias: Tensor | None  # fp32, contiguous
     temperature: float
     softcap: float | None
+    ignore_index: int
 
 
-def make_head(weight: Tensor, bias: Tensor | None, temperature: float, softcap: float | None) -> Head:
-    return Head(len(weight), None if bias is None else bias.detach().float().contiguous(), temperature, softcap)
+def make_head(
+    weight: Tensor, bias: Tensor | None, temperature: float, softcap: float | None, ignore_index: int
+) -> Head:
+    offsets = None if bias is None else bias.detach().float().contiguous()
+    return Head(len(weight), offsets, temperature, softcap, ignore_index)
 
 
 def columns(vocab: int) -> Iterator[tuple[int, int]]:
@@ -46,15 +54,36 @@ def multiply(hidden: Tensor, weight: Tensor, buffer: Tensor) -> Tensor:
     return torch.mm(hidden, weight.T, out=buffer[: rows * columns].view(rows, columns))
 
 
-def new_state(rows: int) -> Tensor:
-    """Running moments of `rows` tokens: csrc/algebra.h RowMoments."""
-    state = torch.zeros(rows, _STATE, dtype=torch.float64)
+def triton_runs(x: Tensor) -> bool:
+    """Whether the epilogue of x's tiles is Triton's: on a GPU. Elsewhere it is C++."""
+    return x.is_cuda
+
+
+def tokens(x: Tensor) -> int:
+    return TOKENS_GPU if triton_runs(x) else TOKENS
+
+
+def _triton() -> ModuleType:
+    kernels = common.triton_kernels("linear_logprob")
+    if kernels is None:
+        raise RuntimeError("log-probabilities on a GPU need Triton: pip install triton")
+    return kernels
+
+
+def new_state(target: Tensor) -> Tensor:
+    """Running moments of the tokens target [n]: on a CPU rows of csrc/algebra.h RowMoments."""
+    if triton_runs(target):
+        return _triton().new_state(target)
+    state = torch.zeros(len(target), _STATE, dtype=torch.float64)
     state[:, 0] = state[:, 5] = -math.inf
     return state
 
 
 def fold(tile: Tensor, start: int, head: Head, target: Tensor, state: Tensor) -> None:
-    """Fold a tile that begins at vocabulary id `start` into state [n, 6]. target: [n]."""
+    """Fold a tile that begins at vocabulary id `start` into the state; the tiles come in order. target: [n]."""
+    if triton_runs(tile):
+        _triton().fold(tile, start, target, state, **_numbers(head))
+        return
     _C.fold_logits(
         (*tile.shape, start, head.vocab, tile.data_ptr(), DTYPE_CODE[tile.dtype], tile.stride(0)),
         0 if head.bias is None else head.bias.data_ptr(),
@@ -64,6 +93,15 @@ def fold(tile: Tensor, start: int, head: Head, target: Tensor, state: Tensor) ->
         state.data_ptr(),
         common.FORCED_ISA,
     )
+
+
+def _numbers(head: Head) -> dict[str, Any]:
+    return {
+        "bias": head.bias,
+        "temperature": head.temperature,
+        "softcap": head.softcap,
+        "ignore_index": head.ignore_index,
+    }
 
 
 class RowGradient(NamedTuple):
@@ -76,8 +114,23 @@ class RowGradient(NamedTuple):
     by_entropy: Tensor | None
 
 
-def differentiate(tile: Tensor, start: int, head: Head, target: Tensor, rows: RowGradient, out: Tensor) -> None:
-    """out [n, columns], fp32, = d loss / d product. `out` may be the tile itself."""
+def in_place(x: Tensor) -> bool:
+    """Whether the gradient of x's tiles may overwrite them; the CPU kernel writes fp32 alone."""
+    return x.dtype == torch.float32 or triton_runs(x)
+
+
+def differentiate(tile: Tensor, start: int, head: Head, target: Tensor, rows: RowGradient, scratch: Tensor) -> Tensor:
+    """d loss / d product [n, columns], in place of the tile or, unless `in_place`, at the front of scratch."""
+    out = tile if in_place(tile) else scratch[: tile.numel()].view(tile.shape)
+    return gradient_into(out, tile, start, head, target, rows)
+
+
+def gradient_into(out: Tensor, tile: Tensor, start: int, head: Head, target: Tensor, rows: RowGradient) -> Tensor:
+    """out [n, columns] = d loss / d product."""
+    if triton_runs(tile):
+        by_entropy = torch.zeros_like(rows.lse) if rows.by_entropy is None else rows.by_entropy
+        known = (rows.lse, rows.entropy, rows.by_logp, by_entropy)
+        return _triton().grad_tile(tile, start, target, *known, **_numbers(head), out=out)
     _C.logit_gradient(
         (*tile.shape, start, head.vocab, tile.data_ptr(), DTYPE_CODE[tile.dtype], tile.stride(0)),
         0 if head.bias is None else head.bias.data_ptr(),
@@ -92,6 +145,7 @@ def differentiate(tile: Tensor, start: int, head: Head, target: Tensor, rows: Ro
         out.stride(0),
         common.FORCED_ISA,
     )
+    return out
 
 
 class Gradients:
@@ -116,12 +170,11 @@ class Gradients:
         of_rows = torch.zeros(hidden.shape, device=hidden.device) if self.hidden is not None else None
         for start, end, gradient in tiles:
             if of_rows is not None:
-                of_rows.addmm_(gradient, weight[start:end].float())
+                _accumulate(of_rows, gradient, weight[start:end], True)
             if self.weight is not None:
-                part, beta = self.weight[start:end], float(self._weight_set)
-                torch.addmm(part, gradient.T, hidden.float(), beta=beta, out=part)
+                _accumulate(self.weight[start:end], gradient.T, hidden, self._weight_set)
             if self.bias is not None:
-                self.bias[start:end] += gradient.sum(0)
+                self.bias[start:end] += gradient.sum(0, dtype=torch.float32)
         self._weight_set = True
         if self.hidden is not None and of_rows is not None:
             self.hidden[rows] = of_rows.to(self.hidden.dtype)
@@ -135,17 +188,34 @@ class Gradients:
         return [self.hidden, of_weight, of_bias]
 
 
-def finish(state: Tensor) -> TokenLogprob:
-    """The fields in nats, fp64, from running moments in log2 units."""
-    m, s, s2, w, target, top = state.unbind(-1)
+def _accumulate(total: Tensor, a: Tensor, b: Tensor, add: bool) -> None:
+    """total = a . b, plus total if `add`; the product is not rounded to a half type before it is added."""
+    if a.dtype == torch.float32:
+        torch.addmm(total, a, b.float(), beta=float(add), out=total)
+    else:
+        torch.addmm(total, a, b, beta=float(add), out_dtype=torch.float32, out=total)
+
+
+def finish(state: Tensor, head: Head, target: Tensor) -> TokenLogprob:
+    """The fields in nats from running moments in log2 units; fp64 on a CPU, fp32 on a GPU."""
+    if triton_runs(state):
+        fields = TokenLogprob(*_triton().finish(state, target, ignore_index=head.ignore_index))
+        wrong = ((target < 0) | (target >= head.vocab)) & (target != head.ignore_index)
+        return fields._replace(logp=fields.logp.masked_fill(wrong, math.nan))
+    m, s, s2, w, wanted, top = state.unbind(-1)
     lse = m + s.log2()
-    fields = (target - m - s.log2(), lse, 2 * m + s2.log2(), top, s.log2() - w / s)
+    found = (wanted - m - s.log2(), lse, 2 * m + s2.log2(), top, s.log2() - w / s)
     bad = ~lse.isfinite()
-    return TokenLogprob(*((field * math.log(2)).masked_fill(bad, math.nan) for field in fields))
+    return TokenLogprob(*((field * math.log(2)).masked_fill(bad, math.nan) for field in found))
 
 
 def kept_rows(op: str, target: Tensor, vocab: int, ignore_index: int) -> Tensor:
-    """Indices of the rows that are not ignored; their targets are checked."""
+    """Indices of the rows that are not ignored; their targets are checked.
+
+    On a GPU all rows: to find them would synchronise, and the kernels skip ignored ones.
+    """
+    if triton_runs(target):
+        return torch.arange(len(target), device=target.device)
     kept = (target != ignore_index).nonzero()[:, 0]
     labels = target[kept]
     wrong = ((labels < 0) | (labels >= vocab)).nonzero()

@@ -149,7 +149,7 @@ def _select_block_cpu(
     if scores is not None:
         scores = scores.float().contiguous()
         batch, candidates, heads = scores.shape
-        rows = (scores.data_ptr(), 0, 0, 0, 0, 0, 0)
+        rows: tuple[int, ...] = (scores.data_ptr(), 0, 0, 0, 0, 0, 0)
     else:
         assert hidden is not None
         assert probe is not None
