@@ -187,6 +187,7 @@ def test_opcheck():
         ({"target": torch.full((4, 2), 9)}, "target 9 in row 0"),
         ({"loss": lambda c, r, a, b: (c.logp - r.logp).mean()}, r"one value a pair, shape \[2\], got \[\]"),
         ({"loss": lambda *_: 1.0}, r"one value a pair, shape \[2\], got float"),
+        ({"loss": lambda c, r, a, b: c.greedy}, "carries no gradient"),
         ({"temperature": -1.0}, "temperature"),
     ],
 )

@@ -7,6 +7,7 @@ place. Three GEMMs do the work of `linear_logprob`'s four.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from itertools import accumulate
 
 import torch
@@ -287,17 +288,24 @@ def _loss_gradient(
     pairs = len(losses)
     references = [None if reference_logp is None else reference_logp[half].detach() for half in halves]
     out = torch.zeros(2 * pairs, device=losses.device)
-    with torch.enable_grad():
+    with torch.enable_grad(), _above_autograd():
         chosen, rejected = (_moments(sums, tokens, half) for half in halves)
         leaves = [m.logp.detach().requires_grad_() for m in (chosen, rejected)]
         found = loss(chosen._replace(logp=leaves[0]), rejected._replace(logp=leaves[1]), *references)
         if not isinstance(found, Tensor) or found.shape != leaves[0].shape:
             shape = list(found.shape) if isinstance(found, Tensor) else type(found).__name__
             fail(OP, f"loss must return one value a pair, shape {list(leaves[0].shape)}, got {shape}")
-        if found.requires_grad:
-            gradients = torch.autograd.grad(found.sum() / pairs, leaves, allow_unused=True)
-            for half, gradient in zip(halves, gradients, strict=True):
-                if gradient is not None:
-                    out[half] = gradient
+        if not found.requires_grad:
+            fail(OP, "loss must depend on the log-probabilities: what it returned carries no gradient")
+        gradients = torch.autograd.grad(found.sum() / pairs, leaves, allow_unused=True)
+    for half, gradient in zip(halves, gradients, strict=True):
+        if gradient is not None:
+            out[half] = gradient
     losses[halves[0]] = found.detach()
     return out
+
+
+def _above_autograd() -> AbstractContextManager:
+    """Lets the loss build a graph. An operator with a gradient formula, as compiled graphs call, runs below
+    autograd, where nothing requires a gradient; torch has no public way back up (2.13)."""
+    return torch._C._SetExcludeDispatchKeyGuard(torch._C.DispatchKey.AutogradFunctionality, False)
