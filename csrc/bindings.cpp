@@ -37,8 +37,8 @@ using Column = std::array<int64_t, 2>;
 
 void tilt_sample(const Logits& logits, const Heads& heads, const Column& temperature, const Column& top_k,
                  const Column& top_p, const Column& min_p, const Column& seed, const Column& position,
-                 int64_t token, int64_t logp_base, int64_t logp_policy, int64_t kl, int64_t valid,
-                 const std::optional<std::string>& isa) {
+                 const Column& mask, bool gumbel, int64_t token, int64_t logp_base, int64_t logp_policy,
+                 int64_t kl, int64_t valid, const std::optional<std::string>& isa) {
   const TiltKernels& kernels = kernels_or_throw(isa);
   pyengine::TiltArgs args{};
   args.batch = logits[0], args.vocab = logits[1];
@@ -54,6 +54,8 @@ void tilt_sample(const Logits& logits, const Heads& heads, const Column& tempera
   args.min_p = address<float>(min_p[0]), args.min_p_stride = min_p[1];
   args.seed = address<int64_t>(seed[0]), args.seed_stride = seed[1];
   args.position = address<int64_t>(position[0]), args.position_stride = position[1];
+  args.mask = address<bool>(mask[0]), args.mask_stride = mask[1];
+  args.gumbel = gumbel;
   args.token = address<int64_t>(token), args.logp_base = address<float>(logp_base);
   args.logp_policy = address<float>(logp_policy), args.kl = address<float>(kl);
   args.valid = address<bool>(valid);

@@ -37,14 +37,25 @@ def isa(request, monkeypatch):
     return request.param
 
 
-def expected(logits, values=None, weights=None, **parameters):
+def expected(logits, values=None, weights=None, *, mask=None, method="inverse", **parameters):
     """The fp64 reference on the same arguments as ops.tilt_sample."""
     batch = len(logits)
     defaults = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "seed": 0, "position": 0}
     columns = {k: torch.as_tensor(v).expand(batch) for k, v in (defaults | parameters).items()}
     if weights is not None:
         weights = torch.as_tensor(weights, dtype=torch.float32).expand(batch, len(values))
-    return reference.tilt_sample(logits, values, weights, **columns)
+    return reference.tilt_sample(logits, values, weights, mask=mask, method=method, **columns)
+
+
+def assert_equals_reference(logits, values=None, weights=None, **parameters):
+    found = ops.tilt_sample(logits, values, weights, **parameters)
+    want = expected(logits, values, weights, **parameters)
+    assert torch.equal(found.token, want.token)
+    assert torch.equal(found.valid, want.valid)
+    for name in ("logp_base", "logp_policy", "kl"):
+        torch.testing.assert_close(
+            getattr(found, name), getattr(want, name), atol=1e-5, rtol=1e-5, equal_nan=True, msg=name
+        )
 
 
 def law(logits, values=None, weights=None, *, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0):
@@ -139,7 +150,8 @@ def test_uniforms_keep_their_low_bits(isa):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("vocab", [1, 50, 1024, 1025, 4999])
 @pytest.mark.parametrize("heads", [0, 1, 3])
-def test_equals_the_reference(isa, dtype, vocab, heads):
+@pytest.mark.parametrize("method", ["inverse", "gumbel"])
+def test_equals_the_reference(isa, dtype, vocab, heads, method):
     torch.manual_seed(vocab + heads)
     batch = 12
     logits = (torch.randn(batch, vocab) * 4).to(dtype)
@@ -149,12 +161,7 @@ def test_equals_the_reference(isa, dtype, vocab, heads):
     temperature[3] = 0.0
     for parameters in FILTERS.values():
         arguments = parameters | {"temperature": temperature, "seed": torch.arange(batch) + 9, "position": 4}
-        found = ops.tilt_sample(logits, values, weights, **arguments)
-        want = expected(logits, values, weights, **arguments)
-        assert torch.equal(found.token, want.token)
-        assert torch.equal(found.valid, want.valid)
-        for name in ("logp_base", "logp_policy", "kl"):
-            torch.testing.assert_close(getattr(found, name), getattr(want, name), atol=1e-5, rtol=1e-5)
+        assert_equals_reference(logits, values, weights, method=method, **arguments)
 
 
 def test_accuracy_at_full_vocabulary(isa):
@@ -351,6 +358,38 @@ def test_leading_blocks_that_are_forbidden(isa, forbidden):
             assert out.valid.all()
             assert torch.equal(out.token, want.token)
             torch.testing.assert_close(out.kl, want.kl, atol=1e-4, rtol=1e-5)
+
+
+@pytest.mark.parametrize("method", ["inverse", "gumbel"])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("heads", [0, 1, 2])
+def test_masked_rows_equal_the_reference(isa, method, dtype, heads):
+    torch.manual_seed(heads)
+    batch, vocab = 6, 2500
+    logits = (torch.randn(batch, vocab) * 3).to(dtype)
+    values = torch.randn(heads, batch, vocab) if heads else None
+    weights = torch.randn(batch, heads) if heads else None
+    mask = torch.rand(batch, vocab) > 0.5
+    mask[0] = False  # TensorRT-LLM#18893, vllm#53665: a grammar that leaves nothing
+    mask[1], mask[1, 2040] = False, True
+    mask[2, :1024] = False
+    if heads:
+        values[:, ~mask] = math.nan  # no value revives a forbidden token
+    for parameters in FILTERS.values():
+        assert_equals_reference(logits, values, weights, mask=mask, method=method, seed=5, **parameters)
+    shared = mask[3]
+    if heads:
+        values[:, :, ~shared] = math.inf
+        values[:, :, shared] = 1.0
+    assert_equals_reference(logits, values, weights, mask=shared, method=method, seed=5)
+
+
+def test_mask_of_any_stride():
+    torch.manual_seed(12)
+    logits, wide = torch.randn(3, 1500), torch.rand(1500, 6) > 0.5
+    across = wide.T[::2]
+    found = ops.tilt_sample(logits, mask=across, seed=1)
+    assert torch.equal(found.token, ops.tilt_sample(logits, mask=across.contiguous(), seed=1).token)
 
 
 def test_mask_removes_tokens_from_base_and_policy():

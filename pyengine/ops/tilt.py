@@ -130,11 +130,9 @@ def _tilt_sample_cpu(
     position: Tensor,
     gumbel: bool,
 ) -> TiltSample:
-    if gumbel:
-        return _tilt_sample_gpu(logits, values, weights, mask, temperature, top_k, top_p, min_p, seed, position, gumbel)
-    if mask is not None:
-        logits = logits.masked_fill(~mask, -torch.inf)
     logits = unit_stride(logits)
+    if mask is not None:
+        mask = unit_stride(mask)
     batch, vocab = logits.shape
     heads: tuple[int, ...] = (0, 0, 0, 0, 0, 0, 0, 0)
     if values is not None and weights is not None:
@@ -156,6 +154,8 @@ def _tilt_sample_cpu(
         (min_p.data_ptr(), min_p.stride(0)),
         (seed.data_ptr(), seed.stride(0)),
         (position.data_ptr(), position.stride(0)),
+        (0, 0) if mask is None else (mask.data_ptr(), mask.stride(0)),
+        gumbel,
         token.data_ptr(),
         logp_base.data_ptr(),
         logp_policy.data_ptr(),
