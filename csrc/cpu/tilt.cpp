@@ -7,10 +7,14 @@
 #include <array>
 #include <cstring>
 
+#include "pool.h"
 #include "tilt_row.h"
 
 namespace pyengine {
 namespace {
+
+// Elements below which waking a thread costs more than it saves.
+constexpr int64_t kWorthwhile = 1 << 17;
 
 int64_t draw_unfiltered(Row& row, Scratch& s, const RowSums& total, const Philox& random) {
   const double block_target = uniform53(random.x[0], random.x[1]) * total.s_tilt;
@@ -101,12 +105,20 @@ const TiltKernels* tilt_kernels(const char* forced) {
   return nullptr;
 }
 
-void tilt_sample(const TiltArgs& args, const TiltKernels& kernels) {
-  static thread_local Scratch scratch;
-  for (int64_t i = 0; i < args.batch; ++i) {
+int worthwhile(const TiltArgs& args, int threads) {
+  return args.batch * args.vocab * (1 + args.heads) < kWorthwhile ? 1 : threads;
+}
+
+Scratch& scratch() {
+  static thread_local Scratch mine;
+  return mine;
+}
+
+void tilt_sample(const TiltArgs& args, int threads, const TiltKernels& kernels) {
+  parallel_rows(args.batch, worthwhile(args, threads), [&](int64_t i) {
     Row row(args, kernels, i);
-    sample_row(row, scratch);
-  }
+    sample_row(row, scratch());
+  });
 }
 
 }  // namespace pyengine

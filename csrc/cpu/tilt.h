@@ -102,7 +102,8 @@ extern const TiltKernels tilt_kernels_avx512;
 // "avx2", "avx512"); nullptr when the machine lacks it or the name is unknown.
 const TiltKernels* tilt_kernels(const char* forced);
 
-void tilt_sample(const TiltArgs& args, const TiltKernels& kernels);
+// Rows are spread over `threads` threads; results do not depend on how many.
+void tilt_sample(const TiltArgs& args, int threads, const TiltKernels& kernels);
 
 // Gumbel-max over a row that arrives in tiles of the vocabulary, in any order: what is known of it so far.
 // All doubles, so that callers may keep it in a tensor [batch, kTiltState].
@@ -121,7 +122,8 @@ constexpr int64_t kTiltState = sizeof(TiltState) / sizeof(double);
 
 // Folds a tile (args.vocab tokens from id `first_id` on) into the states [batch]. Uses no filters and none
 // of the outputs. tilt_finish then fills the outputs from the states.
-void tilt_fold(const TiltArgs& args, TiltState* states, int64_t first_id, const TiltKernels& kernels);
+void tilt_fold(const TiltArgs& args, TiltState* states, int64_t first_id, int threads,
+               const TiltKernels& kernels);
 void tilt_finish(const TiltArgs& args, const TiltState* states);
 
 }  // namespace pyengine

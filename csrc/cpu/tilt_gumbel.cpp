@@ -3,6 +3,7 @@
 // them without a logarithm.
 #include <algorithm>
 
+#include "pool.h"
 #include "tilt_row.h"
 
 namespace pyengine {
@@ -72,20 +73,21 @@ void contend_candidates(const Row& row, const Candidates& candidates, Winner& wi
   }
 }
 
-void tilt_fold(const TiltArgs& args, TiltState* states, int64_t first_id, const TiltKernels& kernels) {
-  static thread_local Scratch s;
-  for (int64_t i = 0; i < args.batch; ++i) {
+void tilt_fold(const TiltArgs& args, TiltState* states, int64_t first_id, int threads,
+               const TiltKernels& kernels) {
+  parallel_rows(args.batch, worthwhile(args, threads), [&](int64_t i) {
     Row row(args, kernels, i);
+    Scratch& s = scratch();
     TiltState& state = states[i];
     accumulate(row, s, state.sums, true);
-    if (!std::isfinite(state.sums.s_base + state.sums.s_tilt + state.sums.e_delta)) continue;
+    if (!std::isfinite(state.sums.s_base + state.sums.s_tilt + state.sums.e_delta)) return;
     contend(row, s, first_id, state.winner);
-    if (state.sums.s_tilt > 0) continue;
+    if (state.sums.s_tilt > 0) return;
     row.drop_heads();
-    RowSums ignored = state.sums;
+    RowSums ignored;
     accumulate(row, s, ignored, true);
     contend(row, s, first_id, state.base);
-  }
+  });
 }
 
 void tilt_finish(const TiltArgs& args, const TiltState* states) {

@@ -59,6 +59,12 @@ struct Scratch {
   int64_t room = 0;
 };
 
+// This thread's.
+Scratch& scratch();
+
+// `threads`, or 1 where the batch is too small for them.
+int worthwhile(const TiltArgs& args, int threads);
+
 // Adds the row to `total`, filling s.sums and, if asked, s.maxima.
 void accumulate(Row& row, Scratch& s, RowSums& total, bool maxima);
 

@@ -10,6 +10,7 @@ from pyengine import reference
 from pyengine.ops import common
 from pyengine.ops.common import (
     DTYPE_CODE,
+    cell,
     check_float,
     check_mask,
     column,
@@ -17,6 +18,7 @@ from pyengine.ops.common import (
     head_weights,
     launched,
     library,
+    number,
     traced,
     unit_stride,
 )
@@ -24,6 +26,7 @@ from pyengine.reference import TiltSample
 
 OP = "tilt_sample"
 METHODS = ("inverse", "gumbel")
+BEST_ISA = _C.instruction_set()
 
 library.define(
     "tilt_sample(Tensor logits, Tensor? values, Tensor? weights, Tensor? mask, Tensor temperature, Tensor top_k, "
@@ -98,72 +101,94 @@ def tilt_sample(
             fail(OP, f"values are on {values.device}, logits on {logits.device}")
     if method not in METHODS:
         fail(OP, f"method must be one of {METHODS}, got {method!r}")
-    device = logits.device
+    device, gumbel = logits.device, method == "gumbel"
+    if mask is not None:
+        mask = check_mask(OP, mask, batch, vocab, device)
+    if logits.is_cpu and not traced(logits):
+        # Numbers go down as they are: making six tensors of them costs a tenth of a row of 128,256 logits.
+        if type(weights) in (int, float):
+            number(OP, weights, "weights")
+        elif values is not None:
+            weights = head_weights(OP, weights, len(values), batch, device)
+        return _tilt_sample_cpu(
+            logits,
+            values,
+            weights,
+            mask,
+            cell(OP, temperature, "temperature", batch, device),
+            cell(OP, top_k, "top_k", batch, device),
+            cell(OP, top_p, "top_p", batch, device),
+            cell(OP, min_p, "min_p", batch, device),
+            cell(OP, seed, "seed", batch, device),
+            cell(OP, position, "position", batch, device),
+            gumbel,
+        )
     arguments = (
         logits,
         values,
         None if values is None else head_weights(OP, weights, values.shape[0], batch, device),
-        None if mask is None else check_mask(OP, mask, batch, vocab, device),
+        mask,
         column(OP, temperature, "temperature", batch, device),
         column(OP, top_k, "top_k", batch, device),
         column(OP, top_p, "top_p", batch, device),
         column(OP, min_p, "min_p", batch, device),
         column(OP, seed, "seed", batch, device),
         column(OP, position, "position", batch, device),
-        method == "gumbel",
+        gumbel,
     )
-    if device.type == "cpu" and not traced(logits):
-        return _tilt_sample_cpu(*arguments)
     return TiltSample(*torch.ops.pyengine.tilt_sample(*arguments))
+
+
+def _outputs(batch: int) -> TiltSample:
+    empty, fp32 = torch.empty, torch.float32
+    return TiltSample(
+        empty(batch, dtype=torch.int64),
+        empty(batch, dtype=fp32),
+        empty(batch, dtype=fp32),
+        empty(batch, dtype=fp32),
+        empty(batch, dtype=torch.bool),
+    )
 
 
 def _tilt_sample_cpu(
     logits: Tensor,
     values: Tensor | None,
-    weights: Tensor | None,
+    weights: Tensor | float | None,
     mask: Tensor | None,
-    temperature: Tensor,
-    top_k: Tensor,
-    top_p: Tensor,
-    min_p: Tensor,
-    seed: Tensor,
-    position: Tensor,
+    temperature: Tensor | float,
+    top_k: Tensor | float,
+    top_p: Tensor | float,
+    min_p: Tensor | float,
+    seed: Tensor | float,
+    position: Tensor | float,
     gumbel: bool,
 ) -> TiltSample:
-    logits = unit_stride(logits)
-    if mask is not None:
-        mask = unit_stride(mask)
+    isa = common.FORCED_ISA or BEST_ISA
+    launched(OP, isa)
     batch, vocab = logits.shape
-    heads: tuple[int, ...] = (0, 0, 0, 0, 0, 0, 0, 0)
-    if values is not None and weights is not None:
-        values = unit_stride(values)
-        code = DTYPE_CODE[values.dtype]
-        heads = (len(values), values.data_ptr(), code, *values.stride()[:2], weights.data_ptr(), *weights.stride())
-    token = torch.empty(batch, dtype=torch.int64)
-    logp_base = torch.empty(batch, dtype=torch.float32)
-    logp_policy = torch.empty(batch, dtype=torch.float32)
-    kl = torch.empty(batch, dtype=torch.float32)
-    valid = torch.empty(batch, dtype=torch.bool)
-    # Spelt out: a loop over the columns would cost more than the call itself.
+    out = _outputs(batch)
     _C.tilt_sample(
-        (batch, vocab, logits.data_ptr(), DTYPE_CODE[logits.dtype], logits.stride(0)),
-        heads,
-        (temperature.data_ptr(), temperature.stride(0)),
-        (top_k.data_ptr(), top_k.stride(0)),
-        (top_p.data_ptr(), top_p.stride(0)),
-        (min_p.data_ptr(), min_p.stride(0)),
-        (seed.data_ptr(), seed.stride(0)),
-        (position.data_ptr(), position.stride(0)),
-        (0, 0) if mask is None else (mask.data_ptr(), mask.stride(0)),
+        batch,
+        vocab,
+        0 if values is None else len(values),
+        unit_stride(logits),
+        DTYPE_CODE[logits.dtype],
+        None if values is None else unit_stride(values),
+        0 if values is None else DTYPE_CODE[values.dtype],
+        weights,
+        None if mask is None else unit_stride(mask),
+        temperature,
+        seed,
+        position,
+        top_k,
+        top_p,
+        min_p,
         gumbel,
-        token.data_ptr(),
-        logp_base.data_ptr(),
-        logp_policy.data_ptr(),
-        kl.data_ptr(),
-        valid.data_ptr(),
-        common.FORCED_ISA,
+        *out,
+        torch.get_num_threads(),
+        isa,
     )
-    return TiltSample(token, logp_base, logp_policy, kl, valid)
+    return out
 
 
 def _tilt_sample_gpu(
