@@ -34,16 +34,20 @@ int64_t whole(py::handle number) {
   return n;
 }
 
+void* address(py::handle tensor) {
+  static PyObject* const data_ptr = PyUnicode_InternFromString("data_ptr");
+  return PyLong_AsVoidPtr(call(tensor, data_ptr).ptr());
+}
+
 // A tensor of up to three dimensions; no tensor where it is None.
 struct View {
   void* data = nullptr;
   std::array<int64_t, 3> stride{};
 
   explicit View(py::handle tensor) {
-    static PyObject* const data_ptr = PyUnicode_InternFromString("data_ptr");
     static PyObject* const strides = PyUnicode_InternFromString("stride");
     if (tensor.is_none()) return;
-    data = PyLong_AsVoidPtr(call(tensor, data_ptr).ptr());
+    data = address(tensor);
     const py::object all = call(tensor, strides);
     for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(all.ptr()) && i < 3; ++i)
       stride[size_t(i)] = whole(PyTuple_GET_ITEM(all.ptr(), i));
@@ -100,9 +104,11 @@ struct Rows {
 
 void write_to(pyengine::TiltArgs& args, py::handle token, py::handle logp_base, py::handle logp_policy,
               py::handle kl, py::handle valid) {
-  args.token = View(token).as<int64_t>(), args.logp_base = View(logp_base).as<float>();
-  args.logp_policy = View(logp_policy).as<float>(), args.kl = View(kl).as<float>();
-  args.valid = View(valid).as<bool>();
+  args.token = static_cast<int64_t*>(address(token));
+  args.logp_base = static_cast<float*>(address(logp_base));
+  args.logp_policy = static_cast<float*>(address(logp_policy));
+  args.kl = static_cast<float*>(address(kl));
+  args.valid = static_cast<bool*>(address(valid));
 }
 
 void tilt_sample(int64_t batch, int64_t vocab, int64_t heads, py::handle logits, int logits_type,
@@ -131,7 +137,7 @@ void tilt_fold(py::handle state, int64_t batch, int64_t vocab, int64_t heads, py
                const char* isa) {
   const Rows rows(batch, vocab, heads, View(logits), logits_type, View(values), values_type, weights,
                   View(mask), temperature, seed, position);
-  auto* const states = View(state).as<pyengine::TiltState>();
+  auto* const states = static_cast<pyengine::TiltState*>(address(state));
   const TiltKernels& kernels = kernels_or_throw(isa);
   py::gil_scoped_release release;
   pyengine::tilt_fold(rows.args, states, first_id, threads, kernels);
@@ -144,7 +150,7 @@ void tilt_finish(py::handle state, int64_t batch, py::handle temperature, py::ha
   args.batch = batch;
   args.temperature = temperatures.data(), args.temperature_stride = temperatures.stride();
   write_to(args, token, logp_base, logp_policy, kl, valid);
-  pyengine::tilt_finish(args, View(state).as<pyengine::TiltState>());
+  pyengine::tilt_finish(args, static_cast<const pyengine::TiltState*>(address(state)));
 }
 
 }  // namespace

@@ -121,7 +121,7 @@ def column(op: str, value: Tensor | float, name: str, batch: int, device: torch.
 
 def cell(op: str, value: Tensor | float, name: str, batch: int, device: torch.device) -> Tensor | float:
     """What `column` gives, with a number left as it is: the CPU kernels take both."""
-    return number(op, value, name) if type(value) in (int, float) else column(op, value, name, batch, device)
+    return number(op, value, name) if isinstance(value, (int, float)) else column(op, value, name, batch, device)
 
 
 def head_weights(op: str, weights: Tensor | float | None, heads: int, batch: int, device: torch.device) -> Tensor:
@@ -150,4 +150,4 @@ def check_mask(op: str, mask: Tensor, batch: int, vocab: int, device: torch.devi
 
 
 def unit_stride(x: Tensor) -> Tensor:
-    return x if x.shape[-1] <= 1 or x.stride(-1) == 1 else x.contiguous()
+    return x if x.is_contiguous() or x.stride(-1) == 1 or x.shape[-1] <= 1 else x.contiguous()
