@@ -4,6 +4,7 @@
 #include <pybind11/pybind11.h>
 
 #include <array>
+#include <cstring>
 #include <optional>
 #include <string>
 #include <type_traits>
@@ -153,6 +154,17 @@ void tilt_finish(py::handle state, int64_t batch, py::handle temperature, py::ha
   pyengine::tilt_finish(args, static_cast<const pyengine::TiltState*>(address(state)));
 }
 
+// A row of the state tensor before its first tile.
+py::tuple untouched_state() {
+  const pyengine::TiltState state;
+  std::array<double, pyengine::kTiltState> fields;
+  static_assert(sizeof fields == sizeof state);
+  std::memcpy(fields.data(), &state, sizeof state);
+  py::tuple row(fields.size());
+  for (size_t i = 0; i < fields.size(); ++i) row[i] = fields[i];
+  return row;
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -160,7 +172,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("tilt_sample", &tilt_sample);
   m.def("tilt_fold", &tilt_fold);
   m.def("tilt_finish", &tilt_finish);
-  m.attr("TILT_STATE") = pyengine::kTiltState;
+  m.attr("TILT_STATE") = untouched_state();
   m.def(
       "instruction_set", [](const char* isa) { return kernels_or_throw(isa).name; },
       py::arg("isa") = py::none(), "The instruction set the CPU kernels run with.");

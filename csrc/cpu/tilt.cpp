@@ -13,8 +13,9 @@
 namespace pyengine {
 namespace {
 
-// Elements below which waking a thread costs more than it saves.
-constexpr int64_t kWorthwhile = 1 << 17;
+// Elements from which threads pay: 80 us of work. To wake a worker costs the caller 13 us, and it starts 20
+// us later.
+constexpr int64_t kWorthwhile = 1 << 19;
 
 int64_t draw_unfiltered(Row& row, Scratch& s, const RowSums& total, const Philox& random) {
   const double block_target = uniform53(random.x[0], random.x[1]) * total.s_tilt;

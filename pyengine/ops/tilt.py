@@ -187,6 +187,57 @@ def _tilt_sample_cpu(
     return out
 
 
+def tilt_state(batch: int) -> Tensor:
+    """The state [B, n] that `tilt_fold` folds tiles of the vocabulary into, on the CPU."""
+    return torch.tensor(_C.TILT_STATE, dtype=torch.float64).repeat(batch, 1)
+
+
+def tilt_fold(
+    state: Tensor,
+    logits: Tensor,
+    values: Tensor | None,
+    weights: Tensor | float | None,
+    first_id: int,
+    *,
+    temperature: Tensor | float,
+    seed: Tensor | float,
+    position: Tensor | float,
+    mask: Tensor | None = None,
+) -> None:
+    """Fold the tile of ids first_id, first_id + 1, ... into `state`: for ops that never hold a whole row.
+
+    logits [B, n], values [R, B, n] and the bool mask [B, n] are tiles; weights [B, R] and the rest are those of
+    the rows, or numbers. The caller has checked them. Tiles may come in any order. `tilt_finish` of all tiles of
+    a row is `tilt_sample` of the row with method="gumbel" and without filters.
+    """
+    isa = common.FORCED_ISA or BEST_ISA
+    launched("tilt_fold", isa)
+    _C.tilt_fold(
+        state,
+        *logits.shape,
+        0 if values is None else values.shape[0],
+        unit_stride(logits),
+        DTYPE_CODE[logits.dtype],
+        None if values is None else unit_stride(values),
+        0 if values is None else DTYPE_CODE[values.dtype],
+        weights,
+        None if mask is None else unit_stride(mask),
+        temperature,
+        seed,
+        position,
+        first_id,
+        torch.get_num_threads(),
+        isa,
+    )
+
+
+def tilt_finish(state: Tensor, temperature: Tensor | float) -> TiltSample:
+    """The sample of the rows whose tiles are folded into `state`."""
+    out = _outputs(len(state))
+    _C.tilt_finish(state, len(state), temperature, *out)
+    return out
+
+
 def _tilt_sample_gpu(
     logits: Tensor,
     values: Tensor | None,
