@@ -1,12 +1,13 @@
-// pyengine._C. Tensors cross as addresses and strides: the module does not link libtorch, so one
-// build serves every torch and building needs none. pyengine/ops.py checks shapes and dtypes before
-// it calls; the callers' tensors own all memory for the duration of a call.
+// pyengine._C. The module does not link libtorch, so one build serves every torch and building needs none:
+// tensors are asked for their address and strides by name. pyengine/ops checks shapes and dtypes before it
+// calls; the callers' tensors own all memory for the duration of a call.
 #include <pybind11/pybind11.h>
-#include <pybind11/stl.h>
 
 #include <array>
+#include <cstring>
 #include <optional>
 #include <string>
+#include <type_traits>
 
 #include "cpu/linear_logprob.h"
 #include "cpu/select_block.h"
@@ -18,109 +19,211 @@ using pyengine::TiltKernels;
 
 namespace {
 
-const TiltKernels& kernels_or_throw(const std::optional<std::string>& isa) {
-  const TiltKernels* kernels = pyengine::tilt_kernels(isa ? isa->c_str() : nullptr);
-  if (!kernels) throw py::value_error("instruction set not available on this machine: " + *isa);
+const TiltKernels& kernels_or_throw(const char* isa) {
+  const TiltKernels* kernels = pyengine::tilt_kernels(isa);
+  if (!kernels) throw py::value_error(std::string("instruction set not available on this machine: ") + isa);
   return *kernels;
 }
 
+py::object call(py::handle object, PyObject* method) {
+  PyObject* const result = PyObject_CallMethodNoArgs(object.ptr(), method);
+  if (!result) throw py::error_already_set();
+  return py::reinterpret_steal<py::object>(result);
+}
+
+int64_t whole(py::handle number) {
+  const int64_t n = PyLong_AsLongLong(number.ptr());
+  if (n == -1 && PyErr_Occurred()) throw py::error_already_set();
+  return n;
+}
+
+void* address(py::handle tensor) {
+  static PyObject* const data_ptr = PyUnicode_InternFromString("data_ptr");
+  return PyLong_AsVoidPtr(call(tensor, data_ptr).ptr());
+}
+
+// A tensor of up to three dimensions; no tensor where it is None.
+struct View {
+  void* data = nullptr;
+  std::array<int64_t, 3> stride{};
+
+  explicit View(py::handle tensor) {
+    static PyObject* const strides = PyUnicode_InternFromString("stride");
+    if (tensor.is_none()) return;
+    data = address(tensor);
+    const py::object all = call(tensor, strides);
+    for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(all.ptr()) && i < 3; ++i)
+      stride[size_t(i)] = whole(PyTuple_GET_ITEM(all.ptr(), i));
+  }
+
+  template <class T>
+  T* as() const {
+    return static_cast<T*>(data);
+  }
+};
+
+// A parameter of the rows: a number for all, which lives here, or a tensor with one or two dimensions.
 template <class T>
-T* address(int64_t p) {
-  return reinterpret_cast<T*>(static_cast<uintptr_t>(p));
-}
+struct Column {
+  T number{};
+  std::optional<View> tensor;
 
-// batch, vocab, address, dtype, stride over the batch
-using Logits = std::array<int64_t, 5>;
-// heads, address, dtype, stride over the heads, stride over the batch; weights: address, strides over the
-// batch and the heads
-using Heads = std::array<int64_t, 8>;
-// address, stride over the batch
-using Column = std::array<int64_t, 2>;
+  explicit Column(py::handle value) {
+    if (PyFloat_Check(value.ptr()))
+      number = T(PyFloat_AS_DOUBLE(value.ptr()));
+    else if (PyLong_Check(value.ptr()))
+      number = std::is_integral_v<T> ? T(whole(value)) : T(PyLong_AsDouble(value.ptr()));
+    else
+      tensor.emplace(value);
+  }
+  Column(const Column&) = delete;
 
-void tilt_sample(const Logits& logits, const Heads& heads, const Column& temperature, const Column& top_k,
-                 const Column& top_p, const Column& min_p, const Column& seed, const Column& position,
-                 int64_t token, int64_t logp_base, int64_t logp_policy, int64_t kl, int64_t valid,
-                 const std::optional<std::string>& isa) {
-  const TiltKernels& kernels = kernels_or_throw(isa);
+  const T* data() const { return tensor ? tensor->as<T>() : &number; }
+  int64_t stride(size_t dimension = 0) const { return tensor ? tensor->stride[dimension] : 0; }
+};
+
+// What tilt_sample and tilt_fold read alike; owns the numbers that args points to.
+struct Rows {
+  Column<float> weights, temperature;
+  Column<int64_t> seed, position;
   pyengine::TiltArgs args{};
-  args.batch = logits[0], args.vocab = logits[1];
-  args.logits = address<void>(logits[2]), args.logits_type = DType(logits[3]), args.logits_stride = logits[4];
-  args.heads = heads[0];
-  args.values = address<void>(heads[1]), args.values_type = DType(heads[2]);
-  args.values_stride_head = heads[3], args.values_stride_row = heads[4];
-  args.weights = address<float>(heads[5]);
-  args.weights_stride_row = heads[6], args.weights_stride_head = heads[7];
-  args.temperature = address<float>(temperature[0]), args.temperature_stride = temperature[1];
-  args.top_k = address<int64_t>(top_k[0]), args.top_k_stride = top_k[1];
-  args.top_p = address<float>(top_p[0]), args.top_p_stride = top_p[1];
-  args.min_p = address<float>(min_p[0]), args.min_p_stride = min_p[1];
-  args.seed = address<int64_t>(seed[0]), args.seed_stride = seed[1];
-  args.position = address<int64_t>(position[0]), args.position_stride = position[1];
-  args.token = address<int64_t>(token), args.logp_base = address<float>(logp_base);
-  args.logp_policy = address<float>(logp_policy), args.kl = address<float>(kl);
-  args.valid = address<bool>(valid);
-  py::gil_scoped_release release;
-  pyengine::tilt_sample(args, kernels);
+
+  Rows(int64_t batch, int64_t vocab, int64_t heads, const View& logits, int logits_type, const View& values,
+       int values_type, py::handle lambda, const View& mask, py::handle temperatures, py::handle seeds,
+       py::handle positions)
+      : weights(lambda), temperature(temperatures), seed(seeds), position(positions) {
+    args.batch = batch, args.vocab = vocab, args.heads = heads;
+    args.logits = logits.data, args.logits_type = DType(logits_type), args.logits_stride = logits.stride[0];
+    args.values = values.data, args.values_type = DType(values_type);
+    args.values_stride_head = values.stride[0], args.values_stride_row = values.stride[1];
+    args.weights = weights.data();
+    args.weights_stride_row = weights.stride(0), args.weights_stride_head = weights.stride(1);
+    args.mask = mask.as<bool>(), args.mask_stride = mask.stride[0];
+    args.temperature = temperature.data(), args.temperature_stride = temperature.stride();
+    args.seed = seed.data(), args.seed_stride = seed.stride();
+    args.position = position.data(), args.position_stride = position.stride();
+  }
+};
+
+void write_to(pyengine::TiltArgs& args, py::handle token, py::handle logp_base, py::handle logp_policy,
+              py::handle kl, py::handle valid) {
+  args.token = static_cast<int64_t*>(address(token));
+  args.logp_base = static_cast<float*>(address(logp_base));
+  args.logp_policy = static_cast<float*>(address(logp_policy));
+  args.kl = static_cast<float*>(address(kl));
+  args.valid = static_cast<bool*>(address(valid));
 }
 
-// rows, cols, first id, vocab, address, dtype, stride
-using Tile = std::array<int64_t, 7>;
+void tilt_sample(int64_t batch, int64_t vocab, int64_t heads, py::handle logits, int logits_type,
+                 py::handle values, int values_type, py::handle weights, py::handle mask,
+                 py::handle temperature, py::handle seed, py::handle position, py::handle top_k,
+                 py::handle top_p, py::handle min_p, bool gumbel, py::handle token, py::handle logp_base,
+                 py::handle logp_policy, py::handle kl, py::handle valid, int threads, const char* isa) {
+  Rows rows(batch, vocab, heads, View(logits), logits_type, View(values), values_type, weights, View(mask),
+            temperature, seed, position);
+  const Column<int64_t> k(top_k);
+  const Column<float> p(top_p), least(min_p);
+  pyengine::TiltArgs& args = rows.args;
+  args.top_k = k.data(), args.top_k_stride = k.stride();
+  args.top_p = p.data(), args.top_p_stride = p.stride();
+  args.min_p = least.data(), args.min_p_stride = least.stride();
+  args.gumbel = gumbel;
+  write_to(args, token, logp_base, logp_policy, kl, valid);
+  const TiltKernels& kernels = kernels_or_throw(isa);
+  py::gil_scoped_release release;
+  pyengine::tilt_sample(args, threads, kernels);
+}
 
-pyengine::LogitTile logit_tile(const Tile& tile, int64_t bias, float softcap, float temperature,
-                               int64_t target) {
+void tilt_fold(py::handle state, int64_t batch, int64_t vocab, int64_t heads, py::handle logits,
+               int logits_type, py::handle values, int values_type, py::handle weights, py::handle mask,
+               py::handle temperature, py::handle seed, py::handle position, int64_t first_id, int threads,
+               const char* isa) {
+  const Rows rows(batch, vocab, heads, View(logits), logits_type, View(values), values_type, weights,
+                  View(mask), temperature, seed, position);
+  auto* const states = static_cast<pyengine::TiltState*>(address(state));
+  const TiltKernels& kernels = kernels_or_throw(isa);
+  py::gil_scoped_release release;
+  pyengine::tilt_fold(rows.args, states, first_id, threads, kernels);
+}
+
+void tilt_finish(py::handle state, int64_t batch, py::handle temperature, py::handle token,
+                 py::handle logp_base, py::handle logp_policy, py::handle kl, py::handle valid) {
+  const Column<float> temperatures(temperature);
+  pyengine::TiltArgs args{};
+  args.batch = batch;
+  args.temperature = temperatures.data(), args.temperature_stride = temperatures.stride();
+  write_to(args, token, logp_base, logp_policy, kl, valid);
+  pyengine::tilt_finish(args, static_cast<const pyengine::TiltState*>(address(state)));
+}
+
+// A row of the state tensor before its first tile.
+py::tuple untouched_state() {
+  const pyengine::TiltState state;
+  std::array<double, pyengine::kTiltState> fields;
+  static_assert(sizeof fields == sizeof state);
+  std::memcpy(fields.data(), &state, sizeof state);
+  py::tuple row(fields.size());
+  for (size_t i = 0; i < fields.size(); ++i) row[i] = fields[i];
+  return row;
+}
+
+pyengine::LogitTile logit_tile(int64_t rows, int64_t cols, int64_t start, const View& tile, int type,
+                               const View& bias, float softcap, float temperature, const View& target) {
   pyengine::LogitTile out{};
-  out.rows = tile[0], out.cols = tile[1], out.start = tile[2], out.vocab = tile[3];
-  out.data = address<void>(tile[4]), out.type = pyengine::DType(tile[5]), out.stride = tile[6];
-  out.bias = address<float>(bias), out.softcap = softcap, out.inverse_temperature = 1 / temperature;
-  out.target = address<int64_t>(target);
+  out.rows = rows, out.cols = cols, out.start = start;
+  out.data = tile.data, out.type = DType(type), out.stride = tile.stride[0];
+  out.bias = bias.as<float>(), out.softcap = softcap, out.inverse_temperature = 1 / temperature;
+  out.target = target.as<int64_t>();
   return out;
 }
 
-const pyengine::LogprobKernels& logprob_kernels_or_throw(const std::optional<std::string>& isa) {
+void fold_logits(int64_t rows, int64_t cols, int64_t start, py::handle tile, int type, py::handle bias,
+                 float softcap, float temperature, py::handle target, py::handle state, int threads,
+                 const char* isa) {
+  const auto logits =
+      logit_tile(rows, cols, start, View(tile), type, View(bias), softcap, temperature, View(target));
+  auto* const states = static_cast<double*>(address(state));
   kernels_or_throw(isa);
-  return *pyengine::logprob_kernels(isa ? isa->c_str() : nullptr);
-}
-
-void fold_logits(const Tile& tile, int64_t bias, float softcap, float temperature, int64_t target,
-                 int64_t state, const std::optional<std::string>& isa) {
-  const auto& kernels = logprob_kernels_or_throw(isa);
-  const auto logits = logit_tile(tile, bias, softcap, temperature, target);
   py::gil_scoped_release release;
-  pyengine::fold_logits(logits, kernels, address<double>(state));
+  pyengine::fold_logits(logits, *pyengine::logprob_kernels(isa), threads, states);
 }
 
-void logit_gradient(const Tile& tile, int64_t bias, float softcap, float temperature, int64_t target,
-                    int64_t lse, int64_t entropy, int64_t grad_logp, int64_t grad_entropy, int64_t to,
-                    int64_t to_stride, const std::optional<std::string>& isa) {
-  const auto& kernels = logprob_kernels_or_throw(isa);
-  const auto logits = logit_tile(tile, bias, softcap, temperature, target);
-  py::gil_scoped_release release;
-  pyengine::logit_gradient(logits, kernels, address<float>(lse), address<float>(entropy),
-                           address<float>(grad_logp), address<float>(grad_entropy), address<float>(to),
-                           to_stride);
-}
-
-// batch, candidates, heads, scores, hidden, dtype, strides over the batch and the candidates, width, probe
-using Candidates = std::array<int64_t, 10>;
-
-void select_block(const Candidates& candidates, int64_t weights, int64_t reference, bool lsc, double beta,
-                  const Column& seed, const Column& position, int64_t index, int64_t probability,
-                  int64_t utility, const std::optional<std::string>& isa) {
+void logit_gradient(int64_t rows, int64_t cols, int64_t start, py::handle tile, int type, py::handle bias,
+                    float softcap, float temperature, py::handle target, py::handle lse, py::handle entropy,
+                    py::handle grad_logp, py::handle grad_entropy, py::handle to, int threads,
+                    const char* isa) {
+  const auto logits =
+      logit_tile(rows, cols, start, View(tile), type, View(bias), softcap, temperature, View(target));
+  const View out(to), by_logp(grad_logp), by_entropy(grad_entropy), known_lse(lse), known_entropy(entropy);
   kernels_or_throw(isa);
-  const auto& c = candidates;
+  py::gil_scoped_release release;
+  pyengine::logit_gradient(logits, *pyengine::logprob_kernels(isa), threads, known_lse.as<float>(),
+                           known_entropy.as<float>(), by_logp.as<float>(), by_entropy.as<float>(),
+                           out.as<float>(), out.stride[0]);
+}
+
+void select_block(int64_t batch, int64_t candidates, int64_t heads, py::handle scores, py::handle hidden,
+                  int type, int64_t width, py::handle probe, py::handle weights, py::handle reference,
+                  bool lsc, double beta, py::handle seed, py::handle position, py::handle index,
+                  py::handle probability, py::handle utility, int threads, const char* isa) {
+  const View states(hidden);
+  const Column<int64_t> seeds(seed), positions(position);
   pyengine::SelectArgs args{};
-  args.batch = c[0], args.candidates = c[1], args.heads = c[2], args.scores = address<float>(c[3]);
-  args.hidden = address<void>(c[4]), args.hidden_type = pyengine::DType(c[5]);
-  args.hidden_stride_row = c[6], args.hidden_stride_candidate = c[7];
-  args.width = c[8], args.probe = address<float>(c[9]);
-  args.weights = address<float>(weights), args.reference = address<float>(reference);
+  args.batch = batch, args.candidates = candidates, args.heads = heads;
+  args.scores = View(scores).as<float>();
+  args.hidden = states.data, args.hidden_type = DType(type), args.width = width;
+  args.hidden_stride_row = states.stride[0], args.hidden_stride_candidate = states.stride[1];
+  args.probe = View(probe).as<float>();
+  args.weights = View(weights).as<float>(), args.reference = View(reference).as<float>();
   args.lsc = lsc, args.beta = beta;
-  args.seed = address<int64_t>(seed[0]), args.seed_stride = seed[1];
-  args.position = address<int64_t>(position[0]), args.position_stride = position[1];
-  args.index = address<int64_t>(index), args.probability = address<float>(probability);
-  args.utility = address<float>(utility);
+  args.seed = seeds.data(), args.seed_stride = seeds.stride();
+  args.position = positions.data(), args.position_stride = positions.stride();
+  args.index = static_cast<int64_t*>(address(index));
+  args.probability = static_cast<float*>(address(probability));
+  args.utility = static_cast<float*>(address(utility));
+  kernels_or_throw(isa);
   py::gil_scoped_release release;
-  pyengine::select_block(args, *pyengine::select_kernels(isa ? isa->c_str() : nullptr));
+  pyengine::select_block(args, *pyengine::select_kernels(isa), threads);
 }
 
 }  // namespace
@@ -128,11 +231,14 @@ void select_block(const Candidates& candidates, int64_t weights, int64_t referen
 PYBIND11_MODULE(_C, m) {
   m.doc() = "C++ kernels of pyengine; call them through pyengine.ops.";
   m.def("tilt_sample", &tilt_sample);
+  m.def("tilt_fold", &tilt_fold);
+  m.def("tilt_finish", &tilt_finish);
   m.def("fold_logits", &fold_logits);
   m.def("logit_gradient", &logit_gradient);
   m.def("select_block", &select_block);
+  m.attr("TILT_STATE") = untouched_state();
   m.def(
-      "instruction_set", [](const std::optional<std::string>& isa) { return kernels_or_throw(isa).name; },
+      "instruction_set", [](const char* isa) { return kernels_or_throw(isa).name; },
       py::arg("isa") = py::none(), "The instruction set the CPU kernels run with.");
   m.def("compiler", [] { return std::string(PYENGINE_COMPILER); }, "Compiler that built this module.");
 }

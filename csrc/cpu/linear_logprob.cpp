@@ -5,6 +5,7 @@
 #include <cstring>
 
 #include "dispatch.h"
+#include "pool.h"
 
 namespace pyengine {
 namespace {
@@ -45,10 +46,10 @@ const LogprobKernels* logprob_kernels(const char* forced) {
 #endif
 }
 
-void fold_logits(const LogitTile& tile, const LogprobKernels& kernels, double* state) {
-  Reader reader{tile, kernels, {}};
+void fold_logits(const LogitTile& tile, const LogprobKernels& kernels, int threads, double* state) {
   const float scale = kLog2E * tile.inverse_temperature;
-  for (int64_t row = 0; row < tile.rows; ++row) {
+  parallel_rows(tile.rows, threads, [&](int64_t row) {
+    Reader reader{tile, kernels, {}};
     RowMoments moments;
     std::memcpy(&moments, state + row * kStateSize, sizeof moments);
     const int64_t target = tile.target[row] - tile.start;
@@ -68,16 +69,16 @@ void fold_logits(const LogitTile& tile, const LogprobKernels& kernels, double* s
         moments.target = double(block.x[target - start]) * scale;
     }
     std::memcpy(state + row * kStateSize, &moments, sizeof moments);
-  }
+  });
 }
 
-void logit_gradient(const LogitTile& tile, const LogprobKernels& kernels, const float* lse,
+void logit_gradient(const LogitTile& tile, const LogprobKernels& kernels, int threads, const float* lse,
                     const float* entropy, const float* grad_logp, const float* grad_entropy, float* to,
                     int64_t to_stride) {
-  Reader reader{tile, kernels, {}};
-  alignas(64) float ragged[kBlock];
   const float scale = kLog2E * tile.inverse_temperature;
-  for (int64_t row = 0; row < tile.rows; ++row) {
+  parallel_rows(tile.rows, threads, [&](int64_t row) {
+    Reader reader{tile, kernels, {}};
+    alignas(64) float ragged[kBlock];
     const float by_logp = grad_logp[row] * tile.inverse_temperature;
     const float by_entropy = grad_entropy ? grad_entropy[row] * tile.inverse_temperature : 0.0f;
     const int64_t target = tile.target[row] - tile.start;
@@ -96,7 +97,7 @@ void logit_gradient(const LogitTile& tile, const LogprobKernels& kernels, const 
       if (whole == ragged) std::copy(ragged, ragged + block.n, out);
       if (here) out[target - start] += at_target;
     }
-  }
+  });
 }
 
 }  // namespace pyengine

@@ -11,7 +11,7 @@ namespace pyengine {
 // A tile of logits: `rows` tokens by `cols` vocabulary entries from id `start` on, which is a multiple of
 // kBlock, so that the sums do not depend on the tile's width. Pointers are borrowed for the call.
 struct LogitTile {
-  int64_t rows, cols, start, vocab;
+  int64_t rows, cols, start;
   const void* data;  // [rows, cols], unit stride along cols
   DType type;
   int64_t stride;
@@ -47,12 +47,13 @@ extern const LogprobKernels logprob_kernels_avx512;
 
 const LogprobKernels* logprob_kernels(const char* forced);  // as tilt_kernels
 
-// state: [rows, kStateSize] doubles, each row a RowMoments, updated in place.
-void fold_logits(const LogitTile& tile, const LogprobKernels& kernels, double* state);
+// Rows are spread over `threads` threads. state: [rows, kStateSize] doubles, each row a RowMoments, updated
+// in place.
+void fold_logits(const LogitTile& tile, const LogprobKernels& kernels, int threads, double* state);
 
 // to [rows, cols] = d loss / d (hidden . weight), given d loss / d logp and / d entropy of each row. `to`
 // may be the tile itself when that is fp32. grad_entropy may be null.
-void logit_gradient(const LogitTile& tile, const LogprobKernels& kernels, const float* lse,
+void logit_gradient(const LogitTile& tile, const LogprobKernels& kernels, int threads, const float* lse,
                     const float* entropy, const float* grad_logp, const float* grad_entropy, float* to,
                     int64_t to_stride);
 

@@ -1,5 +1,4 @@
-// The vector kernels of linear_logprob. Compiled once for each instruction set, like tilt_simd.cpp, and
-// under the same rule: no std:: templates here.
+// The vector kernels of linear_logprob, once for each instruction set.
 #include "isa.h"
 #include "linear_logprob.h"
 

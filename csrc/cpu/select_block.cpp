@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "dispatch.h"
+#include "pool.h"
 
 namespace pyengine {
 namespace {
@@ -78,10 +79,12 @@ const SelectKernels* select_kernels(const char* forced) {
 #endif
 }
 
-void select_block(const SelectArgs& args, const SelectKernels& kernels) {
-  std::vector<double> weight;
-  std::vector<float> scratch;
-  for (int64_t row = 0; row < args.batch; ++row) select_row(args, kernels, row, weight, scratch);
+void select_block(const SelectArgs& args, const SelectKernels& kernels, int threads) {
+  parallel_rows(args.batch, threads, [&](int64_t row) {
+    thread_local std::vector<double> weight;
+    thread_local std::vector<float> scratch;
+    select_row(args, kernels, row, weight, scratch);
+  });
 }
 
 }  // namespace pyengine

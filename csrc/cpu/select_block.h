@@ -40,6 +40,6 @@ extern const SelectKernels select_kernels_avx512;
 
 const SelectKernels* select_kernels(const char* forced);  // as tilt_kernels
 
-void select_block(const SelectArgs& args, const SelectKernels& kernels);
+void select_block(const SelectArgs& args, const SelectKernels& kernels, int threads);
 
 }  // namespace pyengine

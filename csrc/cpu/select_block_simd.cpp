@@ -1,43 +1,44 @@
-// The dot products of select_block. Compiled once for each instruction set, like tilt_simd.cpp.
+// The dot products of select_block, once for each instruction set.
 #include "isa.h"
 #include "select_block.h"
 
 namespace {
 
-// out[h] += x . probe[h] for kHeads heads, x read once. Eight sums in flight: at two loads and an add a
-// cycle, four would wait for the add's four cycles.
-template <int kHeads>
-void add_dots(const float* x, int n, const float* probe, int64_t stride, float* out) {
+inline float widen_one(float x) { return x; }
+
+// out[h] = x . probe[h] for kHeads heads, x read once. Eight sums in flight: at two loads and an add a cycle,
+// four would wait for the add's four cycles.
+template <int kHeads, class T>
+void dots_of(const T* x, int64_t n, const float* probe, float* out) {
   constexpr int N = kHeads == 1 ? 8 : 2;
   Vec sum[kHeads][N] = {};
-  int i = 0;
+  int64_t i = 0;
   for (; i + kLanes * N <= n; i += kLanes * N) PYENGINE_EACH {
       const Vec v = load(x + i + u * kLanes);
-      for (int h = 0; h < kHeads; ++h) sum[h][u] += v * load(probe + h * stride + i + u * kLanes);
+      for (int h = 0; h < kHeads; ++h) sum[h][u] += v * load(probe + h * n + i + u * kLanes);
     }
   for (int h = 0; h < kHeads; ++h) {
     for (int half = N / 2; half > 0; half /= 2)
       for (int u = 0; u < half; ++u) sum[h][u] += sum[h][u + half];
     float rest = 0;
-    for (int j = i; j < n; ++j) rest += x[j] * probe[h * stride + j];
-    out[h] += sum_lanes(sum[h][0]) + rest;
+    for (int64_t j = i; j < n; ++j) rest += widen_one(x[j]) * probe[h * n + j];
+    out[h] = sum_lanes(sum[h][0]) + rest;
   }
 }
 
+template <class T>
+void all_dots(const void* data, int64_t n, const float* probe, int heads, float* out) {
+  const T* x = static_cast<const T*>(data);
+  int h = 0;
+  for (; h + 4 <= heads; h += 4) dots_of<4>(x, n, probe + h * n, out + h);
+  for (; h < heads; ++h) dots_of<1>(x, n, probe + h * n, out + h);
+}
+
 void dots(const void* x, DType type, int64_t n, const float* probe, int heads, float* out) {
-  alignas(64) float wide[pyengine::kBlock];
-  for (int h = 0; h < heads; ++h) out[h] = 0;
-  for (int64_t start = 0; start < n; start += pyengine::kBlock) {
-    const int some = int(n - start < pyengine::kBlock ? n - start : pyengine::kBlock);
-    const float* block = static_cast<const float*>(x) + start;
-    if (type != DType::f32) {
-      widen(static_cast<const uint16_t*>(x) + start, type, some, wide);
-      block = wide;
-    }
-    int h = 0;
-    for (; h + 4 <= heads; h += 4) add_dots<4>(block, some, probe + h * n + start, n, out + h);
-    for (; h < heads; ++h) add_dots<1>(block, some, probe + h * n + start, n, out + h);
-  }
+  const auto kernel = type == DType::f32    ? all_dots<float>
+                      : type == DType::bf16 ? all_dots<Bf16>
+                                            : all_dots<F16>;
+  kernel(x, n, probe, heads, out);
 }
 
 }  // namespace

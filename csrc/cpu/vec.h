@@ -22,6 +22,7 @@ constexpr int kLanes = 4;
 
 typedef float Vec __attribute__((vector_size(kLanes * sizeof(float))));
 typedef int32_t VecInt __attribute__((vector_size(kLanes * sizeof(int32_t))));
+typedef uint64_t VecLong __attribute__((vector_size(kLanes * sizeof(int32_t))));
 
 inline Vec splat(float x) { return x - Vec{}; }
 
@@ -32,6 +33,113 @@ inline Vec load(const float* p) {
 }
 
 inline void store(float* p, Vec v) { std::memcpy(p, &v, sizeof v); }
+
+struct Bf16 {
+  uint16_t bits;
+};
+struct F16 {
+  uint16_t bits;
+};
+
+inline float from_bits(uint32_t bits) {
+  float x;
+  std::memcpy(&x, &bits, sizeof x);
+  return x;
+}
+
+inline float widen_one(Bf16 h) { return from_bits(uint32_t(h.bits) << 16); }
+
+inline float widen_one(F16 h) {
+  const uint32_t sign = uint32_t(h.bits & 0x8000) << 16, magnitude = h.bits & 0x7fff;
+  if (magnitude >= 0x7c00) return from_bits(sign | 0x7f800000u | (magnitude & 0x3ff) << 13);  // inf, NaN
+  if (magnitude >= 0x0400) return from_bits(sign | ((magnitude << 13) + (112u << 23)));
+  const float subnormal = float(magnitude) * 0x1p-24f;
+  return sign ? -subnormal : subnormal;
+}
+
+inline Vec load(const Bf16* p) {
+#if defined(__AVX512F__)
+  const __m256i h = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+  return (Vec)_mm512_slli_epi32(_mm512_cvtepu16_epi32(h), 16);
+#elif defined(__AVX2__)
+  const __m128i h = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+  return (Vec)_mm256_slli_epi32(_mm256_cvtepu16_epi32(h), 16);
+#else
+  Vec v;
+  for (int i = 0; i < kLanes; ++i) v[i] = widen_one(p[i]);
+  return v;
+#endif
+}
+
+inline Vec load(const F16* p) {
+#if defined(__AVX512F__)
+  return (Vec)_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+#elif defined(__F16C__)
+  return (Vec)_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+#else
+  Vec v;
+  for (int i = 0; i < kLanes; ++i) v[i] = widen_one(p[i]);
+  return v;
+#endif
+}
+
+// 2 * kLanes elements in an order of its own, the same for every address: enough for sums. bf16 comes as
+// the even and the odd ones, one operation a vector instead of two.
+template <class T>
+inline void load_pair(const T* p, Vec (&to)[2]) {
+  to[0] = load(p), to[1] = load(p + kLanes);
+}
+
+inline void load_pair(const Bf16* p, Vec (&to)[2]) {
+  VecInt both;
+  std::memcpy(&both, p, sizeof both);
+  to[0] = (Vec)(both << 16), to[1] = (Vec)(both & int32_t(0xffff0000));
+}
+
+// One bit a lane where a >= b; 0 where either is NaN.
+inline uint32_t at_least(Vec a, Vec b) {
+#if defined(__AVX512F__)
+  return _mm512_cmp_ps_mask((__m512)a, (__m512)b, _CMP_GE_OQ);
+#elif defined(__AVX2__)
+  return uint32_t(_mm256_movemask_ps(_mm256_cmp_ps((__m256)a, (__m256)b, _CMP_GE_OQ)));
+#else
+  uint32_t bits = 0;
+  for (int i = 0; i < kLanes; ++i) bits |= uint32_t(a[i] >= b[i]) << i;
+  return bits;
+#endif
+}
+
+// One bit a lane of what a comparison gave.
+inline uint32_t bits_of(VecInt truth) {
+#if defined(__AVX512F__)
+  return _mm512_movepi32_mask((__m512i)truth);
+#elif defined(__AVX2__)
+  return uint32_t(_mm256_movemask_ps((__m256)truth));
+#else
+  uint32_t bits = 0;
+  for (int i = 0; i < kLanes; ++i) bits |= uint32_t(truth[i] & 1) << i;
+  return bits;
+#endif
+}
+
+// x where its bit is set, 0 elsewhere.
+inline Vec select(uint32_t bits, Vec x) {
+#if defined(__AVX512F__)
+  return (Vec)_mm512_maskz_mov_ps(__mmask16(bits), (__m512)x);
+#else
+  for (int i = 0; i < kLanes; ++i) x[i] = bits >> i & 1 ? x[i] : 0.0f;
+  return x;
+#endif
+}
+
+// The lanes whose bit is set, side by side; writes a whole vector.
+inline void compress(float* to, Vec x, uint32_t bits) {
+#if defined(__AVX512F__)
+  store(to, (Vec)_mm512_maskz_compress_ps(__mmask16(bits), (__m512)x));
+#else
+  for (int i = 0; i < kLanes; ++i) *to = x[i], to += bits >> i & 1;
+#endif
+}
 
 // The second operand where either is NaN, as vmaxps does: a clamp written clamp_below(x, low) lets
 // NaN through and so keeps a bad row visible.
@@ -138,5 +246,73 @@ inline void exp2_in_place(Vec (&x)[N]) {
   PYENGINE_EACH x[u] = p[u] * (Vec)(((VecInt)n[u] + 127) << 23);
 }
 #endif
+
+// 2^(x * scale - shift) as power * rest, so that the product joins the addition that follows it. `shift` is a
+// whole number. Written for the unclamped hot loop: what cannot be represented comes out as NaN, an infinity
+// or, far below the shift, 0.
+struct Exponent {
+  float scale, shift;
+#if defined(__AVX512F__)
+  __m512 low, high;  // kTwoTo32nds, times 2^-shift unless kFar
+#endif
+};
+
+// The table can hold the shift while |shift| <= kNearShift; it saves an operation an element (kFar = false).
+// Beyond kFarShift the rounding constant of AVX-512 no longer holds x * scale.
+constexpr float kNearShift = 100.0f, kFarShift = 65536.0f;
+
+inline Exponent exponent(float scale, float shift, bool far) {
+  Exponent e;
+  e.scale = scale, e.shift = shift;
+  (void)far;
+#if defined(__AVX512F__)
+  const __m512 down = (__m512)splat(far ? 0.0f : -shift);
+  e.low = _mm512_scalef_ps(_mm512_load_ps(kTwoTo32nds), down);
+  e.high = _mm512_scalef_ps(_mm512_load_ps(kTwoTo32nds + 16), down);
+#endif
+  return e;
+}
+
+#if defined(__AVX512F__)
+template <bool kFar, int N>
+inline void exp2_scaled(const Exponent (&e)[N], Vec (&x)[N], Vec (&power)[N]) {
+  const float kRound = 393216.0f;
+  Vec n[N];
+  PYENGINE_EACH n[u] = x[u] * e[u].scale + kRound;
+  PYENGINE_EACH power[u] = (Vec)_mm512_permutex2var_ps(e[u].low, (__m512i)n[u], e[u].high);
+  PYENGINE_EACH n[u] = n[u] - kRound;
+  PYENGINE_EACH x[u] = x[u] * e[u].scale - n[u];
+  if (kFar) PYENGINE_EACH n[u] = n[u] - e[u].shift;
+  PYENGINE_EACH power[u] = (Vec)_mm512_scalef_ps((__m512)power[u], (__m512)n[u]);
+  PYENGINE_EACH n[u] = x[u] * 0.24022651f + 0.69315734f;
+  PYENGINE_EACH x[u] = n[u] * x[u] + 1.0f;
+}
+#else
+template <bool kFar, int N>
+inline void exp2_scaled(const Exponent (&e)[N], Vec (&x)[N], Vec (&power)[N]) {
+  const float kRound = 12582912.0f;
+  Vec n[N];
+  PYENGINE_EACH x[u] = clamp_above(clamp_below(x[u] * e[u].scale - e[u].shift, -127.0f), 128.0f);
+  PYENGINE_EACH n[u] = x[u] + kRound;
+  PYENGINE_EACH x[u] = x[u] - (n[u] - kRound);
+  PYENGINE_EACH power[u] = x[u] * 1.3276472632e-3f + 9.67554134312e-3f;
+  PYENGINE_EACH power[u] = power[u] * x[u] + 5.55071327186e-2f;
+  PYENGINE_EACH power[u] = power[u] * x[u] + 2.40221197237e-1f;
+  PYENGINE_EACH power[u] = power[u] * x[u] + 6.93146967065e-1f;
+  PYENGINE_EACH power[u] = power[u] * x[u] + 1.00000007165f;
+  PYENGINE_EACH x[u] = (Vec)(((VecInt)n[u] + 127) << 23);
+}
+#endif
+
+// The product of the low halves of each 64-bit lane.
+inline VecLong multiply_low(VecLong a, VecLong b) {
+#if defined(__AVX512F__)
+  return (VecLong)_mm512_mul_epu32((__m512i)a, (__m512i)b);
+#elif defined(__AVX2__)
+  return (VecLong)_mm256_mul_epu32((__m256i)a, (__m256i)b);
+#else
+  return (a & 0xffffffff) * (b & 0xffffffff);
+#endif
+}
 
 }  // namespace

@@ -38,6 +38,8 @@ if FORCED_ISA is not None:
     except ValueError as error:
         raise InputError(f"PYENGINE_CPU_ISA: {error}") from error
 
+BEST_ISA = _C.instruction_set()
+
 # "cuda", "triton" or "reference": for comparing the backends on one GPU; unset, the first that is there runs.
 GPU_BACKENDS = ("cuda", "triton", "reference")
 FORCED_GPU = os.environ.get("PYENGINE_GPU_BACKEND")
@@ -56,6 +58,11 @@ def fail(op: str, message: str) -> NoReturn:
 
 def launched(op: str, kernel: str) -> None:
     LAUNCHES[f"{op}/{kernel}"] += 1
+
+
+def instruction_set() -> str:
+    """What the CPU kernels run with."""
+    return FORCED_ISA or BEST_ISA
 
 
 def traced(x: Tensor) -> bool:
@@ -88,15 +95,21 @@ def gpu_backend(op: str, stem: str, cuda: bool) -> str:
     return FORCED_GPU
 
 
-@functools.lru_cache(maxsize=4096)
-def constant(op: str, value: float, name: str, device: torch.device, *shape: int) -> Tensor:
-    """A checked number as a tensor with stride 0. Cached: building six of them costs a fifth of a row."""
+def number(op: str, value: float, name: str) -> float:
+    """The checked number."""
     dtype, low, high = _PARAMETERS[name]
     if not low <= value <= high:
         fail(op, f"{name} must be a number in {low} .. {high}, got {value}")
     if dtype is torch.int64 and int(value) != value:
         fail(op, f"{name} must be a whole number, got {value}")
-    return torch.tensor(value, dtype=dtype, device=device).expand(shape)
+    return value
+
+
+@functools.lru_cache(maxsize=4096)
+def constant(op: str, value: float, name: str, device: torch.device, *shape: int) -> Tensor:
+    """A checked number as a tensor with stride 0. Cached: building six of them costs a fifth of a row."""
+    dtype = _PARAMETERS[name][0]
+    return torch.tensor(number(op, value, name), dtype=dtype, device=device).expand(shape)
 
 
 def column(op: str, value: Tensor | float, name: str, batch: int, device: torch.device) -> Tensor:
@@ -111,6 +124,11 @@ def column(op: str, value: Tensor | float, name: str, batch: int, device: torch.
     if value.dtype.is_floating_point and not dtype.is_floating_point:
         fail(op, f"{name} must be an integer tensor, got {value.dtype}")
     return value.to(device=device, dtype=dtype).expand(batch)
+
+
+def cell(op: str, value: Tensor | float, name: str, batch: int, device: torch.device) -> Tensor | float:
+    """What `column` gives, with a number left as it is: the CPU kernels take both."""
+    return number(op, value, name) if isinstance(value, (int, float)) else column(op, value, name, batch, device)
 
 
 def head_weights(op: str, weights: Tensor | float | None, heads: int, batch: int, device: torch.device) -> Tensor:
@@ -139,4 +157,4 @@ def check_mask(op: str, mask: Tensor, batch: int, vocab: int, device: torch.devi
 
 
 def unit_stride(x: Tensor) -> Tensor:
-    return x if x.shape[-1] <= 1 or x.stride(-1) == 1 else x.contiguous()
+    return x if x.is_contiguous() or x.stride(-1) == 1 or x.shape[-1] <= 1 else x.contiguous()

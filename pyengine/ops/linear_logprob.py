@@ -12,9 +12,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-import pyengine._C as _C
 from pyengine.ops import common
-from pyengine.ops.common import check_float, fail, launched, library
+from pyengine.ops.common import check_float, fail, instruction_set, launched, library
 from pyengine.ops.logit_tiles import (
     COLUMNS,
     TOKENS,
@@ -134,7 +133,7 @@ def _as_result(fields: tuple[Tensor, ...], target: Tensor) -> TokenLogprob:
 
 
 def _kernel(x: Tensor) -> str:
-    return "triton" if triton_runs(x) else _C.instruction_set(common.FORCED_ISA)
+    return "triton" if triton_runs(x) else instruction_set()
 
 
 def _scatter(fields: TokenLogprob, kept: Tensor, rows: int) -> tuple[Tensor, ...]:

@@ -13,9 +13,7 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
-import pyengine._C as _C
-from pyengine.ops import common
-from pyengine.ops.common import fail, launched, library, traced
+from pyengine.ops.common import fail, instruction_set, launched, library, traced
 from pyengine.ops.logit_tiles import (
     Gradients,
     Head,
@@ -215,7 +213,7 @@ def _forward(
     head: Head,
     gradients: Gradients,
 ) -> Preference:
-    launched(OP, "triton" if triton_runs(hidden) else _C.instruction_set(common.FORCED_ISA))
+    launched(OP, "triton" if triton_runs(hidden) else instruction_set())
     pairs, length = len(hidden) // 2, target.shape[1]
     flat, labels = hidden.flatten(0, 1), target.flatten()
     kept = kept_rows(OP, labels, head.vocab, head.ignore_index)

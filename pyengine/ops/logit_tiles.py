@@ -16,7 +16,7 @@ from torch import Tensor
 
 import pyengine._C as _C
 from pyengine.ops import common
-from pyengine.ops.common import DTYPE_CODE, check_float, fail
+from pyengine.ops.common import DTYPE_CODE, check_float, fail, instruction_set
 from pyengine.reference import TokenLogprob
 
 # A tile's tokens and columns. 4,096 columns: wide enough for a CPU GEMM's full rate at 1,024 tokens, 16 MB in
@@ -85,13 +85,17 @@ def fold(tile: Tensor, start: int, head: Head, target: Tensor, state: Tensor) ->
         _triton().fold(tile, start, target, state, **_numbers(head))
         return
     _C.fold_logits(
-        (*tile.shape, start, head.vocab, tile.data_ptr(), DTYPE_CODE[tile.dtype], tile.stride(0)),
-        0 if head.bias is None else head.bias.data_ptr(),
+        *tile.shape,
+        start,
+        tile,
+        DTYPE_CODE[tile.dtype],
+        head.bias,
         head.softcap or 0.0,
         head.temperature,
-        target.data_ptr(),
-        state.data_ptr(),
-        common.FORCED_ISA,
+        target,
+        state,
+        torch.get_num_threads(),
+        instruction_set(),
     )
 
 
@@ -132,18 +136,18 @@ def gradient_into(out: Tensor, tile: Tensor, start: int, head: Head, target: Ten
         known = (rows.lse, rows.entropy, rows.by_logp, by_entropy)
         return _triton().grad_tile(tile, start, target, *known, **_numbers(head), out=out)
     _C.logit_gradient(
-        (*tile.shape, start, head.vocab, tile.data_ptr(), DTYPE_CODE[tile.dtype], tile.stride(0)),
-        0 if head.bias is None else head.bias.data_ptr(),
+        *tile.shape,
+        start,
+        tile,
+        DTYPE_CODE[tile.dtype],
+        head.bias,
         head.softcap or 0.0,
         head.temperature,
-        target.data_ptr(),
-        rows.lse.data_ptr(),
-        rows.entropy.data_ptr(),
-        rows.by_logp.data_ptr(),
-        0 if rows.by_entropy is None else rows.by_entropy.data_ptr(),
-        out.data_ptr(),
-        out.stride(0),
-        common.FORCED_ISA,
+        target,
+        *rows,
+        out,
+        torch.get_num_threads(),
+        instruction_set(),
     )
     return out
 

@@ -9,12 +9,12 @@ from torch import Tensor
 
 import pyengine._C as _C
 from pyengine import reference
-from pyengine.ops import common
 from pyengine.ops.common import (
     DTYPE_CODE,
     check_float,
     column,
     fail,
+    instruction_set,
     launched,
     library,
     traced,
@@ -145,35 +145,33 @@ def _select_block_cpu(
     seed: Tensor,
     position: Tensor,
 ) -> BlockSelection:
-    launched(OP, _C.instruction_set(common.FORCED_ISA))
-    if scores is not None:
-        scores = scores.float().contiguous()
-        batch, candidates, heads = scores.shape
-        rows: tuple[int, ...] = (scores.data_ptr(), 0, 0, 0, 0, 0, 0)
-    else:
-        assert hidden is not None
-        assert probe is not None
-        hidden, probe = unit_stride(hidden), probe.float().contiguous()
-        batch, candidates, width = hidden.shape
-        heads = len(probe)
-        code = DTYPE_CODE[hidden.dtype]
-        rows = (0, hidden.data_ptr(), code, *hidden.stride()[:2], width, probe.data_ptr())
-    weights = weights.contiguous()
-    against = None if against is None else against.contiguous()
+    isa = instruction_set()
+    launched(OP, isa)
+    given = scores if scores is not None else hidden
+    assert given is not None
+    batch, candidates, width = given.shape
     index = torch.empty(batch, dtype=torch.int64)
     probability, utility = torch.empty(batch, candidates), torch.empty(batch, candidates)
     _C.select_block(
-        (batch, candidates, heads, *rows),
-        weights.data_ptr(),
-        0 if against is None else against.data_ptr(),
+        batch,
+        candidates,
+        width if probe is None else len(probe),
+        None if scores is None else scores.float().contiguous(),
+        None if hidden is None else unit_stride(hidden),
+        DTYPE_CODE[given.dtype],
+        width,
+        None if probe is None else probe.float().contiguous(),
+        weights.contiguous(),
+        None if against is None else against.contiguous(),
         lsc,
         beta,
-        (seed.data_ptr(), seed.stride(0)),
-        (position.data_ptr(), position.stride(0)),
-        index.data_ptr(),
-        probability.data_ptr(),
-        utility.data_ptr(),
-        common.FORCED_ISA,
+        seed,
+        position,
+        index,
+        probability,
+        utility,
+        torch.get_num_threads(),
+        isa,
     )
     return BlockSelection(index, probability, utility)
 

@@ -7,16 +7,18 @@ from torch import Tensor
 
 import pyengine._C as _C
 from pyengine import reference
-from pyengine.ops import common
 from pyengine.ops.common import (
     DTYPE_CODE,
+    cell,
     check_float,
     check_mask,
     column,
     fail,
     head_weights,
+    instruction_set,
     launched,
     library,
+    number,
     traced,
     unit_stride,
 )
@@ -24,6 +26,8 @@ from pyengine.reference import TiltSample
 
 OP = "tilt_sample"
 METHODS = ("inverse", "gumbel")
+# new_empty of a bound tensor parses one argument instead of two: five outputs are half of a call's overhead.
+_WHOLE, _FP32, _TRUTH = (torch.empty(0, dtype=t).new_empty for t in (torch.int64, torch.float32, torch.bool))
 
 library.define(
     "tilt_sample(Tensor logits, Tensor? values, Tensor? weights, Tensor? mask, Tensor temperature, Tensor top_k, "
@@ -98,72 +102,138 @@ def tilt_sample(
             fail(OP, f"values are on {values.device}, logits on {logits.device}")
     if method not in METHODS:
         fail(OP, f"method must be one of {METHODS}, got {method!r}")
-    device = logits.device
+    device, gumbel = logits.device, method == "gumbel"
+    if mask is not None:
+        mask = check_mask(OP, mask, batch, vocab, device)
+    if logits.is_cpu and not traced(logits):
+        # Numbers go down as they are: making six tensors of them costs a tenth of a row of 128,256 logits.
+        if isinstance(weights, (int, float)):
+            number(OP, weights, "weights")
+        elif values is not None:
+            weights = head_weights(OP, weights, len(values), batch, device)
+        return _tilt_sample_cpu(
+            logits,
+            values,
+            weights,
+            mask,
+            cell(OP, temperature, "temperature", batch, device),
+            cell(OP, top_k, "top_k", batch, device),
+            cell(OP, top_p, "top_p", batch, device),
+            cell(OP, min_p, "min_p", batch, device),
+            cell(OP, seed, "seed", batch, device),
+            cell(OP, position, "position", batch, device),
+            gumbel,
+        )
     arguments = (
         logits,
         values,
         None if values is None else head_weights(OP, weights, values.shape[0], batch, device),
-        None if mask is None else check_mask(OP, mask, batch, vocab, device),
+        mask,
         column(OP, temperature, "temperature", batch, device),
         column(OP, top_k, "top_k", batch, device),
         column(OP, top_p, "top_p", batch, device),
         column(OP, min_p, "min_p", batch, device),
         column(OP, seed, "seed", batch, device),
         column(OP, position, "position", batch, device),
-        method == "gumbel",
+        gumbel,
     )
-    if device.type == "cpu" and not traced(logits):
-        return _tilt_sample_cpu(*arguments)
     return TiltSample(*torch.ops.pyengine.tilt_sample(*arguments))
+
+
+def _outputs(batch: int) -> TiltSample:
+    return TiltSample(_WHOLE(batch), _FP32(batch), _FP32(batch), _FP32(batch), _TRUTH(batch))
 
 
 def _tilt_sample_cpu(
     logits: Tensor,
     values: Tensor | None,
-    weights: Tensor | None,
+    weights: Tensor | float | None,
     mask: Tensor | None,
-    temperature: Tensor,
-    top_k: Tensor,
-    top_p: Tensor,
-    min_p: Tensor,
-    seed: Tensor,
-    position: Tensor,
+    temperature: Tensor | float,
+    top_k: Tensor | float,
+    top_p: Tensor | float,
+    min_p: Tensor | float,
+    seed: Tensor | float,
+    position: Tensor | float,
     gumbel: bool,
 ) -> TiltSample:
-    if gumbel:
-        return _tilt_sample_gpu(logits, values, weights, mask, temperature, top_k, top_p, min_p, seed, position, gumbel)
-    if mask is not None:
-        logits = logits.masked_fill(~mask, -torch.inf)
-    logits = unit_stride(logits)
+    isa = instruction_set()
+    launched(OP, isa)
     batch, vocab = logits.shape
-    heads: tuple[int, ...] = (0, 0, 0, 0, 0, 0, 0, 0)
-    if values is not None and weights is not None:
-        values = unit_stride(values)
-        code = DTYPE_CODE[values.dtype]
-        heads = (len(values), values.data_ptr(), code, *values.stride()[:2], weights.data_ptr(), *weights.stride())
-    token = torch.empty(batch, dtype=torch.int64)
-    logp_base = torch.empty(batch, dtype=torch.float32)
-    logp_policy = torch.empty(batch, dtype=torch.float32)
-    kl = torch.empty(batch, dtype=torch.float32)
-    valid = torch.empty(batch, dtype=torch.bool)
-    # Spelt out: a loop over the columns would cost more than the call itself.
+    out = _outputs(batch)
     _C.tilt_sample(
-        (batch, vocab, logits.data_ptr(), DTYPE_CODE[logits.dtype], logits.stride(0)),
-        heads,
-        (temperature.data_ptr(), temperature.stride(0)),
-        (top_k.data_ptr(), top_k.stride(0)),
-        (top_p.data_ptr(), top_p.stride(0)),
-        (min_p.data_ptr(), min_p.stride(0)),
-        (seed.data_ptr(), seed.stride(0)),
-        (position.data_ptr(), position.stride(0)),
-        token.data_ptr(),
-        logp_base.data_ptr(),
-        logp_policy.data_ptr(),
-        kl.data_ptr(),
-        valid.data_ptr(),
-        common.FORCED_ISA,
+        batch,
+        vocab,
+        0 if values is None else values.shape[0],
+        unit_stride(logits),
+        DTYPE_CODE[logits.dtype],
+        None if values is None else unit_stride(values),
+        0 if values is None else DTYPE_CODE[values.dtype],
+        weights,
+        None if mask is None else unit_stride(mask),
+        temperature,
+        seed,
+        position,
+        top_k,
+        top_p,
+        min_p,
+        gumbel,
+        *out,
+        torch.get_num_threads(),
+        isa,
     )
-    return TiltSample(token, logp_base, logp_policy, kl, valid)
+    return out
+
+
+def tilt_state(batch: int) -> Tensor:
+    """The state [B, n] that `tilt_fold` folds tiles of the vocabulary into, on the CPU."""
+    return torch.tensor(_C.TILT_STATE, dtype=torch.float64).repeat(batch, 1)
+
+
+def tilt_fold(
+    state: Tensor,
+    logits: Tensor,
+    values: Tensor | None,
+    weights: Tensor | float | None,
+    first_id: int,
+    *,
+    temperature: Tensor | float,
+    seed: Tensor | float,
+    position: Tensor | float,
+    mask: Tensor | None = None,
+) -> None:
+    """Fold the tile of ids first_id, first_id + 1, ... into `state`: for ops that never hold a whole row.
+
+    logits [B, n], values [R, B, n] and the bool mask [B, n] are tiles; weights [B, R] and the rest are those of
+    the rows, or numbers. The caller has checked them. Tiles may come in any order. `tilt_finish` of all tiles of
+    a row is `tilt_sample` of the row with method="gumbel" and without filters.
+    """
+    isa = instruction_set()
+    launched("tilt_fold", isa)
+    _C.tilt_fold(
+        state,
+        *logits.shape,
+        0 if values is None else values.shape[0],
+        unit_stride(logits),
+        DTYPE_CODE[logits.dtype],
+        None if values is None else unit_stride(values),
+        0 if values is None else DTYPE_CODE[values.dtype],
+        weights,
+        None if mask is None else unit_stride(mask),
+        temperature,
+        seed,
+        position,
+        first_id,
+        torch.get_num_threads(),
+        isa,
+    )
+
+
+def tilt_finish(state: Tensor, temperature: Tensor | float) -> TiltSample:
+    """The sample of the rows whose tiles are folded into `state`."""
+    out = _outputs(len(state))
+    _C.tilt_finish(state, len(state), temperature, *out)
+    return out
 
 
 def _tilt_sample_gpu(

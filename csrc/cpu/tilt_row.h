@@ -1,0 +1,101 @@
+// What the steps of tilt_sample share: a row read block by block, its sums, and the scratch of a thread.
+#pragma once
+
+#include <memory>
+#include <vector>
+
+#include "tilt.h"
+
+namespace pyengine {
+
+constexpr int kMaxLanes = 16;
+
+// Tilted logits in the logits' own unit (temperature times nats): logit + sum_r (temperature * lambda_r) *
+// value_r. With the temperature and the weights at 1 their ties are exact.
+struct Row {
+  const TiltArgs& args;
+  const TiltKernels& kernels;
+  int64_t index;
+  bool greedy, use_heads = true;
+  TiltBlock block{};
+  int n = 0;  // tokens in the block, before padding
+  std::vector<float> ratios;
+  alignas(64) float logit_store[kBlock];
+  alignas(64) float head_store[kBlock];
+  alignas(64) float delta_store[kBlock];
+
+  Row(const TiltArgs& a, const TiltKernels& k, int64_t i);
+
+  // The scorer forbids every token: the base policy decides.
+  void drop_heads();
+  int64_t blocks() const { return (args.vocab + kBlock - 1) / kBlock; }
+  // Blocks of one type, with one head at most and no mask, are read in place. Others, and the ragged last
+  // one, go through fp32 scratch; so does everything where the caller asks for fp32.
+  void read(int64_t b, bool fp32);
+  // Base and tilted logit of an allowed token, in log2 units and double.
+  Winner at(int64_t id) const;
+  // The maximum of the tilted logits over block b, or of the base logits.
+  float top(int64_t b, bool tilted);
+
+ private:
+  const float* floats(const void* data, DType type, int64_t at, bool copy, float pad, float* scratch) const;
+};
+
+// Survives the calls of a thread: 4 MB of fresh pages a row would cost more than the row.
+struct Scratch {
+  std::vector<BlockSums> sums;       // by block
+  std::vector<float> maxima, order;  // by block and lane
+  std::vector<double> mass;          // by kBlock candidates
+  std::vector<uint32_t> words;
+  Candidates candidates{}, narrowed{};
+  alignas(64) float weight[kBlock];
+
+  // Room for every token of a row in `candidates` and `narrowed`.
+  void reserve(int64_t tokens);
+
+ private:
+  std::unique_ptr<float[]> floats;
+  std::unique_ptr<int32_t[]> ids;
+  int64_t room = 0;
+};
+
+// This thread's.
+Scratch& scratch();
+
+// `threads`, or 1 where the batch is too small for them.
+int worthwhile(const TiltArgs& args, int threads);
+
+// Adds the row to `total`, filling s.sums and, if asked, s.maxima.
+void accumulate(Row& row, Scratch& s, RowSums& total, bool maxima);
+
+bool usable(const RowSums& sums);
+
+// Index of the first entry at which the running sum exceeds target; the last positive entry when
+// rounding keeps the sum below it. Entries of weight 0 are never drawn while any is positive.
+template <class Weight>
+int64_t walk(int64_t n, double target, Weight weight) {
+  double running = 0;
+  int64_t last = 0;
+  for (int64_t i = 0; i < n; ++i) {
+    const double w = weight(i);
+    if (!(w > 0)) continue;
+    running += w;
+    last = i;
+    if (running > target) break;
+  }
+  return last;
+}
+
+// Leaves the tokens that top-k, then top-p, then min-p keep in s.candidates, in id order, and their mass by
+// kBlock in s.mass. Turns the tilted sums of `total` into theirs. s.maxima must be the row's.
+void filter(Row& row, Scratch& s, RowSums& total, int64_t top_k, float top_p, float min_p);
+
+// The argmax of the row, or of its candidates, after Gumbel noise (none in a greedy row), if it beats
+// `winner`. s.maxima must be the row's. Ids count from first_id.
+void contend(Row& row, Scratch& s, int64_t first_id, Winner& winner);
+void contend_candidates(const Row& row, const Candidates& candidates, Winner& winner);
+
+// The outputs of a row from its sums, or from those of the tokens that a filter kept: relative to m_tilt.
+void finish_row(const TiltArgs& args, int64_t i, const RowSums& sums, const Winner& winner);
+
+}  // namespace pyengine
