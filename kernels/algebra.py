@@ -26,6 +26,12 @@ def rescale(source, target):
 
 
 @triton.jit
+def log2_unit(temperature):
+    """log2(e) / temperature, by which a logit is scaled; greedy rows, those at temperature 0, as at 1."""
+    return (temperature * 0 + LOG2E) / tl.where(temperature == 0, 1.0, temperature)
+
+
+@triton.jit
 def finite(x):
     return tl.abs(x) < float("inf")
 
@@ -57,7 +63,7 @@ def merged(m, s):
 @triton.jit
 def kl_nats(e_delta, s_tilt, lse2_tilt, lse2_base):
     """KL(policy || base) in nats from log2-unit sums: E_policy[tilt - base] - LSE(tilt) + LSE(base)."""
-    return LN2 * (e_delta / s_tilt - lse2_tilt + lse2_base)
+    return (e_delta / s_tilt - lse2_tilt + lse2_base) * LN2
 
 
 @triton.jit

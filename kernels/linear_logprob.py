@@ -156,11 +156,11 @@ def finish_kernel(
     top = tl.where(bad, float("nan"), top)
     logp = tl.sum(target_x, 1) - lse
     entropy = tl.where(total == 0, 0.0, log_s - mean)
-    tl.store(logp_out + row, tl.where(kept, LN2 * logp, 0.0).to(tl.float32), mask=row < rows)
-    tl.store(lse_out + row, tl.where(kept, LN2 * lse, 0.0).to(tl.float32), mask=row < rows)
-    tl.store(lse2_out + row, tl.where(kept, LN2 * (2 * top + tl.log2(total2)), 0.0).to(tl.float32), mask=row < rows)
-    tl.store(max_out + row, tl.where(kept, LN2 * top, 0.0).to(tl.float32), mask=row < rows)
-    tl.store(entropy_out + row, tl.where(kept, LN2 * entropy, 0.0).to(tl.float32), mask=row < rows)
+    tl.store(logp_out + row, tl.where(kept, logp * LN2, 0.0).to(tl.float32), mask=row < rows)
+    tl.store(lse_out + row, tl.where(kept, lse * LN2, 0.0).to(tl.float32), mask=row < rows)
+    tl.store(lse2_out + row, tl.where(kept, (2 * top + tl.log2(total2)) * LN2, 0.0).to(tl.float32), mask=row < rows)
+    tl.store(max_out + row, tl.where(kept, top * LN2, 0.0).to(tl.float32), mask=row < rows)
+    tl.store(entropy_out + row, tl.where(kept, entropy * LN2, 0.0).to(tl.float32), mask=row < rows)
 
 
 @triton.jit(do_not_specialize=["start"])

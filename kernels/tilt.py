@@ -22,6 +22,7 @@ from pyengine.kernels.algebra import (
     first_above,
     gumbel,
     kl_nats,
+    log2_unit,
     merged,
     uniforms,
 )
@@ -67,7 +68,7 @@ def tilt_blocks_kernel(
     block = tl.program_id(0) % blocks
     t = tl.load(temperature + row * temperature_stride)
     greedy = t == 0
-    unit = LOG2E / tl.where(greedy, 1.0, t)
+    unit = log2_unit(t)
     source = (
         logits + row * logits_row,
         mask + row * mask_row,
@@ -167,7 +168,7 @@ def tilt_draw_kernel(
 
     t = tl.load(temperature + row * temperature_stride)
     greedy = t == 0
-    unit = LOG2E / tl.where(greedy, 1.0, t)
+    unit = log2_unit(t)
     source = (
         logits + row * logits_row,
         mask + row * mask_row,
@@ -224,8 +225,8 @@ def tilt_draw_kernel(
     base_at = tl.sum(tl.where(tokens == token, logit * unit, 0.0), 0)
     tilt_at = tl.sum(tl.where(tokens == token, tilt, 0.0), 0)
     lse_base, lse_tilt = m_base + tl.log2(s_base), highest + tl.log2(s_tilt)
-    logp_base = LN2 * (base_at - lse_base)
-    logp_policy = tl.where(greedy, 0.0, LN2 * (tilt_at - lse_tilt))
+    logp_base = (base_at - lse_base) * LN2
+    logp_policy = tl.where(greedy, 0.0, (tilt_at - lse_tilt) * LN2)
     kl = tl.where(greedy, -logp_base, kl_nats(e_delta, s_tilt, lse_tilt, lse_base))
     bad = float("nan")
     tl.store(token_out + row, tl.where(valid, token, 0).to(tl.int64))
@@ -282,7 +283,9 @@ def tilt_sample(
     draws = (seed, seed.stride(0), position, position.stride(0))
     filters = (top_k, top_k.stride(0), top_p, top_p.stride(0), min_p, min_p.stride(0))
     scale = (temperature, temperature.stride(0))
-    tilt_blocks_kernel[(batch * blocks,)](*source, *scale, *draws, sums, best, vocab, blocks, **counts, num_warps=1 + gumbel)
+    tilt_blocks_kernel[(batch * blocks,)](
+        *source, *scale, *draws, sums, best, vocab, blocks, **counts, num_warps=1 + gumbel
+    )
     tilt_draw_kernel[(batch,)](
         *source,
         *scale,
