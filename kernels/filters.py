@@ -2,7 +2,7 @@
 
 The filters keep a prefix of the order (tilt descending, id ascending): all tokens above a threshold and the
 first few ties at it. The threshold is bisected over the order of fp32 bit patterns, so every search ends
-whatever the logits hold. Block maxima from the first pass spare the blocks that lie below a probe, and the
+whatever the logits hold. A pass over the row reads GROUP blocks a step. Block maxima from the first pass spare the blocks that lie below a probe, and the
 tokens that matter, usually tens to hundreds, are searched in registers.
 """
 
@@ -13,7 +13,6 @@ import triton.language as tl
 
 from pyengine.kernels.algebra import BLOCK, LOG2E, NEVER, gumbel
 
-GROUP = tl.constexpr(8)  # blocks that one step of a pass over the row reads: 32 tokens a thread at 8 warps
 CAPACITY = tl.constexpr(4096)  # tokens searched in registers: 16 a thread at 8 warps
 LOWEST = tl.constexpr(-0x7F800001)  # key_of(-inf)
 DEPTH = tl.constexpr(12.0)  # log2 units below the maximum in which a nucleus is expected
@@ -66,7 +65,7 @@ def bisect(x, amount, above, goal, low, high):
 
 
 @triton.jit
-def gather(row, tops, survivors, least, below, highest, HEADS: tl.constexpr, MASKED: tl.constexpr):
+def gather(row, tops, survivors, least, below, highest, HEADS: tl.constexpr, MASKED: tl.constexpr, GROUP: tl.constexpr):
     """Count and mass, relative to highest, of the tokens with least <= tilt < below.
 
     Their tilts go to `survivors` as far as it holds them; its sole owner is this program.
@@ -100,6 +99,7 @@ def search(
     BY_MASS: tl.constexpr,
     HEADS: tl.constexpr,
     MASKED: tl.constexpr,
+    GROUP: tl.constexpr,
 ):
     """The highest key >= low at or above which the tokens' count (or mass) reaches goal, low if none does.
 
@@ -112,7 +112,7 @@ def search(
     held = tl.full([], CAPACITY + 1, tl.int32)  # tokens in [low, high), once they lie in survivors
     opening = tl.full([], True, tl.int1)
     while (held > CAPACITY) & (high - low > 1):
-        count, mass = gather(row, tops, survivors, value_of(probe), value_of(high), highest, HEADS, MASKED)
+        count, mass = gather(row, tops, survivors, value_of(probe), value_of(high), highest, HEADS, MASKED, GROUP)
         amount = mass_above + mass if BY_MASS else (count_above + count).to(tl.float64)
         reached = (amount >= goal) | (probe <= low)  # that low reaches it is given, whatever rounding says
         held = tl.where(reached, count, CAPACITY + 1)
@@ -148,6 +148,7 @@ def kept_prefix(
     min_p,
     HEADS: tl.constexpr,
     MASKED: tl.constexpr,
+    GROUP: tl.constexpr,
 ):
     """What top-k, then top-p, then min-p keep, as (threshold, ties, least).
 
@@ -165,14 +166,14 @@ def kept_prefix(
         one = tl.where(top > NEVER, 1.0, 0.0)
         probe = bisect(top, one, 0.0, goal, low, key_of(highest) + 1)
         probe = tl.where(probe == low, near, probe)
-        low, count, mass = search(row, tops, survivors, probe, low, goal, highest, False, HEADS, MASKED)
+        low, count, mass = search(row, tops, survivors, probe, low, goal, highest, False, HEADS, MASKED, GROUP)
         ties = (top_k - count).to(tl.int32)
         at_threshold = tl.exp2(value_of(low) - highest)
         mass += tl.where(at_threshold > 0, ties * at_threshold, 0.0)
     if top_p < 1:
         goal = top_p.to(tl.float64) * mass
         probe = tl.where(top_k > 0, low, near)
-        found, _, mass_above = search(row, tops, survivors, probe, low, goal, highest, True, HEADS, MASKED)
+        found, _, mass_above = search(row, tops, survivors, probe, low, goal, highest, True, HEADS, MASKED, GROUP)
         # Ties weigh the same: the prefix ends with the first that brings the mass to the goal.
         at_threshold = tl.exp2(value_of(found) - highest).to(tl.float64)
         needed = (goal - mass_above) / tl.where(at_threshold > 0, at_threshold, 1.0)
@@ -195,6 +196,7 @@ def kept_sums(
     position,
     HEADS: tl.constexpr,
     MASKED: tl.constexpr,
+    GROUP: tl.constexpr,
     GUMBEL: tl.constexpr,
     BLOCKS: tl.constexpr,
 ):
