@@ -124,7 +124,7 @@ def head_tilt_kernel(
     noise = gumbel(s, p, tile * (TOKENS // 4) + tl.arange(0, TOKENS // 4)[None, :])
     key = tl.where(forbidden, base, tilt) + noise
     key = tl.where(greedy, tl.where(forbidden, logit, logit + delta), key)
-    top, at = tl.max(key, 1, return_indices=True)
+    top, at = tl.max(tl.where(key > NEVER, key, NEVER), 1, return_indices=True)  # NaN never wins
     chosen = tl.arange(0, TOKENS)[None, :] == at[:, None]
 
     out, step = sums + row * FIELDS * tiles + tile, tiles

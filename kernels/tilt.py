@@ -102,7 +102,7 @@ def tilt_blocks_kernel(
             p = tl.load(position + row * position_stride + one)[:, None]
             key += gumbel(s, p, block * (BLOCK // 4) + tl.arange(0, BLOCK // 4)[None, :])
         key = tl.where(greedy, tl.where(forbidden, logit, logit + delta), key)
-        top, at = tl.max(key, 1, return_indices=True)
+        top, at = tl.max(tl.where(key > NEVER, key, NEVER), 1, return_indices=True)  # NaN never wins
         tl.store(out + KEY * blocks, top)
         tl.store(best + row * blocks + block + one, block * BLOCK + at)
 
