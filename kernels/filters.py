@@ -2,8 +2,8 @@
 
 The filters keep a prefix of the order (tilt descending, id ascending): all tokens above a threshold and the
 first few ties at it. The threshold is bisected over the order of fp32 bit patterns, so every search ends
-whatever the logits hold. A pass over the row reads GROUP blocks a step. Block maxima from the first pass spare the blocks that lie below a probe, and the
-tokens that matter, usually tens to hundreds, are searched in registers.
+whatever the logits hold. Block maxima from the first launch spare the blocks below a probe, and the tokens
+that matter, usually tens to hundreds, are searched in registers.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import triton.language as tl
 
 from pyengine.kernels.algebra import BLOCK, LOG2E, NEVER, gumbel
 
+GROUP = tl.constexpr(4)  # blocks that a pass over the row reads at once: 16 tokens a thread at 8 warps
 CAPACITY = tl.constexpr(4096)  # tokens searched in registers: 16 a thread at 8 warps
 LOWEST = tl.constexpr(-0x7F800001)  # key_of(-inf)
 DEPTH = tl.constexpr(12.0)  # log2 units below the maximum in which a nucleus is expected
@@ -32,13 +33,28 @@ def read(row, token, wanted, HEADS: tl.constexpr, MASKED: tl.constexpr):
         logit = tl.where(tl.load(mask + token, mask=wanted, other=0) != 0, logit, NEVER)
     delta = tl.zeros_like(logit)
     for r in tl.static_range(HEADS):
-        weight = tl.load(weights + r * weights_head) * use_values
+        head = tl.full([], r, tl.int64)  # head * values_head passes 2^31 at a few thousand rows
+        weight = tl.load(weights + head * weights_head) * use_values
         # A head of weight 0 is skipped, not multiplied: its NaN must not show, nor its bytes be read.
         readable = wanted & (token < tl.where(weight == 0, 0, vocab))
-        value = tl.load(values + r * values_head + token, mask=readable, other=0.0)
+        value = tl.load(values + head * values_head + token, mask=readable, other=0.0)
         delta = tl.fma(value.to(tl.float32), weight, delta)
     delta = tl.where(logit == NEVER, 0.0, delta)  # no value revives a forbidden token
     return logit, delta, tl.fma(logit, unit, delta * LOG2E)
+
+
+@triton.jit
+def read_group(row, tops, group, least, HEADS: tl.constexpr, MASKED: tl.constexpr):
+    """Tokens, deltas and tilts [GROUP * BLOCK] of the group's blocks; those with a maximum below least are not read.
+
+    The tile is loaded in two dimensions: a mask that is visibly the same along a block keeps 16-byte loads.
+    """
+    block = group * GROUP + tl.arange(0, GROUP)
+    token = block[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
+    top = tl.load(tops + block, mask=block * BLOCK < row[6], other=NEVER)
+    _, delta, tilt = read(row, token, (top >= least)[:, None], HEADS, MASKED)
+    flat: tl.constexpr = [GROUP * BLOCK]
+    return tl.reshape(token, flat), tl.reshape(delta, flat), tl.reshape(tilt, flat)
 
 
 @triton.jit
@@ -65,19 +81,16 @@ def bisect(x, amount, above, goal, low, high):
 
 
 @triton.jit
-def gather(row, tops, survivors, least, below, highest, HEADS: tl.constexpr, MASKED: tl.constexpr, GROUP: tl.constexpr):
+def gather(row, tops, survivors, least, below, highest, HEADS: tl.constexpr, MASKED: tl.constexpr):
     """Count and mass, relative to highest, of the tokens with least <= tilt < below.
 
     Their tilts go to `survivors` as far as it holds them; its sole owner is this program.
     """
-    vocab = row[6]
     count = tl.zeros([], tl.int32)
     mass = tl.zeros([], tl.float64)
     tl.debug_barrier()  # every thread is done with the survivors of the last gather
-    for first in range(0, vocab, GROUP * BLOCK):
-        token = first + tl.arange(0, GROUP * BLOCK)
-        top = tl.load(tops + token // BLOCK, mask=token < vocab, other=NEVER)
-        _, _, tilt = read(row, token, top >= least, HEADS, MASKED)
+    for group in range(0, tl.cdiv(row[6], GROUP * BLOCK)):
+        _, _, tilt = read_group(row, tops, group, least, HEADS, MASKED)
         chosen = (tilt >= least) & (tilt < below) & (tilt > NEVER)
         place = count + tl.cumsum(chosen.to(tl.int32), 0) - 1
         tl.store(survivors + place, tilt, mask=chosen & (place < CAPACITY))
@@ -99,7 +112,6 @@ def search(
     BY_MASS: tl.constexpr,
     HEADS: tl.constexpr,
     MASKED: tl.constexpr,
-    GROUP: tl.constexpr,
 ):
     """The highest key >= low at or above which the tokens' count (or mass) reaches goal, low if none does.
 
@@ -112,7 +124,7 @@ def search(
     held = tl.full([], CAPACITY + 1, tl.int32)  # tokens in [low, high), once they lie in survivors
     opening = tl.full([], True, tl.int1)
     while (held > CAPACITY) & (high - low > 1):
-        count, mass = gather(row, tops, survivors, value_of(probe), value_of(high), highest, HEADS, MASKED, GROUP)
+        count, mass = gather(row, tops, survivors, value_of(probe), value_of(high), highest, HEADS, MASKED)
         amount = mass_above + mass if BY_MASS else (count_above + count).to(tl.float64)
         reached = (amount >= goal) | (probe <= low)  # that low reaches it is given, whatever rounding says
         held = tl.where(reached, count, CAPACITY + 1)
@@ -148,7 +160,6 @@ def kept_prefix(
     min_p,
     HEADS: tl.constexpr,
     MASKED: tl.constexpr,
-    GROUP: tl.constexpr,
 ):
     """What top-k, then top-p, then min-p keep, as (threshold, ties, least).
 
@@ -166,14 +177,14 @@ def kept_prefix(
         one = tl.where(top > NEVER, 1.0, 0.0)
         probe = bisect(top, one, 0.0, goal, low, key_of(highest) + 1)
         probe = tl.where(probe == low, near, probe)
-        low, count, mass = search(row, tops, survivors, probe, low, goal, highest, False, HEADS, MASKED, GROUP)
+        low, count, mass = search(row, tops, survivors, probe, low, goal, highest, False, HEADS, MASKED)
         ties = (top_k - count).to(tl.int32)
         at_threshold = tl.exp2(value_of(low) - highest)
         mass += tl.where(at_threshold > 0, ties * at_threshold, 0.0)
     if top_p < 1:
         goal = top_p.to(tl.float64) * mass
         probe = tl.where(top_k > 0, low, near)
-        found, _, mass_above = search(row, tops, survivors, probe, low, goal, highest, True, HEADS, MASKED, GROUP)
+        found, _, mass_above = search(row, tops, survivors, probe, low, goal, highest, True, HEADS, MASKED)
         # Ties weigh the same: the prefix ends with the first that brings the mass to the goal.
         at_threshold = tl.exp2(value_of(found) - highest).to(tl.float64)
         needed = (goal - mass_above) / tl.where(at_threshold > 0, at_threshold, 1.0)
@@ -196,7 +207,6 @@ def kept_sums(
     position,
     HEADS: tl.constexpr,
     MASKED: tl.constexpr,
-    GROUP: tl.constexpr,
     GUMBEL: tl.constexpr,
     BLOCKS: tl.constexpr,
 ):
@@ -212,10 +222,7 @@ def kept_sums(
     last_tie = tl.full([], -1, tl.int32)
     best, best_key = tl.zeros([], tl.int32), tl.full([], NEVER, tl.float32)
     for group in range(0, tl.cdiv(blocks, GROUP)):
-        offset = tl.arange(0, GROUP * BLOCK)
-        token = group * GROUP * BLOCK + offset
-        top = tl.load(tops + token // BLOCK, mask=token < row[6], other=NEVER)
-        _, delta, tilt = read(row, token, top >= tl.maximum(threshold, least), HEADS, MASKED)
+        token, delta, tilt = read_group(row, tops, group, tl.maximum(threshold, least), HEADS, MASKED)
         tie = (tilt == threshold).to(tl.int32)
         first_ties = (tie > 0) & (tied + tl.cumsum(tie, 0) <= ties)
         kept = ((tilt > threshold) | first_ties) & (tilt >= least) & (tilt > NEVER)

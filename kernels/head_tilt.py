@@ -93,9 +93,10 @@ def head_tilt_kernel(
     logit = tl.where(allowed, logit, NEVER)  # zero rows of padding must not win when all logits are negative
     delta = tl.zeros([ROWS, TOKENS], tl.float32)
     for r in tl.static_range(HEADS):
+        head = tl.full([], r, tl.int64)  # head * value_weight_head passes 2^31 at the fifth head of [128,256, 4096]
         value = product(
             value_hidden + row[:, None] * value_hidden_row + inner[None, :],
-            value_weight + r * value_weight_head + vocab_row * value_weight_row + inner[:, None],
+            value_weight + head * value_weight_head + vocab_row * value_weight_row + inner[:, None],
             here[:, None],
             there[None, :],
             value_width,
@@ -105,8 +106,8 @@ def head_tilt_kernel(
             INNER,
         )
         if VALUE_BIASED:
-            value += tl.load(value_bias + r * value_bias_head + token, mask=there, other=0.0).to(tl.float32)[None, :]
-        scale = tl.load(weights + row * weights_row + r * weights_head, mask=here, other=0.0)[:, None]
+            value += tl.load(value_bias + head * value_bias_head + token, mask=there, other=0.0).to(tl.float32)[None, :]
+        scale = tl.load(weights + row * weights_row + head * weights_head, mask=here, other=0.0)[:, None]
         delta += tl.where(scale == 0, 0.0, scale * value)
     delta = tl.where(logit == NEVER, 0.0, delta)  # no value revives a forbidden token
 

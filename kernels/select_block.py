@@ -55,27 +55,28 @@ def select_block_kernel(
     INNER: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
-    branch = tl.arange(0, BRANCHES)
+    branch = tl.arange(0, BRANCHES).to(tl.int64)
     there = branch < branches
     utility = tl.zeros([BRANCHES], tl.float64)
-    for r in range(HEADS):
+    for r in tl.static_range(HEADS):
+        head = tl.full([], r, tl.int64)
         if PROBED:
             total = tl.zeros([BRANCHES, INNER], tl.float32)
             for first in range(0, width, INNER):
                 inner = first + tl.arange(0, INNER)
-                at = hidden + row * hidden_row + branch.to(tl.int64)[:, None] * hidden_branch + inner[None, :]
+                at = hidden + row * hidden_row + branch[:, None] * hidden_branch + inner[None, :]
                 state = tl.load(at, mask=there[:, None] & (inner < width)[None, :], other=0.0).to(tl.float32)
-                direction = tl.load(probe + r * probe_head + inner, mask=inner < width, other=0.0).to(tl.float32)
+                direction = tl.load(probe + head * probe_head + inner, mask=inner < width, other=0.0).to(tl.float32)
                 total += state * direction[None, :]
             score = tl.sum(total, 1).to(tl.float64)
         else:
-            at = scores + row * scores_row + branch * scores_branch + r * scores_head
+            at = scores + row * scores_row + branch * scores_branch + head * scores_head
             score = tl.load(at, mask=there, other=0.0).to(tl.float64)
         if REFERRED:
-            score -= tl.load(reference + row * reference_row + r * reference_head).to(tl.float64)
+            score -= tl.load(reference + row * reference_row + head * reference_head).to(tl.float64)
         if LSC:
             score = log_sigmoid(score)
-        weight = tl.load(weights + r * weights_stride).to(tl.float64)
+        weight = tl.load(weights + head * weights_stride).to(tl.float64)
         utility += tl.where(weight == 0, 0.0, weight * score)  # skipped, not multiplied: 0 * inf
     utility = tl.where((utility != utility) | (branch >= branches), NEVER, utility)
     top, best = tl.max(utility, 0, return_indices=True)

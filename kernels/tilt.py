@@ -26,7 +26,7 @@ from pyengine.kernels.algebra import (
     merged,
     uniforms,
 )
-from pyengine.kernels.filters import CAPACITY, kept_prefix, kept_sums, read
+from pyengine.kernels.filters import CAPACITY, GROUP, kept_prefix, kept_sums, read
 
 # What the first launch leaves for each block, fp32: the maximum and the sum of the base policy, the same of
 # the policy and its sum of 2^(tilt - m) * delta, and the best key of a greedy or a Gumbel draw.
@@ -144,7 +144,6 @@ def tilt_draw_kernel(
     HEADS: tl.constexpr,
     MASKED: tl.constexpr,
     GUMBEL: tl.constexpr,
-    GROUP: tl.constexpr,
     BLOCKS: tl.constexpr,
 ):
     """One program a row: merge the blocks in their order, apply the filters, draw a block, then a token in it."""
@@ -199,10 +198,10 @@ def tilt_draw_kernel(
         tops = row_sums + tl.where(fallback, M_BASE, M_TILT) * blocks
         list_row = survivors + row * CAPACITY
         threshold, ties, least = kept_prefix(
-            source, tops, list_row, top, highest, s_tilt, k, mass_kept, least_p, HEADS, MASKED, GROUP
+            source, tops, list_row, top, highest, s_tilt, k, mass_kept, least_p, HEADS, MASKED
         )
         kept_weight, e_delta, last_tie, winner = kept_sums(
-            source, tops, threshold, ties, least, highest, blocks, s, p, HEADS, MASKED, GROUP, GUMBEL, BLOCKS
+            source, tops, threshold, ties, least, highest, blocks, s, p, HEADS, MASKED, GUMBEL, BLOCKS
         )
         weight = kept_weight.to(tl.float64)
         s_tilt = tl.sum(weight, 0)
@@ -284,7 +283,6 @@ def tilt_sample(
     draws = (seed, seed.stride(0), position, position.stride(0))
     filters = (top_k, top_k.stride(0), top_p, top_p.stride(0), min_p, min_p.stride(0))
     scale = (temperature, temperature.stride(0))
-    group = 4 if gumbel else 8  # 16 or 32 tokens a thread: the noise needs the other registers
     tilt_blocks_kernel[(batch * blocks,)](
         *source, *scale, *draws, sums, best, vocab, blocks, **counts, num_warps=1 + gumbel
     )
@@ -300,8 +298,7 @@ def tilt_sample(
         vocab,
         blocks,
         **counts,
-        GROUP=group,
-        BLOCKS=max(group, triton.next_power_of_2(blocks)),
+        BLOCKS=max(GROUP.value, triton.next_power_of_2(blocks)),
         num_warps=8,
     )
     return outputs
