@@ -23,7 +23,7 @@ TOKENS = 128  # vocabulary of one program
 INNER = 128  # hidden dimensions of one step: 32 KB of bf16 weights in flight a stage
 
 
-@triton.jit(do_not_specialize=["batch", "tiles", "temperature_stride", "seed_stride", "position_stride", "mask_row"])
+@triton.jit(do_not_specialize=["batch", "tiles", "temperature_stride", "seed_stride", "position_stride"])
 def head_tilt_kernel(
     hidden,
     hidden_row,

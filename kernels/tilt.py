@@ -34,7 +34,7 @@ M_BASE, S_BASE, M_TILT, S_TILT, E_DELTA, KEY, FIELDS = (tl.constexpr(i) for i in
 
 # Strides of the parameter columns are 0 or 1; specialised, each mixture of them would be compiled anew.
 COLUMNS = ("temperature", "top_k", "top_p", "min_p", "seed", "position")
-STRIDES = [f"{name}_stride" for name in COLUMNS] + ["mask_row", "weights_row", "weights_head", "values_head"]
+STRIDES = [f"{name}_stride" for name in COLUMNS] + ["weights_row", "weights_head"]
 
 
 @triton.jit(do_not_specialize=STRIDES)
