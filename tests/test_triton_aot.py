@@ -1,0 +1,171 @@
+"""Every Triton kernel compiled ahead of time, without a GPU, as its wrapper launches it: no spills, little enough
+shared memory. PYENGINE_WRITE_RESOURCES=1 rewrites bench/results/triton_resources.json."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch
+
+triton = pytest.importorskip("triton")
+
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.runtime.jit import JITFunction
+
+from pyengine.kernels import head_tilt, linear_logprob, select_block, tilt
+
+TABLE = Path(__file__).parent.parent / "bench" / "results" / "triton_resources.json"
+SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # bytes a block may have
+TYPES = {
+    torch.float32: "*fp32",
+    torch.bfloat16: "*bf16",
+    torch.float16: "*fp16",
+    torch.int32: "*i32",
+    torch.int64: "*i64",
+    torch.bool: "*i1",
+}
+VOCAB, WIDTH = 128_256, 4096
+
+
+def meta(*shape, dtype=torch.bfloat16):
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def column(batch, dtype=torch.float32):
+    return meta(1, dtype=dtype).expand(batch)
+
+
+def launch_tilt(dtype, heads=1, masked=False, gumbel=False):
+    columns = [column(64), column(64, torch.int64), column(64), column(64)]
+    random = [column(64, torch.int64), column(64, torch.int64)]
+    values = [meta(heads, 64, VOCAB, dtype=dtype), meta(64, heads, dtype=torch.float32)] if heads else [None, None]
+    mask = meta(64, VOCAB, dtype=torch.bool) if masked else None
+    tilt.tilt_sample(meta(64, VOCAB, dtype=dtype), *values, mask, *columns, *random, gumbel)
+
+
+def launch_logits(dtype, softcap=None):
+    rows = meta(4096, dtype=torch.float32)
+    logits, target = meta(4096, VOCAB, dtype=dtype), meta(4096, dtype=torch.int64)
+    linear_logprob.logits_logprob(logits, target, softcap=softcap)
+    linear_logprob.grad_tile(logits, 0, target, rows, rows, rows, rows, softcap=softcap)
+
+
+def launch_head(dtype, softcap=None, bias=None):
+    hidden, weight = meta(4096, WIDTH, dtype=dtype), meta(VOCAB, WIDTH, dtype=dtype)
+    linear_logprob.fused_forward(hidden, weight, bias, meta(4096, dtype=torch.int64), 1.0, softcap)
+
+
+def launch_head_tilt(dtype, batch, heads=1, softcap=None):
+    random = [column(batch, torch.int64), column(batch, torch.int64)]
+    hidden, weight = meta(batch, WIDTH, dtype=dtype), meta(VOCAB, WIDTH, dtype=dtype)
+    value_weight, weights = meta(heads, VOCAB, WIDTH, dtype=dtype), meta(batch, heads, dtype=torch.float32)
+    values = [hidden, value_weight, None, weights] if heads else [None] * 4
+    head_tilt.head_tilt_sample(hidden, weight, None, *values, None, softcap, column(batch), *random)
+
+
+def launch_select(scores, hidden, probe):
+    weights, reference = meta(2, dtype=torch.float32), meta(8, 2, dtype=torch.float32)
+    random = [column(8, torch.int64), column(8, torch.int64)]
+    select_block.select_block(scores, hidden, probe, weights, reference, True, 0.5, *random)
+
+
+BF16, FP32 = torch.bfloat16, torch.float32
+LAUNCHES = {
+    "tilt bf16": lambda: launch_tilt(BF16),
+    "tilt bf16 gumbel": lambda: launch_tilt(BF16, gumbel=True),
+    "logits bf16": lambda: launch_logits(BF16),
+    "head bf16": lambda: launch_head(BF16),
+    "head tilt bf16 16 rows": lambda: launch_head_tilt(BF16, 16),
+    "head tilt bf16 64 rows": lambda: launch_head_tilt(BF16, 64),
+    "select scores": lambda: launch_select(meta(8, 8, 2, dtype=FP32), None, None),
+    "select probe bf16": lambda: launch_select(None, meta(8, 8, WIDTH), meta(2, WIDTH)),
+}
+# Variants that take more registers, on one architecture.
+HOPPER_LAUNCHES = {
+    "tilt fp32, 3 heads, mask": lambda: launch_tilt(FP32, heads=3, masked=True),
+    "logits fp32 softcap": lambda: launch_logits(FP32, softcap=30.0),
+    "head bf16 softcap bias": lambda: launch_head(BF16, softcap=30.0, bias=meta(VOCAB)),
+    "head fp32": lambda: launch_head(FP32),
+    "head tilt fp32 64 rows": lambda: launch_head_tilt(FP32, 64),
+    "head tilt bf16 64 rows softcap": lambda: launch_head_tilt(BF16, 64, softcap=30.0),
+}
+
+
+def recorded(launch):
+    """The launches of a wrapper as [(kernel, arguments by name, options)]; nothing runs."""
+    calls = []
+
+    def record(self, *args, grid, warmup, **options):
+        named = dict(zip(self.arg_names, args, strict=False))
+        named |= {name: options.pop(name) for name in list(options) if name in self.arg_names}
+        calls.append((self, named, options))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(JITFunction, "run", record)
+        launch()
+    return calls
+
+
+def source_of(kernel, arguments):
+    """The specialisation that Triton's launcher would make of these arguments."""
+    signature, constants, attributes = {}, {}, {}
+    for i, parameter in enumerate(kernel.params):
+        value = arguments[parameter.name]
+        special = not parameter.do_not_specialize
+        if parameter.is_constexpr or (isinstance(value, int) and value == 1 and special):
+            signature[parameter.name] = "constexpr"
+            constants[parameter.name] = value
+            continue
+        if isinstance(value, torch.Tensor):
+            signature[parameter.name] = TYPES[value.dtype]
+        else:
+            fits = isinstance(value, float) or -(2**31) <= value < 2**31
+            signature[parameter.name] = "fp32" if isinstance(value, float) else "i32" if fits else "i64"
+        if isinstance(value, torch.Tensor) or (isinstance(value, int) and special and value % 16 == 0):
+            attributes[(i,)] = [["tt.divisibility", 16]]
+    return ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
+
+
+def resources(job):
+    """Registers, spills (the stack) and shared memory in bytes, as the machine code states them."""
+    name, arch, kernel, arguments, options = job
+    binary = triton.compile(source_of(kernel, arguments), target=GPUTarget("cuda", arch, 32), options=options)
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(binary.asm["cubin"])
+        file.flush()
+        tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+        command = [tool, "--dump-resource-usage", file.name]
+        printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    registers, stack, local = map(int, re.search(r"REG:(\d+) STACK:(\d+) .*LOCAL:(\d+)", printed).groups())
+    return {
+        "launch": name,
+        "kernel": kernel.__name__,
+        "arch": f"sm_{arch}",
+        "warps": options["num_warps"],
+        "registers": registers,
+        "spilled": stack + local,
+        "shared": binary.metadata.shared,
+    }
+
+
+def test_no_kernel_spills_or_asks_for_too_much_shared_memory():
+    jobs = []
+    for name, launch in (LAUNCHES | HOPPER_LAUNCHES).items():
+        architectures = SHARED_LIMIT if name in LAUNCHES else [90]
+        jobs += [(name, arch, *call) for call in recorded(launch) for arch in architectures]
+    with ThreadPoolExecutor(2) as pool:
+        table = list(pool.map(resources, jobs))
+    if os.environ.get("PYENGINE_WRITE_RESOURCES") == "1":
+        note = {"triton": triton.__version__, "compiled only": "no GPU was involved", "vocab": VOCAB, "width": WIDTH}
+        TABLE.write_text(json.dumps({"how": note, "kernels": table}, indent=2) + "\n")
+    assert len({row["kernel"] for row in table}) == 9  # every kernel of the folder
+    assert not [row for row in table if row["spilled"]]
+    assert not [row for row in table if row["shared"] > SHARED_LIMIT[int(row["arch"][3:])]]
