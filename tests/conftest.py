@@ -13,7 +13,16 @@ import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 import pyengine
-from pyengine import Engine
+from pyengine import _C, Engine, ops
+
+ISAS = ["portable"]
+for _name in ("avx2", "avx512"):
+    try:
+        _C.instruction_set(_name)
+    except ValueError:
+        continue
+    ISAS.append(_name)
+
 
 TEXTS = ["the quick brown fox jumps over the lazy dog", "pack my box with five dozen jugs", "sphinx of quartz"]
 VOCAB = 320
@@ -54,6 +63,13 @@ def train_tokenizer(sentencepiece: bool = False) -> transformers.PreTrainedToken
     )
     tokenizer.train_from_iterator(TEXTS, trainer)
     return transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>", pad_token="<eos>")
+
+
+@pytest.fixture(params=ISAS)
+def isa(request, monkeypatch):
+    """Runs the test with each instruction set of this machine."""
+    monkeypatch.setattr(ops.common, "FORCED_ISA", request.param)
+    return request.param
 
 
 @pytest.fixture(scope="session")
