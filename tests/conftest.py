@@ -15,6 +15,9 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 import pyengine
 from pyengine import _C, Engine, ops
 
+# Small tensors gain nothing from threads, and on a busy machine each of torch's barriers costs milliseconds.
+torch.set_num_threads(1)
+
 TEXTS = ["the quick brown fox jumps over the lazy dog", "pack my box with five dozen jugs", "sphinx of quartz"]
 VOCAB = 320
 SMALL = {

@@ -61,7 +61,7 @@ void sample_row(Row& row, Scratch& s) {
                                  uint64_t(a.position[i * a.position_stride]), kTokenStream);
     if (filtered) filter(row, s, total, top_k, top_p, min_p);
     if (argmax && filtered)
-      contend_candidates(row, s.candidates, winner);
+      contend_candidates(row, s, total.m_tilt, winner);
     else if (argmax)
       contend(row, s, 0, winner);
     else
@@ -117,6 +117,7 @@ Scratch& scratch() {
 
 void tilt_sample(const TiltArgs& args, int threads, const TiltKernels& kernels) {
   parallel_rows(args.batch, worthwhile(args, threads), [&](int64_t i) {
+    const FlushToZero flush;
     Row row(args, kernels, i);
     sample_row(row, scratch());
   });

@@ -72,18 +72,22 @@ void keep_prefix(const TiltKernels& kernels, Scratch& s, float lowest, float hig
     if (2 * (at_low - at_high) < set.n) narrow();
   }
   narrow();
-  const bool few = set.n <= kFew;  // more have one key, and are in id order already
-  int32_t order[kFew];
-  for (int32_t i = 0; i < int32_t(std::min(set.n, kFew)); ++i) order[i] = i;
-  if (few)
+  int64_t last = 0;
+  if (set.n > kFew) {  // one key, hence one weight, in id order
+    const double each = count ? 1.0 : double(set.weight[0]);
+    last = std::clamp(int64_t(std::ceil((target - gone) / each)) - 1, int64_t(0), set.n - 1);
+  } else {
+    int32_t order[kFew];
+    for (int32_t i = 0; i < int32_t(set.n); ++i) order[i] = i;
     std::sort(order, order + set.n, [&](int32_t a, int32_t b) {
       return set.key[a] > set.key[b] || (set.key[a] == set.key[b] && a < b);
     });
-  const auto nth = [&](int64_t i) { return few ? order[i] : i; };
-  int64_t last = 0;
-  const auto measure = [&](int64_t i) { return count ? 1.0 : double(set.weight[nth(i)]); };
-  for (double running = gone + measure(0); last + 1 < set.n && running < target;) running += measure(++last);
-  kernels.keep_through(s.candidates, set.key[nth(last)], set.id[nth(last)]);
+    const auto measure = [&](int64_t i) { return count ? 1.0 : double(set.weight[order[i]]); };
+    for (double running = gone + measure(0); last + 1 < set.n && running < target;)
+      running += measure(++last);
+    last = order[last];
+  }
+  kernels.keep_through(s.candidates, set.key[last], set.id[last]);
 }
 
 // The k-th largest lane maximum: at least k tokens reach it, and rarely many more.

@@ -9,6 +9,9 @@
 namespace pyengine {
 namespace {
 
+// Candidates in a block from which on it is cheaper to draw all its words at once.
+constexpr int64_t kDense = 24;
+
 // Noise is at most -log2(2^-33).
 constexpr double kMostNoise = 33;
 
@@ -64,18 +67,33 @@ void contend(Row& row, Scratch& s, int64_t first_id, Winner& winner) {
   }
 }
 
-void contend_candidates(const Row& row, const Candidates& candidates, Winner& winner) {
-  for (int64_t c = 0; c < candidates.n; ++c) {
-    if (double(candidates.key[c]) * row.block.scale + kMostNoise + 1 < winner.score) continue;
-    const int64_t id = candidates.id[c];
-    const Philox random = philox(seed_of(row), position_of(row), kGumbelStream, uint32_t(id / 4));
-    challenge(row, id, id, noisy(row.at(id).tilt, random.x[id % 4]), winner);
+void contend_candidates(const Row& row, Scratch& s, double shift, Winner& winner) {
+  const Candidates& all = s.candidates;
+  s.words.resize(size_t(kBlock + 2 * kPadding));
+  int64_t ready = -1;  // the block whose words are in scratch
+  double allowance = INFINITY;
+  for (int64_t c = 0; c < all.n; ++c) {
+    const int64_t id = all.id[c], block = id / kBlock;
+    const double most = all.weight[c] * allowance;  // no E above it wins; a quarter more than is true
+    if (most < 0x1p-33) continue;
+    if (block != ready && c + kDense < all.n && all.id[c + kDense] / kBlock == block) {
+      row.kernels.gumbel_words(seed_of(row), position_of(row), uint32_t(block * kBlock / 4), kBlock,
+                               s.words.data());
+      ready = block;
+    }
+    const uint32_t word =
+        block == ready ? s.words[size_t(id % kBlock)]
+                       : philox(seed_of(row), position_of(row), kGumbelStream, uint32_t(id / 4)).x[id % 4];
+    if (double(word) * 0x1p-32 > most) continue;
+    challenge(row, id, id, noisy(row.at(id).tilt, word), winner);
+    allowance = 1.25 * exp2(shift - winner.score);
   }
 }
 
 void tilt_fold(const TiltArgs& args, TiltState* states, int64_t first_id, int threads,
                const TiltKernels& kernels) {
   parallel_rows(args.batch, worthwhile(args, threads), [&](int64_t i) {
+    const FlushToZero flush;
     Row row(args, kernels, i);
     Scratch& s = scratch();
     TiltState& state = states[i];

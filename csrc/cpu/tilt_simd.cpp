@@ -10,7 +10,11 @@ using pyengine::kBlock;
 using pyengine::TiltBlock;
 
 void forbid(const bool* mask, int n, float* logits) {
-  for (int i = 0; i < n; ++i) logits[i] = mask[i] ? logits[i] : -INFINITY;
+  int i = 0;
+  for (; i + kLanes <= n; i += kLanes)
+    store(logits + i, select(bits_of(mask + i), load(logits + i), splat(-INFINITY)));
+  for (; i < n; ++i)
+    if (!mask[i]) logits[i] = -INFINITY;
 }
 
 // Vectors of each kind in flight. Two fill the pipes (base and tilt make four); four spill registers.
@@ -118,19 +122,28 @@ BlockSums fast_sums(const TiltBlock& b, float shift_base, float shift_tilt, floa
 
 template <class K>
 BlockSums slow_sums(K kind, const TiltBlock& b, float shift_base, float shift_tilt, float* maxima) {
+  constexpr int N = kUnroll;
   const Vec zero = {};
-  Vec s_base = zero, s_tilt = zero, e_delta = zero, best = splat(-INFINITY);
-  for (int i = 0; i < b.n; i += kLanes) {
-    const Vec l = load(static_cast<const float*>(b.logits) + i), d = delta_at(kind, b, i, l);
-    const Vec tilted = tilted_at(kind, b, i);
-    best = max(tilted, best);
-    Vec e[2] = {l * b.scale - shift_base, tilted * b.scale - shift_tilt};
+  Vec s_base = zero, s_tilt = zero, e_delta = zero, best[N];
+  PYENGINE_EACH best[u] = splat(-INFINITY);
+  for (int i = 0; i < b.n; i += kStep) {
+    Vec e[2 * N], d[N];
+    PYENGINE_EACH {
+      const int at = i + u * kLanes;
+      const Vec l = load(static_cast<const float*>(b.logits) + at), tilted = tilted_at(kind, b, at);
+      d[u] = delta_at(kind, b, at, l);
+      best[u] = max(tilted, best[u]);
+      e[u] = l * b.scale - shift_base;
+      e[N + u] = tilted * b.scale - shift_tilt;
+    }
     exp2_in_place<true>(e);
-    s_base += e[0];
-    s_tilt += e[1];
-    e_delta += e[1] > zero ? e[1] * d : zero;  // 0 * inf would be NaN
+    PYENGINE_EACH {
+      s_base += e[u];
+      s_tilt += e[N + u];
+      e_delta += e[N + u] > zero ? e[N + u] * d[u] : zero;  // 0 * inf would be NaN
+    }
   }
-  if (maxima) store(maxima, best);
+  if (maxima) store(maxima, max(best[0], best[1]));
   return BlockSums{shift_base, sum_lanes(s_base), shift_tilt, sum_lanes(s_tilt),
                    sum_lanes(e_delta) * b.scale};
 }
@@ -233,7 +246,7 @@ double above(const Candidates& c, float pivot, int64_t& count) {
     const int64_t last = first + kBlock < c.n ? first + kBlock : c.n;
     for (int64_t i = first; i < last; i += kLanes) {
       const uint32_t bits = at_least(load(c.key + i), splat(pivot));
-      sum += select(bits, load(c.weight + i));
+      sum += select(bits, load(c.weight + i), Vec{});
       count += __builtin_popcount(bits);
     }
     mass += sum_lanes(sum);
@@ -297,14 +310,10 @@ void gumbel_words(uint64_t seed, uint64_t position, uint32_t counter, int n, uin
     uint32_t k0 = uint32_t(seed), k1 = uint32_t(seed >> 32);
     for (int round = 0; round < 10; ++round, k0 += 0x9E3779B9u, k1 += 0xBB67AE85u) {
       const VecLong p0 = multiply_low(c0, zero + 0xD2511F53u), p1 = multiply_low(c2, zero + 0xCD9E8D57u);
-      c0 = (p1 >> 32) ^ c1 ^ (zero + k0), c1 = p1;
-      c2 = (p0 >> 32) ^ c3 ^ (zero + k1), c3 = p0;
+      c0 = high_half(p1) ^ c1 ^ (zero + k0), c1 = p1;
+      c2 = high_half(p0) ^ c3 ^ (zero + k1), c3 = p0;
     }
-    const VecLong first = (c0 & low) | c1 << 32, second = (c2 & low) | c3 << 32;
-    for (int i = 0; i < kCounters; ++i) {
-      const uint64_t pair[2] = {first[i], second[i]};
-      std::memcpy(words + at + 4 * i, pair, sizeof pair);
-    }
+    store_interleaved(words + at, (c0 & low) | c1 << 32, (c2 & low) | c3 << 32);
   }
 }
 

@@ -83,6 +83,21 @@ inline Vec load(const F16* p) {
 #endif
 }
 
+// One bit a lane where the byte is true.
+inline uint32_t bits_of(const bool* p) {
+#if defined(__AVX512F__)
+  const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+  return _mm_test_epi8_mask(bytes, bytes);
+#elif defined(__AVX2__)
+  const __m128i bytes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(p));
+  return 0xff & ~uint32_t(_mm_movemask_epi8(_mm_cmpeq_epi8(bytes, _mm_setzero_si128())));
+#else
+  uint32_t bits = 0;
+  for (int i = 0; i < kLanes; ++i) bits |= uint32_t(p[i]) << i;
+  return bits;
+#endif
+}
+
 // 2 * kLanes elements in an order of its own, the same for every address: enough for sums. bf16 comes as
 // the even and the odd ones, one operation a vector instead of two.
 template <class T>
@@ -122,13 +137,14 @@ inline uint32_t bits_of(VecInt truth) {
 #endif
 }
 
-// x where its bit is set, 0 elsewhere.
-inline Vec select(uint32_t bits, Vec x) {
+// x where its bit is set, `otherwise` elsewhere.
+inline Vec select(uint32_t bits, Vec x, Vec otherwise) {
 #if defined(__AVX512F__)
-  return (Vec)_mm512_maskz_mov_ps(__mmask16(bits), (__m512)x);
+  return (Vec)_mm512_mask_mov_ps((__m512)otherwise, __mmask16(bits), (__m512)x);
 #else
-  for (int i = 0; i < kLanes; ++i) x[i] = bits >> i & 1 ? x[i] : 0.0f;
-  return x;
+  VecInt chosen;
+  for (int i = 0; i < kLanes; ++i) chosen[i] = 1 << i;
+  return (chosen & int32_t(bits)) != 0 ? x : otherwise;
 #endif
 }
 
@@ -312,6 +328,30 @@ inline VecLong multiply_low(VecLong a, VecLong b) {
   return (VecLong)_mm256_mul_epu32((__m256i)a, (__m256i)b);
 #else
   return (a & 0xffffffff) * (b & 0xffffffff);
+#endif
+}
+
+// The high half of each 64-bit lane in the low half; what is left in the high one is of no use.
+inline VecLong high_half(VecLong a) {
+#if defined(__AVX512F__)
+  return (VecLong)_mm512_shuffle_epi32((__m512i)a, _MM_PERM_DDBB);  // leaves the multiplier's port free
+#else
+  return a >> 32;
+#endif
+}
+
+// a[0], b[0], a[1], b[1], ...
+inline void store_interleaved(void* to, VecLong a, VecLong b) {
+#if defined(__AVX512F__)
+  const __m512i first = _mm512_setr_epi64(0, 8, 1, 9, 2, 10, 3, 11);
+  const __m512i second = _mm512_setr_epi64(4, 12, 5, 13, 6, 14, 7, 15);
+  _mm512_storeu_si512(to, _mm512_permutex2var_epi64((__m512i)a, first, (__m512i)b));
+  _mm512_storeu_si512(static_cast<char*>(to) + 64, _mm512_permutex2var_epi64((__m512i)a, second, (__m512i)b));
+#else
+  for (int i = 0; i < kLanes / 2; ++i) {
+    const uint64_t pair[2] = {a[i], b[i]};
+    std::memcpy(static_cast<char*>(to) + i * sizeof pair, pair, sizeof pair);
+  }
 #endif
 }
 
