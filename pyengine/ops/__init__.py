@@ -6,6 +6,7 @@ pure function of (seed, position) and so does not depend on the batch, the slot 
 """
 
 from pyengine.ops.common import LAUNCHES
+from pyengine.ops.head_tilt import head_tilt_sample
 from pyengine.ops.linear_logprob import linear_logprob, logits_logprob
 from pyengine.ops.linear_preference import linear_preference
 from pyengine.ops.select_block import select_block
@@ -27,6 +28,7 @@ __all__ = [
     "SequenceMoments",
     "TiltSample",
     "TokenLogprob",
+    "head_tilt_sample",
     "linear_logprob",
     "linear_preference",
     "logits_logprob",
