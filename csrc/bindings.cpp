@@ -7,8 +7,12 @@
 #include <array>
 #include <optional>
 #include <string>
+#include <vector>
 
 #include "cpu/tilt.h"
+#if defined(PYENGINE_CUDA_ARCHITECTURES)
+#include "cuda/bindings_cuda.h"
+#endif
 
 namespace py = pybind11;
 using pyengine::DType;
@@ -70,4 +74,13 @@ PYBIND11_MODULE(_C, m) {
       "instruction_set", [](const std::optional<std::string>& isa) { return kernels_or_throw(isa).name; },
       py::arg("isa") = py::none(), "The instruction set the CPU kernels run with.");
   m.def("compiler", [] { return std::string(PYENGINE_COMPILER); }, "Compiler that built this module.");
+#if defined(PYENGINE_CUDA_ARCHITECTURES)
+  const std::vector<std::string> architectures = {PYENGINE_CUDA_ARCHITECTURES};
+  pyengine::cuda::bind(m);
+#else
+  const std::vector<std::string> architectures;
+#endif
+  m.def(
+      "cuda_architectures", [architectures] { return architectures; },
+      "What the CUDA kernels were compiled for; empty without them.");
 }
