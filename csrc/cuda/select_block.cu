@@ -22,7 +22,7 @@ __device__ float score_of(const SelectArgs& a, int64_t row, int branch, int64_t 
 }
 
 // log sigmoid, with the relative precision of both tails. NaN passes.
-__device__ float log_sigmoid(float x) { return (x < 0 ? x : 0.0f * x) - log1pf(expf(-fabsf(x))); }
+__device__ float log_sigmoid(float x) { return fminf(x, 0.0f) - log1pf(expf(-fabsf(x))); }
 
 // A head of weight 0 is skipped: 0 * inf must not poison the branch. NaN ranks as -inf.
 __device__ float utility_of(const SelectArgs& a, int64_t row, int branch) {
