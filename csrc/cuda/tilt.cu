@@ -22,20 +22,20 @@ __device__ float maximum(const float (&x)[kHeld]) {
   return top;
 }
 
-// A lane's sums of 2^(x - m): (m, s) of one side of BlockSums. m is -inf while every token is forbidden.
+// A lane's sum of e^(x - m): (m, s) of one side of BlockSums. m is -inf while every token is forbidden.
 struct LaneSum {
   float m = -INFINITY, s = 0;
 
   // Makes room for tokens up to `top` nats. What was summed so far keeps its weight: returns the factor.
   __device__ float raise(float top) {
     const float before = m;
-    m = fmaxf(m, top * kLog2E);
-    const float keep = fast_exp2(before - shift());
+    m = fmaxf(m, top);
+    const float keep = weight_of(before, shift());
     s *= keep;
     return keep;
   }
 
-  __device__ float shift() const { return m == -INFINITY ? 0.0f : m; }
+  __device__ float shift() const { return shift_of(m); }
 };
 
 // The better of `best` and what the lane holds: by the tilted logit for a greedy row, else by that plus
@@ -91,7 +91,7 @@ __global__ void __launch_bounds__(kSumThreads, kAligned ? (kHeads ? 5 : 8) : 4)
   BlockSums sums;
   const auto merge_lanes = [](LaneSum lane_sum, float& m, float& s) {
     LaneSum all{warp_reduce(lane_sum.m, Max{}), 0};
-    const float keep = fast_exp2(lane_sum.m - all.shift());
+    const float keep = weight_of(lane_sum.m, all.shift());
     m = all.shift(), s = warp_reduce(lane_sum.s * keep, Add{});
     return keep;
   };
@@ -141,12 +141,12 @@ __device__ RowSums merge_blocks(DrawCta& cta, const BlockSums* sums, int blocks)
     if (sums[b].s_tilt != 0) m_tilt = fmaxf(m_tilt, sums[b].m_tilt);
   }
   RowSums total;
-  total.m_base = cta.reduce(m_base, Max{});
-  total.m_tilt = cta.reduce(m_tilt, Max{});
+  total.m_base = log2_units(cta.reduce(m_base, Max{}));
+  total.m_tilt = log2_units(cta.reduce(m_tilt, Max{}));
   for (int b = int(threadIdx.x); b < blocks; b += kDrawThreads) {
-    if (sums[b].s_base != 0) total.s_base += sums[b].s_base * rescale(sums[b].m_base, total.m_base);
+    if (sums[b].s_base != 0) total.s_base += sums[b].s_base * rescale(log2_units(sums[b].m_base), total.m_base);
     if (sums[b].s_tilt != 0) {
-      const double keep = rescale(sums[b].m_tilt, total.m_tilt);
+      const double keep = rescale(log2_units(sums[b].m_tilt), total.m_tilt);
       total.s_tilt += sums[b].s_tilt * keep;
       total.e_delta += sums[b].e_delta * keep;
     }
@@ -180,7 +180,7 @@ __device__ int64_t draw_unfiltered(DrawCta& cta, const Row& row, const Workspace
                            w.blocks, [&](double sum) { return u_block * sum; },
                            [&](int b) {
                              const float s = row.use_heads ? sums[b].s_tilt : sums[b].s_base;
-                             return s == 0 ? 0.0 : s * rescale(shift(b), total.m_tilt);
+                             return s == 0 ? 0.0 : s * rescale(log2_units(shift(b)), total.m_tilt);
                            })
                         .index;
   const int64_t start = int64_t(block) * kBlock;
@@ -216,7 +216,7 @@ __device__ int64_t draw_filtered(DrawCta& cta, const Row& row, Filter& filter, R
       best = Better{}(best, Best{c.tilt + gumbel_noise(word), c.id});
     }
   }
-  total.m_tilt = filter.shift(), total.s_tilt = found.total;
+  total.m_tilt = log2_units(filter.shift()), total.s_tilt = found.total;
   total.e_delta = cta.reduce(e_delta, Add{}) * kLog2E;
   return row.args.gumbel ? cta.reduce(best, Better{}).id : filter.item(found.index).id;
 }

@@ -32,6 +32,7 @@ class Filter {
       : row_(row),
         cta_(cta),
         shared_(shared),
+        sums_(w.sums + row.index * w.blocks),
         lane_max_(w.lane_max + row.index * w.blocks * kWarp),
         list_(w.candidates + int64_t(blockIdx.x) * w.listed),
         blocks_(w.blocks),
@@ -43,6 +44,8 @@ class Filter {
     float high = -INFINITY, low = INFINITY;
     int usable = 0;
     for (int i = int(threadIdx.x); i < lanes; i += kDrawThreads) {
+      // A block that the values forbid holds base logits, for rows that fall back to them.
+      if (row_.use_heads && sums_[i / kWarp].s_tilt == 0) lane_max_[i] = -INFINITY;
       const float top = lane_max_[i];
       high = fmaxf(high, top);
       if (top > -INFINITY) low = fminf(low, top), ++usable;
@@ -61,7 +64,7 @@ class Filter {
       if (row_.top_p < 1) keep_mass(double(row_.top_p) * double(kept_mass()));
     } else if (row_.top_p < 1) {
       const double goal =
-          double(row_.top_p) * total.s_tilt * rescale(total.m_tilt, double(shift_)) * kMassUnit;
+          double(row_.top_p) * total.s_tilt * rescale(total.m_tilt, log2_units(shift_)) * kMassUnit;
       // Log2 units below the likeliest: few rows need a second reading, none a fourth.
       const float depths[] = {12.0f, 24.0f, INFINITY};
       for (const float depth : depths) {
@@ -83,7 +86,7 @@ class Filter {
     return before_cut(c) && double(c.tilt) >= tilt_min_p_;
   }
 
-  // 2^(tilt - shift()), the shift in log2 units.
+  // e^(tilt - shift()).
   __device__ float weight(const Candidate& c) const { return weight_of(c.tilt, shift_); }
   __device__ float shift() const { return shift_; }
 
@@ -230,7 +233,8 @@ class Filter {
   const Row& row_;
   DrawCta& cta_;
   FilterShared& shared_;
-  const float* lane_max_;
+  const BlockSums* sums_;
+  float* lane_max_;
   Candidate* list_;
   int blocks_, capacity_;
 

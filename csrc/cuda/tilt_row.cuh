@@ -28,7 +28,7 @@ struct Candidate {
 // The caller's scratch memory, written by tilt_sums and read by tilt_draw; [batch, blocks] where no
 // other shape is given.
 struct Workspace {
-  BlockSums* sums;
+  BlockSums* sums;        // with m_base and m_tilt in nats, exactly a logit
   Best* best;             // greedy and Gumbel rows: the block's winner
   float* lane_max;        // [batch, blocks, 32], filtered rows: of the tilted logits that a lane holds
   Candidate* candidates;  // [kDrawBlocks, listed]
@@ -203,11 +203,15 @@ struct Row {
   }
 };
 
-// The shift of an exponent in log2 units; 0 where every token is forbidden, so that sums are 0, not NaN.
-__device__ inline float shift_of(float top) { return top == -INFINITY ? 0.0f : top * kLog2E; }
+// What weights are relative to, given the largest logit; 0 where every token is forbidden, so that sums
+// are 0, not NaN.
+__device__ inline float shift_of(float top) { return top == -INFINITY ? 0.0f : top; }
 
-// 2^(x in log2 units - shift) for x in nats: one fused multiply-add and one exponential.
-__device__ inline float weight_of(float x, float shift) { return fast_exp2(fmaf(x, kLog2E, -shift)); }
+// e^(x - shift). The difference comes first: x * log2(e) - shift * log2(e) in one fused multiply-add is the
+// rounding of the shift off, which at |x| = 1e10 makes the largest weight 0 or infinite.
+__device__ inline float weight_of(float x, float shift) { return fast_exp2((x - shift) * kLog2E); }
+
+__device__ inline double log2_units(float nats) { return nats / kLn2; }
 
 // Standard Gumbel noise from a 32-bit word. -log1p(-u), u = (word + 1/2) / 2^32, taken from the end of [0, 1]
 // that fp32 resolves: unlikely tokens win at small u, where a plain log loses them (vllm#43150).
