@@ -1,8 +1,7 @@
 // select_block on a GPU: probe, LSC, aggregation and selection in one launch. A block of threads takes a
 // row, its warps take the branches in turn.
-#include "select_block.h"
-
 #include "device.cuh"
+#include "select_block.h"
 
 namespace pyengine::cuda {
 namespace {
@@ -67,8 +66,7 @@ __global__ void __launch_bounds__(kThreads) choose(const __grid_constant__ Selec
   const Philox random = philox(uint64_t(a.seed[row * a.seed_stride]),
                                uint64_t(a.position[row * a.position_stride]), kSelectStream);
   const double u = uniform53(random.x[0], random.x[1]);
-  const Found<double> found =
-      cta.first_above<double>(branches, [&](double sum) { return u * sum; }, weight);
+  const Found<double> found = cta.first_above<double>(branches, [&](double sum) { return u * sum; }, weight);
   for (int k = thread; k < branches; k += kThreads) probability[k] = float(weight(k) / found.total);
   if (thread == 0) a.index[row] = found.index;
 }
@@ -77,7 +75,8 @@ __global__ void __launch_bounds__(kThreads) choose(const __grid_constant__ Selec
 
 const char* select_block(const SelectArgs& args, void* stream) {
   if (args.batch == 0) return nullptr;
-  if (args.batch > INT_MAX || args.branches > INT_MAX / 2) return "batch and branches must be below 2^31 and 2^30";
+  if (args.batch > INT_MAX || args.branches > INT_MAX / 2)
+    return "batch and branches must be below 2^31 and 2^30";
   cudaLaunchConfig_t launch{};
   launch.stream = static_cast<cudaStream_t>(stream);
   launch.gridDim = dim3(unsigned(args.batch)), launch.blockDim = dim3(kThreads);

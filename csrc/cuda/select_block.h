@@ -23,11 +23,11 @@ struct SelectArgs {
   const float* reference;  // [batch, heads], or null: 0
   int64_t reference_stride_row, reference_stride_head;
   bool lsc;
-  float beta;                     // 0 is argmax
+  float beta;                      // 0 is argmax
   const int64_t *seed, *position;  // [batch]
   int64_t seed_stride, position_stride;
-  int64_t* index;                 // [batch]
-  float *probability, *utility;   // [batch, branches], contiguous
+  int64_t* index;                // [batch]
+  float *probability, *utility;  // [batch, branches], contiguous
 };
 
 // Null, or what CUDA said when the launch failed. `stream` is a cudaStream_t of the current device.

@@ -1,11 +1,10 @@
 // tilt_sample on a GPU, in two kernels. tilt_sums reads the row once: a warp sums one block of 1,024
 // tokens, whatever the batch. tilt_draw merges a row's blocks, draws one and re-reads it (hierarchical
 // inverse CDF, two uniforms a row); a filtered row draws from a short list of candidates.
-#include "tilt.h"
-
 #include <algorithm>
 #include <type_traits>
 
+#include "tilt.h"
 #include "tilt_filter.cuh"
 #include "tilt_row.cuh"
 
@@ -14,6 +13,16 @@ namespace {
 
 constexpr int kSumThreads = 128;
 constexpr int kSumWarps = kSumThreads / kWarp;
+
+// How many thread blocks of tilt_sums a multiprocessor must hold: as many as registers allow without
+// spilling, since warps in flight are what hides the latency of memory.
+constexpr int sum_blocks(bool heads, bool aligned) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+  return !aligned ? 3 : heads ? 4 : 8;
+#else
+  return !aligned ? 4 : heads ? 5 : 8;
+#endif
+}
 
 __device__ float maximum(const float (&x)[kHeld]) {
   float top = x[0];
@@ -57,7 +66,7 @@ __device__ Best best_held(const Row& row, int block, int turn, const float (&til
 }
 
 template <bool kHeads, bool kAligned>
-__global__ void __launch_bounds__(kSumThreads, kAligned ? (kHeads ? 5 : 8) : 4)
+__global__ void __launch_bounds__(kSumThreads, sum_blocks(kHeads, kAligned))
     tilt_sums(const __grid_constant__ TiltArgs a, const __grid_constant__ Workspace w) {
   const int64_t at = int64_t(blockIdx.x) * kSumWarps + warp();
   if (at >= a.batch * w.blocks) return;
@@ -144,7 +153,8 @@ __device__ RowSums merge_blocks(DrawCta& cta, const BlockSums* sums, int blocks)
   total.m_base = log2_units(cta.reduce(m_base, Max{}));
   total.m_tilt = log2_units(cta.reduce(m_tilt, Max{}));
   for (int b = int(threadIdx.x); b < blocks; b += kDrawThreads) {
-    if (sums[b].s_base != 0) total.s_base += sums[b].s_base * rescale(log2_units(sums[b].m_base), total.m_base);
+    if (sums[b].s_base != 0)
+      total.s_base += sums[b].s_base * rescale(log2_units(sums[b].m_base), total.m_base);
     if (sums[b].s_tilt != 0) {
       const double keep = rescale(log2_units(sums[b].m_tilt), total.m_tilt);
       total.s_tilt += sums[b].s_tilt * keep;
@@ -188,10 +198,10 @@ __device__ int64_t draw_unfiltered(DrawCta& cta, const Row& row, const Workspace
   for (int i = int(threadIdx.x); i < n; i += kDrawThreads)
     weight[i] = weight_of(row.at(start + i).tilt(), shift(block));
   __syncthreads();
-  return start + cta.first_above<double>(
-                        n, [&](double sum) { return u_token * sum; },
-                        [&](int i) { return double(weight[i]); })
-                     .index;
+  return start +
+         cta.first_above<double>(
+                n, [&](double sum) { return u_token * sum; }, [&](int i) { return double(weight[i]); })
+             .index;
 }
 
 // Replaces the row's tilted sums by those of what the filter keeps.
@@ -302,8 +312,8 @@ const char* tilt_sample(const TiltArgs& args, void* workspace, void* stream) {
   if (args.vocab > INT_MAX - kBlock) return "a vocabulary must have fewer than 2^31 - 1024 tokens";
   Workspace w{};
   carve(w, args.batch, args.vocab, static_cast<char*>(workspace));
-  const int64_t sum_blocks = (args.batch * w.blocks + kSumWarps - 1) / kSumWarps;
-  if (sum_blocks > INT_MAX) return "batch and vocabulary need more than 2^31 thread blocks";
+  const int64_t blocks = (args.batch * w.blocks + kSumWarps - 1) / kSumWarps;
+  if (blocks > INT_MAX) return "batch and vocabulary need more than 2^31 thread blocks";
 
   int major = 0, device = 0;
   cudaError_t error = cudaGetDevice(&device);
@@ -312,7 +322,7 @@ const char* tilt_sample(const TiltArgs& args, void* workspace, void* stream) {
 
   cudaLaunchConfig_t launch{};
   launch.stream = static_cast<cudaStream_t>(stream);
-  launch.gridDim = dim3(unsigned(sum_blocks)), launch.blockDim = dim3(kSumThreads);
+  launch.gridDim = dim3(unsigned(blocks)), launch.blockDim = dim3(kSumThreads);
   const bool aligned = rows_aligned(args);
   const auto sums = args.heads > 0 ? (aligned ? tilt_sums<true, true> : tilt_sums<true, false>)
                                    : (aligned ? tilt_sums<false, true> : tilt_sums<false, false>);
@@ -323,7 +333,8 @@ const char* tilt_sample(const TiltArgs& args, void* workspace, void* stream) {
   overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
   overlap.val.programmaticStreamSerializationAllowed = 1;
   launch.attrs = &overlap, launch.numAttrs = major >= 9 ? 1 : 0;
-  launch.gridDim = dim3(unsigned(std::min<int64_t>(args.batch, kDrawBlocks))), launch.blockDim = dim3(kDrawThreads);
+  launch.gridDim = dim3(unsigned(std::min<int64_t>(args.batch, kDrawBlocks))),
+  launch.blockDim = dim3(kDrawThreads);
   error = cudaLaunchKernelEx(&launch, tilt_draw, args, w);
   return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
 }

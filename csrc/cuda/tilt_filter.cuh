@@ -25,7 +25,7 @@ struct FilterShared {
 
 // What a row keeps, for the draw: tokens in id order, of which `kept` holds.
 class Filter {
-  static constexpr int kVectors = kTurns * kHeld / kVector;
+  static_assert(kHeld == 2 * kVector, "collect() counts two vectors in one word");
 
  public:
   __device__ Filter(const Row& row, const Workspace& w, DrawCta& cta, FilterShared& shared)
@@ -58,9 +58,9 @@ class Filter {
       low = -cta_.reduce(-low, Max{});
       collect(usable >= row_.top_k ? kth_lane_max(lanes, low) : -INFINITY);
       if (size_ > row_.top_k)
-        least_key_ = descend(items(), uint64_t(row_.top_k),
-                             [&](int i) { return uint64_t(reaches(item(i).tilt)); }, [&](int i) { return key(i); },
-                             key_bits());
+        least_key_ = descend(
+            items(), uint64_t(row_.top_k), [&](int i) { return uint64_t(reaches(item(i).tilt)); },
+            [&](int i) { return key(i); }, key_bits());
       if (row_.top_p < 1) keep_mass(double(row_.top_p) * double(kept_mass()));
     } else if (row_.top_p < 1) {
       const double goal =
@@ -82,9 +82,7 @@ class Filter {
 
   __device__ Candidate item(int i) const { return listed() ? list_[i] : Candidate{row_.at(i).tilt(), i}; }
 
-  __device__ bool kept(const Candidate& c) const {
-    return before_cut(c) && double(c.tilt) >= tilt_min_p_;
-  }
+  __device__ bool kept(const Candidate& c) const { return before_cut(c) && double(c.tilt) >= tilt_min_p_; }
 
   // e^(tilt - shift()).
   __device__ float weight(const Candidate& c) const { return weight_of(c.tilt, shift_); }
@@ -130,9 +128,7 @@ class Filter {
       __syncthreads();
       const Found<uint64_t> found = cta_.first_above<uint64_t>(
           digits, [&](uint64_t) { return want - 1; },
-          [&](int d) {
-            return uint64_t(shared_.high[digits - 1 - d]) << 32 | shared_.low[digits - 1 - d];
-          });
+          [&](int d) { return uint64_t(shared_.high[digits - 1 - d]) << 32 | shared_.low[digits - 1 - d]; });
       want -= found.before;
       prefix = prefix << width | uint64_t(digits - 1 - found.index);
     }
@@ -151,7 +147,8 @@ class Filter {
     const uint32_t base = ordered(low);
     const uint64_t found = descend(
         lanes, uint64_t(row_.top_k), [&](int i) { return lane_max_[i] > -INFINITY ? uint64_t(1) : 0; },
-        [&](int i) { return uint64_t(ordered(lane_max_[i]) - base); }, 32 - __clz(int(ordered(highest_) - base)));
+        [&](int i) { return uint64_t(ordered(lane_max_[i]) - base); },
+        32 - __clz(int(ordered(highest_) - base)));
     const uint32_t bits = base + uint32_t(found);
     return __uint_as_float(bits & 0x80000000u ? bits ^ 0x80000000u : ~bits);
   }
@@ -183,35 +180,25 @@ class Filter {
   __device__ void collect(float least) {
     least_ = least, size_ = 0;
     uint64_t sum = 0;
-    for (int first = 0, parity = 0; first < blocks_; first += DrawCta::kWarps, parity ^= 1) {
-      const int block = first + warp();
-      const float top = block < blocks_ ? lane_max_[block * kWarp + lane()] : -INFINITY;
-      const bool active = reaches(top);
-      float tilt[kTurns][kHeld];
-      uint64_t counts = 0;  // of the lane's survivors, 16 bits for each of its vectors
+    // A warp takes half a block at a time: what a lane holds in one turn.
+    for (int first = 0, parity = 0; first < blocks_ * kTurns; first += DrawCta::kWarps, parity ^= 1) {
+      const int block = (first + warp()) / kTurns, turn = (first + warp()) % kTurns;
+      const bool active = block < blocks_ && reaches(lane_max_[block * kWarp + lane()]);
+      float tilt[kHeld];
+      uint32_t counts = 0;  // of the lane's survivors, 16 bits for each of its vectors
       if (__any_sync(kAllLanes, active)) {
+        float delta[kHeld];
+        row_.read<true, false>(block, turn, active, tilt, delta);
 #pragma unroll
-        for (int turn = 0; turn < kTurns; ++turn) {
-          float delta[kHeld];
-          row_.read<true, false>(block, turn, active, tilt[turn], delta);
-#pragma unroll
-          for (int i = 0; i < kHeld; ++i) {
-            tilt[turn][i] += delta[i];
-            if (!reaches(tilt[turn][i])) continue;
-            counts += uint64_t(1) << ((turn * kHeld + i) / kVector * 16);
-            sum += mass(tilt[turn][i]);
-          }
+        for (int i = 0; i < kHeld; ++i) {
+          tilt[i] += delta[i];
+          if (!reaches(tilt[i])) continue;
+          counts += 1u << (i / kVector * 16);
+          sum += mass(tilt[i]);
         }
       }
-      const uint64_t upto = warp_scan(counts);
-      const uint64_t all = __shfl_sync(kAllLanes, upto, kWarp - 1);
-      int vectors[kVectors], found = 0;  // where each vector's survivors start
-#pragma unroll
-      for (int v = 0; v < kVectors; ++v) {
-        vectors[v] = found + int((upto - counts) >> (v * 16) & 0xffff);
-        found += int(all >> (v * 16) & 0xffff);
-      }
-      if (lane() == 0) shared_.count[parity][warp()] = found;
+      const uint32_t upto = warp_scan(counts), all = __shfl_sync(kAllLanes, upto, kWarp - 1);
+      if (lane() == 0) shared_.count[parity][warp()] = int(all & 0xffff) + int(all >> 16);
       __syncthreads();  // a slow warp may still read the other parity's counts
       int at = size_;
       for (int w = 0; w < DrawCta::kWarps; ++w) {
@@ -219,12 +206,14 @@ class Filter {
         size_ += shared_.count[parity][w];
       }
       if (counts == 0) continue;
+      // Ids ascend along the first vectors of all lanes, then along the second ones.
+      const uint32_t before = upto - counts;
+      int slots[2] = {at + int(before & 0xffff), at + int(all & 0xffff) + int(before >> 16)};
 #pragma unroll
-      for (int i = 0; i < kTurns * kHeld; ++i) {
-        const float x = tilt[i / kHeld][i % kHeld];
-        if (!reaches(x)) continue;
-        const int slot = at + vectors[i / kVector]++;
-        if (slot < capacity_) list_[slot] = Candidate{x, block * kBlock + token_of(i / kHeld, i % kHeld)};
+      for (int i = 0; i < kHeld; ++i) {
+        if (!reaches(tilt[i])) continue;
+        const int slot = slots[i / kVector]++;
+        if (slot < capacity_) list_[slot] = Candidate{tilt[i], block * kBlock + token_of(turn, i)};
       }
     }
     mass_ = cta_.reduce(sum, Add{});  // its barrier also shows the list to all threads

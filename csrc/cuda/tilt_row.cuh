@@ -86,7 +86,8 @@ __device__ void read_turn(const void* data, int64_t at, int turn, int n, Use use
   const uintptr_t from = reinterpret_cast<uintptr_t>(data) + uintptr_t(at * kBytes);
   uint32_t raw[kHeld / kPerVector][4];
   read_vectors<kAligned>(
-      from, from + uintptr_t(n * kBytes), [&](int v) { return uintptr_t(token_of(turn, v * kPerVector) * kBytes); }, raw);
+      from, from + uintptr_t(n * kBytes),
+      [&](int v) { return uintptr_t(token_of(turn, v * kPerVector) * kBytes); }, raw);
 #pragma unroll
   for (int i = 0; i < kHeld; ++i) {
     const uint32_t word = raw[i / kPerVector][i % kPerVector * kBytes / 4];
@@ -147,7 +148,7 @@ struct Row {
     const int64_t start = int64_t(b) * kBlock;
     const int n = active ? int(min(int64_t(kBlock), args.vocab - start)) : 0;
     read_turn<kAligned>(args.logits, args.logits_type, index * args.logits_stride + start, turn, n,
-              [&](int i, float x) { base[i] = x; });
+                        [&](int i, float x) { base[i] = x; });
     if (n < kBlock) {
 #pragma unroll
       for (int i = 0; i < kHeld; ++i)
@@ -162,7 +163,7 @@ struct Row {
         if (w == 0.0f) continue;
         const int64_t at = r * args.values_stride_head + index * args.values_stride_row + start;
         read_turn<kAligned>(args.values, args.values_type, at, turn, n,
-                  [&](int i, float x) { delta[i] = fmaf(w, x, delta[i]); });
+                            [&](int i, float x) { delta[i] = fmaf(w, x, delta[i]); });
       }
 #pragma unroll
       for (int i = 0; i < kHeld; ++i)
@@ -194,7 +195,8 @@ struct Row {
     uint32_t raw[kHeld / kVector][4];
     const int odd = lane() % 2;
     read_vectors<kAligned>(
-        from, from + uintptr_t(n), [&](int v) { return uintptr_t(token_of(turn, v * kVector) - odd * kVector); }, raw);
+        from, from + uintptr_t(n),
+        [&](int v) { return uintptr_t(token_of(turn, v * kVector) - odd * kVector); }, raw);
 #pragma unroll
     for (int i = 0; i < kHeld; ++i) {
       const uint32_t* word = raw[i / kVector] + i % kVector / 4;
