@@ -11,16 +11,16 @@
 namespace pyengine::cuda {
 namespace {
 
-constexpr int kSumThreads = 128;
+constexpr int kSumThreads = 64;
 constexpr int kSumWarps = kSumThreads / kWarp;
 
 // How many thread blocks of tilt_sums a multiprocessor must hold: as many as registers allow without
 // spilling, since warps in flight are what hides the latency of memory.
 constexpr int sum_blocks(bool heads, bool aligned) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
-  return !aligned ? 3 : heads ? 4 : 8;
+  return !aligned ? 6 : heads ? 8 : 14;
 #else
-  return !aligned ? 4 : heads ? 5 : 8;
+  return !aligned ? 8 : heads ? 8 : 14;
 #endif
 }
 
@@ -68,10 +68,11 @@ __device__ Best best_held(const Row& row, int block, int turn, const float (&til
 template <bool kHeads, bool kAligned>
 __global__ void __launch_bounds__(kSumThreads, sum_blocks(kHeads, kAligned))
     tilt_sums(const __grid_constant__ TiltArgs a, const __grid_constant__ Workspace w) {
-  const int64_t at = int64_t(blockIdx.x) * kSumWarps + warp();
-  if (at >= a.batch * w.blocks) return;
-  Row row(a, at / w.blocks);
-  const int block = int(at % w.blocks);
+  // 32 bits: a 64-bit division costs as much as a seventh of the block.
+  const unsigned at = blockIdx.x * kSumWarps + warp(), row_blocks = unsigned(w.blocks);
+  if (at >= unsigned(a.batch) * row_blocks) return;
+  Row row(a, at / row_blocks);
+  const int block = int(at % row_blocks);
   float held[kHeld], delta[kHeld], e_delta = 0, lane_max = -INFINITY;
   LaneSum base, tilt;
 #pragma unroll 1
@@ -108,7 +109,7 @@ __global__ void __launch_bounds__(kSumThreads, sum_blocks(kHeads, kAligned))
   const float keep = merge_lanes(tilt, sums.m_tilt, sums.s_tilt);
   sums.e_delta = kHeads ? warp_reduce(e_delta * keep, Add{}) * kLog2E : 0.0f;
   if (lane() == 0) w.sums[at] = sums;
-  if (row.filtered && sums.s_tilt != 0) w.lane_max[at * kWarp + lane()] = lane_max;
+  if (row.filtered && sums.s_tilt != 0) w.lane_max[int64_t(at) * kWarp + lane()] = lane_max;
   if (row.filtered ? sums.s_tilt != 0 : !row.greedy && !a.gumbel) return;
 
   // A block whose values forbid all of it stands in with its base logits. They count only where the
@@ -125,7 +126,7 @@ __global__ void __launch_bounds__(kSumThreads, sum_blocks(kHeads, kAligned))
     if (!row.filtered) best = best_held(row, block, turn, held, best);
   }
   if (row.filtered) {
-    w.lane_max[at * kWarp + lane()] = lane_max;
+    w.lane_max[int64_t(at) * kWarp + lane()] = lane_max;
   } else {
     best = warp_reduce(best, Better{});
     if (lane() == 0) w.best[at] = best;
@@ -312,8 +313,8 @@ const char* tilt_sample(const TiltArgs& args, void* workspace, void* stream) {
   if (args.vocab > INT_MAX - kBlock) return "a vocabulary must have fewer than 2^31 - 1024 tokens";
   Workspace w{};
   carve(w, args.batch, args.vocab, static_cast<char*>(workspace));
-  const int64_t blocks = (args.batch * w.blocks + kSumWarps - 1) / kSumWarps;
-  if (blocks > INT_MAX) return "batch and vocabulary need more than 2^31 thread blocks";
+  if (args.batch > INT_MAX / w.blocks) return "a batch must have fewer than 2^31 blocks of 1,024 tokens";
+  const int blocks = (int(args.batch) * w.blocks + kSumWarps - 1) / kSumWarps;
 
   int major = 0, device = 0;
   cudaError_t error = cudaGetDevice(&device);

@@ -78,31 +78,41 @@ __device__ void read_vectors(uintptr_t from, uintptr_t end, Offset offset, uint3
     out[v][0] = first[v].x, out[v][1] = first[v].y, out[v][2] = first[v].z, out[v][3] = first[v].w;
 }
 
-// Calls use(i, x) for the tokens that the lane holds in a turn, of the n <= kBlock elements from `at` on;
-// x means nothing for those past n.
-template <bool kAligned, DType kType, class Use>
-__device__ void read_turn(const void* data, int64_t at, int turn, int n, Use use) {
-  constexpr int kBytes = kType == DType::f32 ? 4 : 2, kPerVector = 16 / kBytes;
-  const uintptr_t from = reinterpret_cast<uintptr_t>(data) + uintptr_t(at * kBytes);
+// The bits of what a lane holds in a turn, of n <= kBlock elements of a type from `at` on. Those past n
+// mean nothing.
+template <DType kType>
+struct HeldBits {
+  static constexpr int kBytes = kType == DType::f32 ? 4 : 2, kPerVector = 16 / kBytes;
   uint32_t raw[kHeld / kPerVector][4];
-  read_vectors<kAligned>(
-      from, from + uintptr_t(n * kBytes),
-      [&](int v) { return uintptr_t(token_of(turn, v * kPerVector) * kBytes); }, raw);
-#pragma unroll
-  for (int i = 0; i < kHeld; ++i) {
-    const uint32_t word = raw[i / kPerVector][i % kPerVector * kBytes / 4];
-    use(i, widen<kType>(kType == DType::f32 ? word : uint16_t(word >> (i % 2 * 16))));
-  }
-}
 
-template <bool kAligned, class Use>
-__device__ void read_turn(const void* data, DType type, int64_t at, int turn, int n, Use use) {
+  template <bool kAligned>
+  __device__ void load(const void* data, int64_t at, int turn, int n) {
+    const uintptr_t from = reinterpret_cast<uintptr_t>(data) + uintptr_t(at * kBytes);
+    read_vectors<kAligned>(
+        from, from + uintptr_t(n * kBytes),
+        [&](int v) { return uintptr_t(token_of(turn, v * kPerVector) * kBytes); }, raw);
+  }
+
+  // Calls use(i, x) for each.
+  template <class Use>
+  __device__ void each(Use use) const {
+#pragma unroll
+    for (int i = 0; i < kHeld; ++i) {
+      const uint32_t word = raw[i / kPerVector][i % kPerVector * kBytes / 4];
+      use(i, widen<kType>(kType == DType::f32 ? word : uint16_t(word >> (i % 2 * 16))));
+    }
+  }
+};
+
+// Calls do_with(HeldBits<type>{}).
+template <class Do>
+__device__ void with_type(DType type, Do do_with) {
   if (type == DType::f32)
-    read_turn<kAligned, DType::f32>(data, at, turn, n, use);
+    do_with(HeldBits<DType::f32>{});
   else if (type == DType::bf16)
-    read_turn<kAligned, DType::bf16>(data, at, turn, n, use);
+    do_with(HeldBits<DType::bf16>{});
   else
-    read_turn<kAligned, DType::f16>(data, at, turn, n, use);
+    do_with(HeldBits<DType::f16>{});
 }
 
 // A token in nats: base = logit / temperature, tilt = base + delta.
@@ -147,24 +157,34 @@ struct Row {
   __device__ void read(int b, int turn, bool active, float (&base)[kHeld], float (&delta)[kHeld]) const {
     const int64_t start = int64_t(b) * kBlock;
     const int n = active ? int(min(int64_t(kBlock), args.vocab - start)) : 0;
-    read_turn<kAligned>(args.logits, args.logits_type, index * args.logits_stride + start, turn, n,
-                        [&](int i, float x) { base[i] = x; });
+    const auto add_values = [&] {
+#pragma unroll
+      for (int i = 0; i < kHeld; ++i) delta[i] = 0.0f;
+      for (int64_t r = 0; kHeads && use_heads && r < args.heads; ++r) {
+        const float w = weight(r);
+        if (w == 0.0f) continue;
+        const int64_t at = r * args.values_stride_head + index * args.values_stride_row + start;
+        with_type(args.values_type, [&](auto values) {
+          values.template load<kAligned>(args.values, at, turn, n);
+          values.each([&](int i, float x) { delta[i] = fmaf(w, x, delta[i]); });
+        });
+      }
+    };
+    with_type(args.logits_type, [&](auto logits) {
+      logits.template load<kAligned>(args.logits, index * args.logits_stride + start, turn, n);
+      // The values' loads start before the logits' are waited for. It takes registers that the other
+      // kind of rows needs for its shifts.
+      if constexpr (kAligned) add_values();
+      logits.each([&](int i, float x) { base[i] = x; });
+    });
+    if constexpr (!kAligned) add_values();
     if (n < kBlock) {
 #pragma unroll
       for (int i = 0; i < kHeld; ++i)
         if (token_of(turn, i) >= n) base[i] = -INFINITY;
     }
     if (args.mask) apply_mask<kAligned>(start, turn, n, base);
-#pragma unroll
-    for (int i = 0; i < kHeld; ++i) delta[i] = 0.0f;
     if constexpr (kHeads) {
-      for (int64_t r = 0; use_heads && r < args.heads; ++r) {
-        const float w = weight(r);
-        if (w == 0.0f) continue;
-        const int64_t at = r * args.values_stride_head + index * args.values_stride_row + start;
-        read_turn<kAligned>(args.values, args.values_type, at, turn, n,
-                            [&](int i, float x) { delta[i] = fmaf(w, x, delta[i]); });
-      }
 #pragma unroll
       for (int i = 0; i < kHeld; ++i)
         if (base[i] == -INFINITY) delta[i] = 0.0f;
