@@ -30,6 +30,18 @@ __device__ inline float fast_exp2(float x) {
 #endif
 }
 
+// 1 / x. Volatile keeps it where it is written: hoisted out of a loop, it would wait for x before the
+// loop's first loads.
+__device__ inline float reciprocal_here(float x) {
+#if defined(__CUDACC__)
+  float y;
+  asm volatile("rcp.rn.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+#else
+  return 1.0f / x;
+#endif
+}
+
 // Returns once the kernel before this one in its stream has finished and its writes are visible. A launch
 // that allows overlap starts early, which hides 1 us of launch latency behind that kernel's last blocks.
 __device__ inline void wait_for_previous_kernel() {

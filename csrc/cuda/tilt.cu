@@ -54,7 +54,7 @@ __device__ Best best_held(const Row& row, int block, int turn, const float (&til
   for (int i = 0; i < kHeld; i += 4) {
     const int id = block * kBlock + token_of(turn, i);
     float noise[4] = {0, 0, 0, 0};
-    if (!row.greedy) {
+    if (!row.greedy()) {
       const Philox random = row.random(kGumbelStream, uint32_t(id / 4));
 #pragma unroll
       for (int j = 0; j < 4; ++j) noise[j] = gumbel_noise(random.x[j]);
@@ -109,8 +109,8 @@ __global__ void __launch_bounds__(kSumThreads, sum_blocks(kHeads, kAligned))
   const float keep = merge_lanes(tilt, sums.m_tilt, sums.s_tilt);
   sums.e_delta = kHeads ? warp_reduce(e_delta * keep, Add{}) * kLog2E : 0.0f;
   if (lane() == 0) w.sums[at] = sums;
-  if (row.filtered && sums.s_tilt != 0) w.lane_max[int64_t(at) * kWarp + lane()] = lane_max;
-  if (row.filtered ? sums.s_tilt != 0 : !row.greedy && !a.gumbel) return;
+  if (row.filtered() && sums.s_tilt != 0) w.lane_max[int64_t(at) * kWarp + lane()] = lane_max;
+  if (row.filtered() ? sums.s_tilt != 0 : !row.greedy() && !a.gumbel) return;
 
   // A block whose values forbid all of it stands in with its base logits. They count only where the
   // values forbid the whole row, whose draw falls back to the base policy: elsewhere tilt_draw drops them.
@@ -123,9 +123,9 @@ __global__ void __launch_bounds__(kSumThreads, sum_blocks(kHeads, kAligned))
 #pragma unroll
     for (int i = 0; i < kHeld; ++i) held[i] += delta[i];
     lane_max = fmaxf(lane_max, maximum(held));
-    if (!row.filtered) best = best_held(row, block, turn, held, best);
+    if (!row.filtered()) best = best_held(row, block, turn, held, best);
   }
-  if (row.filtered) {
+  if (row.filtered()) {
     w.lane_max[int64_t(at) * kWarp + lane()] = lane_max;
   } else {
     best = warp_reduce(best, Better{});
@@ -247,9 +247,9 @@ __device__ void sample_row(int64_t index, const TiltArgs& a, const Workspace& w,
     return;
   }
   int64_t id;
-  if (row.greedy || (a.gumbel && !row.filtered)) {
+  if (row.greedy() || (a.gumbel && !row.filtered())) {
     id = best_token(cta, row, w);
-  } else if (row.filtered) {
+  } else if (row.filtered()) {
     Filter filter(row, w, cta, shared.filter);
     id = draw_filtered(cta, row, filter, total, row.random(kTokenStream));
   } else {
@@ -261,8 +261,8 @@ __device__ void sample_row(int64_t index, const TiltArgs& a, const Workspace& w,
   const double logp_base = double(token.base) - kLn2 * lse_base;
   a.token[index] = id, a.valid[index] = true;
   a.logp_base[index] = float(logp_base);
-  a.logp_policy[index] = row.greedy ? 0.0f : float(double(token.tilt()) - kLn2 * lse_tilt);
-  a.kl[index] = float(row.greedy ? -logp_base : kl_nats(total.e_delta, total.s_tilt, lse_tilt, lse_base));
+  a.logp_policy[index] = row.greedy() ? 0.0f : float(double(token.tilt()) - kLn2 * lse_tilt);
+  a.kl[index] = float(row.greedy() ? -logp_base : kl_nats(total.e_delta, total.s_tilt, lse_tilt, lse_base));
 }
 
 __global__ void __launch_bounds__(kDrawThreads, 2)

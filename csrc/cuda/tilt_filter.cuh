@@ -53,7 +53,7 @@ class Filter {
     highest_ = cta_.reduce(high, Max{});
     shift_ = shift_of(highest_);
     if (row_.min_p > 0) tilt_min_p_ = double(highest_) + log(double(row_.min_p));
-    if (row_.top_k > 0) {
+    if (row_.has_top_k()) {
       usable = cta_.reduce(usable, Add{});
       low = -cta_.reduce(-low, Max{});
       collect(usable >= row_.top_k ? kth_lane_max(lanes, low) : -INFINITY);

@@ -124,22 +124,24 @@ struct Token {
 struct Row {
   const TiltArgs& args;
   int64_t index;
-  float per_temperature;  // 1 for a greedy row, whose tilt is then in plain units
-  float top_p, min_p;
+  float temperature, top_p, min_p;
   int64_t top_k;
-  bool greedy, filtered;
   bool use_heads = true;  // false once the values have turned out to forbid every token
 
-  __device__ Row(const TiltArgs& a, int64_t i) : args(a), index(i) {
-    const float temperature = a.temperature[i * a.temperature_stride];
-    greedy = temperature == 0;
-    per_temperature = greedy ? 1.0f : 1.0f / temperature;
-    top_k = a.top_k[i * a.top_k_stride];
-    if (top_k < 0 || top_k >= a.vocab) top_k = 0;
-    top_p = a.top_p[i * a.top_p_stride];
-    min_p = a.min_p[i * a.min_p_stride];
-    filtered = !greedy && (top_k > 0 || top_p < 1 || min_p > 0);
-  }
+  // Only loads: whatever depends on them is a method, so that nothing waits before the logits are under way.
+  __device__ Row(const TiltArgs& a, int64_t i)
+      : args(a),
+        index(i),
+        temperature(a.temperature[i * a.temperature_stride]),
+        top_p(a.top_p[i * a.top_p_stride]),
+        min_p(a.min_p[i * a.min_p_stride]),
+        top_k(a.top_k[i * a.top_k_stride]) {}
+
+  __device__ bool greedy() const { return temperature == 0; }
+  // 1 for a greedy row, whose tilt is then in plain units.
+  __device__ float per_temperature() const { return greedy() ? 1.0f : reciprocal_here(temperature); }
+  __device__ bool has_top_k() const { return top_k > 0 && top_k < args.vocab; }
+  __device__ bool filtered() const { return !greedy() && (has_top_k() || top_p < 1 || min_p > 0); }
 
   __device__ Philox random(uint32_t stream, uint32_t counter = 0) const {
     return philox(uint64_t(args.seed[index * args.seed_stride]),
@@ -190,8 +192,9 @@ struct Row {
         if (base[i] == -INFINITY) delta[i] = 0.0f;
     }
     // __fmul_rn is never contracted into the addition of delta.
+    const float scale = per_temperature();
 #pragma unroll
-    for (int i = 0; i < kHeld; ++i) base[i] = __fmul_rn(base[i], per_temperature);
+    for (int i = 0; i < kHeld; ++i) base[i] = __fmul_rn(base[i], scale);
   }
 
   __device__ Token at(int64_t id) const {
@@ -204,7 +207,7 @@ struct Row {
       const int64_t at = r * args.values_stride_head + index * args.values_stride_row + id;
       delta = fmaf(w, element(args.values, args.values_type, at), delta);
     }
-    return Token{__fmul_rn(x, per_temperature), delta};
+    return Token{__fmul_rn(x, per_temperature()), delta};
   }
 
  private:
