@@ -7,7 +7,9 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 # What the installed environment depends on. Python files do not count: the install is editable.
 INPUTS := constraints.txt pyproject.toml CMakeLists.txt $(shell find csrc kernels -type f)
 
-.PHONY: demo test lint format bench embedded clean
+CXX_SOURCES = $(shell find csrc tests/cuda_shim -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
+
+.PHONY: demo test lint format bench cuda-resources embedded clean
 
 demo: $(READY)
 	@$(BIN)/pyengine demo
@@ -19,18 +21,22 @@ test: lint
 lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/clang-format --dry-run --Werror $(shell find csrc -name '*.h' -o -name '*.cpp')
+	$(BIN)/clang-format --dry-run --Werror $(CXX_SOURCES)
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
 format: $(READY)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	$(BIN)/clang-format -i $(shell find csrc -name '*.h' -o -name '*.cpp')
+	$(BIN)/clang-format -i $(CXX_SOURCES)
 
 # Timings with peers side by side; writes bench/results/tilt.json.
 bench: $(READY)
 	$(BIN)/pytest bench/bench_tilt.py
+
+# Record what each CUDA kernel takes of a GPU; needs nvcc, no GPU.
+cuda-resources: $(READY)
+	PYENGINE_RECORD=1 $(BIN)/pytest tests/test_cuda_build.py
 
 # Retrain every embedded model, in place.
 embedded: $(READY)

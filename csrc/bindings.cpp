@@ -2,16 +2,21 @@
 // tensors are asked for their address and strides by name. pyengine/ops checks shapes and dtypes before it
 // calls; the callers' tensors own all memory for the duration of a call.
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
 #include <array>
 #include <cstring>
 #include <optional>
 #include <string>
 #include <type_traits>
+#include <vector>
 
 #include "cpu/linear_logprob.h"
 #include "cpu/select_block.h"
 #include "cpu/tilt.h"
+#if defined(PYENGINE_CUDA_ARCHITECTURES)
+#include "cuda/bindings_cuda.h"
+#endif
 
 namespace py = pybind11;
 using pyengine::DType;
@@ -241,4 +246,13 @@ PYBIND11_MODULE(_C, m) {
       "instruction_set", [](const char* isa) { return kernels_or_throw(isa).name; },
       py::arg("isa") = py::none(), "The instruction set the CPU kernels run with.");
   m.def("compiler", [] { return std::string(PYENGINE_COMPILER); }, "Compiler that built this module.");
+#if defined(PYENGINE_CUDA_ARCHITECTURES)
+  const std::vector<std::string> architectures = {PYENGINE_CUDA_ARCHITECTURES};
+  pyengine::cuda::bind(m);
+#else
+  const std::vector<std::string> architectures;
+#endif
+  m.def(
+      "cuda_architectures", [architectures] { return architectures; },
+      "What the CUDA kernels were compiled for; empty without them.");
 }

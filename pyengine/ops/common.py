@@ -83,14 +83,19 @@ def triton_kernels(stem: str) -> ModuleType | None:
     return importlib.import_module(f"pyengine.kernels.{stem}")
 
 
-def gpu_backend(op: str, stem: str, cuda: bool) -> str:
-    """Which backend serves `op` on a GPU; `cuda` says whether a CUDA kernel for it is built in."""
-    there = {"cuda": cuda, "triton": FORCED_GPU == "triton" or not cuda, "reference": True}
-    if there["triton"]:
-        there["triton"] = triton_kernels(stem) is not None
+def gpu_backend(op: str, stem: str) -> str:
+    """Which of GPU_BACKENDS serves an op that CUDA C++ and Triton both have."""
+
+    def there(name: str) -> bool:
+        return {
+            "cuda": lambda: bool(_C.cuda_architectures()),
+            "triton": lambda: triton_kernels(stem) is not None,
+            "reference": lambda: True,
+        }[name]()
+
     if FORCED_GPU is None:
-        return next(name for name in GPU_BACKENDS if there[name])
-    if not there[FORCED_GPU]:
+        return next(name for name in GPU_BACKENDS if there(name))
+    if not there(FORCED_GPU):
         fail(op, f"PYENGINE_GPU_BACKEND={FORCED_GPU}, but that backend is not available here")
     return FORCED_GPU
 

@@ -9,15 +9,18 @@ from torch import Tensor
 
 import pyengine._C as _C
 from pyengine import reference
+from pyengine.ops import cuda
 from pyengine.ops.common import (
     DTYPE_CODE,
     check_float,
     column,
     fail,
+    gpu_backend,
     instruction_set,
     launched,
     library,
     traced,
+    triton_kernels,
     unit_stride,
 )
 from pyengine.reference import BlockSelection
@@ -112,7 +115,7 @@ def select_block(
     return BlockSelection(*torch.ops.pyengine.select_block(*arguments))
 
 
-def _select_block_reference(
+def _select_block_gpu(
     scores: Tensor | None,
     hidden: Tensor | None,
     probe: Tensor | None,
@@ -123,7 +126,13 @@ def _select_block_reference(
     seed: Tensor,
     position: Tensor,
 ) -> BlockSelection:
-    launched(OP, "reference")
+    backend = gpu_backend(OP, "select_block")
+    launched(OP, backend)
+    if backend != "reference":
+        kernels = cuda if backend == "cuda" else triton_kernels("select_block")
+        assert kernels is not None
+        arguments = (scores, hidden, probe, weights, against, lsc, beta, seed, position)
+        return BlockSelection(*kernels.select_block(*arguments))
     if scores is None:
         assert hidden is not None
         assert probe is not None
@@ -185,5 +194,5 @@ def _select_block_fake(scores: Tensor | None, hidden: Tensor | None, *_: object)
 
 
 library.impl("select_block", _select_block_cpu, "CPU")
-library.impl("select_block", _select_block_reference, "CUDA")
+library.impl("select_block", _select_block_gpu, "CUDA")
 torch.library.register_fake("pyengine::select_block", _select_block_fake, lib=library)

@@ -7,6 +7,7 @@ from torch import Tensor
 
 import pyengine._C as _C
 from pyengine import reference
+from pyengine.ops import cuda
 from pyengine.ops.common import (
     DTYPE_CODE,
     cell,
@@ -14,12 +15,14 @@ from pyengine.ops.common import (
     check_mask,
     column,
     fail,
+    gpu_backend,
     head_weights,
     instruction_set,
     launched,
     library,
     number,
     traced,
+    triton_kernels,
     unit_stride,
 )
 from pyengine.reference import TiltSample
@@ -249,7 +252,13 @@ def _tilt_sample_gpu(
     position: Tensor,
     gumbel: bool,
 ) -> TiltSample:
-    launched(OP, "reference")
+    backend = gpu_backend(OP, "tilt")
+    launched(OP, backend)
+    if backend != "reference":
+        kernels = cuda if backend == "cuda" else triton_kernels("tilt")
+        assert kernels is not None
+        arguments = (values, weights, mask, temperature, top_k, top_p, min_p, seed, position, gumbel)
+        return TiltSample(*kernels.tilt_sample(unit_stride(logits), *arguments))
     return reference.tilt_sample(
         logits,
         values,
