@@ -13,7 +13,7 @@ from pyengine.ops import cuda
 from pyengine.worlds import reviews
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
-needs_kernels = pytest.mark.skipif(not cuda.available(), reason="built without CUDA kernels")
+needs_kernels = pytest.mark.skipif(not ops.common.cuda_built(), reason="built without CUDA kernels")
 
 COLUMNS = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "seed": 0, "position": 0}
 FILTERS = [

@@ -83,12 +83,17 @@ def triton_kernels(stem: str) -> ModuleType | None:
     return importlib.import_module(f"pyengine.kernels.{stem}")
 
 
+def cuda_built() -> bool:
+    """Whether the CUDA C++ kernels were compiled into this build."""
+    return bool(_C.cuda_architectures())
+
+
 def gpu_backend(op: str, stem: str) -> str:
     """Which of GPU_BACKENDS serves an op that CUDA C++ and Triton both have."""
 
     def there(name: str) -> bool:
         return {
-            "cuda": lambda: bool(_C.cuda_architectures()),
+            "cuda": cuda_built,
             "triton": lambda: triton_kernels(stem) is not None,
             "reference": lambda: True,
         }[name]()
