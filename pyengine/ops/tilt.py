@@ -93,8 +93,8 @@ def tilt_sample(
         ValueError: a shape, dtype, device or parameter is out of range; the message names it. Ranges of
             parameters given as tensors are not read (no host synchronisation).
     """
-    if logits.dim() != 2 or logits.shape[1] == 0:
-        fail(OP, f"logits must have shape [B, V] with V > 0, got {list(logits.shape)}")
+    if logits.dim() != 2 or not 0 < logits.shape[1] < 2**31:
+        fail(OP, f"logits must have shape [B, V] with 0 < V < 2^31, got {list(logits.shape)}")
     check_float(OP, logits, "logits")
     batch, vocab = logits.shape
     if (values is None) != (weights is None):
