@@ -1,31 +1,24 @@
 """tilt_sample beside its PyTorch peers, for the same outputs: token, both log-probabilities, KL.
 
-    make bench                                         # times everything, writes bench/results/tilt.json
-    pytest bench --benchmark-disable -k "not peers"    # smoke run, as in `make test`
-
 One thread, unless threads are what is compared. Peers are the clumsy eager form (softmax + multinomial), three
 inverse-CDF forms by cumsum, the fastest of which counts as the best, that one compiled, the sort-based filters,
-and Gumbel noise by exponential_. Ratios are of medians in this one run. Nothing is reported while the op's tests
-are red.
+and Gumbel noise by exponential_. Ratios are of medians in one run, all taking turns.
 """
 
 from __future__ import annotations
 
-import json
-import os
-import platform
 import statistics
 import subprocess
 import sys
 import time
-from pathlib import Path
+from functools import partial
 
 import pytest
 import torch
 
-from pyengine import _C, ops
+from pyengine import ops
 
-HERE = Path(__file__).parent
+TESTS = ("tilt", "tilt_gumbel", "pool")
 VOCABS = (128_256, 151_936)
 BATCHES = (1, 8, 64)
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -114,14 +107,14 @@ def plain_sum(logits, values, weight):
     return logits.sum(-1), values.sum(-1)
 
 
+PLAIN = "plain sum"
 UNFILTERED = {
     "pyengine": ours,
-    "plain sum": plain_sum,
+    PLAIN: plain_sum,
     "eager multinomial": eager_multinomial,
     "eager cumsum (log_softmax)": cumsum_log_softmax,
     "eager cumsum (softmax)": cumsum_softmax,
     "eager cumsum (softmax, dot)": cumsum_softmax_dot,
-    "compiled cumsum": None,  # the fastest form, by torch.compile
 }
 KINDS = {
     "unfiltered": UNFILTERED,
@@ -129,27 +122,14 @@ KINDS = {
     "top-p 0.95": {"pyengine": lambda *a: ours(*a, top_p=0.95), "eager sort": eager_top_p},
     "gumbel": {"pyengine": lambda *a: ours(*a, method="gumbel"), "eager exponential": eager_gumbel},
 }
-FORMS = [(kind, name) for kind, forms in KINDS.items() for name in forms]
-MEDIANS: dict[tuple[str, int, str, int], dict[str, float]] = {}  # kind, vocab, dtype, batch
 
 
-@pytest.fixture(scope="session", autouse=True)
-def one_thread(request):
-    """Refuses to time an op whose tests are red; then one thread for everybody."""
-    if not request.config.getoption("benchmark_disable"):
-        files = [str(HERE.parent / "tests" / f"test_{name}.py") for name in ("tilt", "tilt_gumbel", "pool")]
-        tests = [sys.executable, "-P", "-m", "pytest", "-q", "-x", *files]
-        if subprocess.run(tests, capture_output=True, cwd=HERE.parent, check=False).returncode:
-            pytest.exit("the op's tests are red: nothing is timed", returncode=1)
+@pytest.fixture
+def one_thread():
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    # glibc gives every half-megabyte result back to the kernel and page-faults it in again, which makes the
-    # peers up to 4x slower, until one larger block was freed: free one, so that they run at their best.
-    torch.ones(7 * 1024 * 1024)
     yield
     torch.set_num_threads(threads)
-    if MEDIANS:
-        report()
 
 
 def inputs(batch, vocab, dtype):
@@ -160,23 +140,42 @@ def inputs(batch, vocab, dtype):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("batch", BATCHES)
 @pytest.mark.parametrize("vocab", VOCABS)
-@pytest.mark.parametrize(("kind", "name"), FORMS)
-def test_ours_and_peers(benchmark, kind, name, vocab, batch, dtype):
-    function = KINDS[kind][name]
-    if function is None:
-        torch._dynamo.reset()
-        function = torch.compile(cumsum_softmax_dot, dynamic=False)
+@pytest.mark.parametrize("kind", KINDS)
+def test_peers(race, rows, one_thread, kind, vocab, batch, dtype):
     logits, values = inputs(batch, vocab, DTYPES[dtype])
-    benchmark.group = f"{kind}, V={vocab}, B={batch}, {dtype}"
-    rounds = max(5, min(200, 400 // batch))
-    benchmark.pedantic(function, (logits, values, 1.0), rounds=rounds, warmup_rounds=2)
-    if benchmark.stats is not None:
-        MEDIANS.setdefault((kind, vocab, dtype, batch), {})[name] = benchmark.stats.stats.median
+    forms = dict(KINDS[kind])
+    if kind == "unfiltered":
+        torch._dynamo.reset()
+        forms["compiled cumsum"] = torch.compile(cumsum_softmax_dot, dynamic=False)
+    peers = {name: partial(form, logits, values, 1.0) for name, form in forms.items() if name != "pyengine"}
+    for peer in peers.values():
+        peer()  # compiles
+    raced = race(
+        partial(forms["pyengine"], logits, values, 1.0), peers, rounds=max(5, min(200, 400 // batch)), warm=True
+    )
+    if raced is None:
+        return
+    times, samples = raced
+    slower = {name: round(t / times["pyengine"], 2) for name, t in times.items() if name not in ("pyengine", PLAIN)}
+    row = {
+        "kind": kind,
+        "vocab": vocab,
+        "dtype": dtype,
+        "batch": batch,
+        "threads": 1,
+        "median_us_per_row": {name: round(t * 1e6 / batch, 1) for name, t in times.items()},
+        "times_slower": slower,
+        "gb_per_s": round((logits.nbytes + values.nbytes) / times["pyengine"] / 1e9, 1),
+    }
+    if PLAIN in times:
+        row["fraction_of_plain_sum_rate"] = round(times[PLAIN] / times["pyengine"], 3)
+        row["best_eager_cumsum"] = min(t for name, t in slower.items() if name.startswith("eager cumsum"))
+    rows.append(row | {"samples": samples if batch > 1 else {name: s[:50] for name, s in samples.items()}})
 
 
 @pytest.mark.parametrize("neighbour", ["idle", "spinning neighbour", "after a torch.mm"])
 @pytest.mark.parametrize("batch", [2, 8, 64])
-def test_two_threads_and_one_as_peers(batch, neighbour):
+def test_two_threads_and_one_as_peers(rows, one_thread, batch, neighbour):
     """In turns, because both must meet the same machine. A neighbour is a process that never sleeps."""
     logits, values = inputs(batch, VOCABS[0], torch.float32)
     square, seconds = torch.randn(256, 256), {1: [], 2: []}
@@ -198,8 +197,17 @@ def test_two_threads_and_one_as_peers(batch, neighbour):
         if spinning:
             spinning.kill()
             spinning.wait()
-    medians = {"pyengine": statistics.median(seconds[2]), "one thread": statistics.median(seconds[1])}
-    MEDIANS[(f"two threads, {neighbour}", VOCABS[0], "fp32", batch)] = medians
+    two, one = statistics.median(seconds[2]), statistics.median(seconds[1])
+    rows.append(
+        {
+            "kind": f"two threads against one, {neighbour}",
+            "vocab": VOCABS[0],
+            "dtype": "fp32",
+            "batch": batch,
+            "median_us_per_row": {"two threads": round(two * 1e6 / batch, 1), "one": round(one * 1e6 / batch, 1)},
+            "times_faster": round(one / two, 3),
+        }
+    )
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -208,42 +216,10 @@ def test_smoke(benchmark, kind):
     logits, values = inputs(2, VOCABS[0], torch.float32)
     kls = []
     for name, form in KINDS[kind].items():
-        if form not in (None, plain_sum):
+        if form is not plain_sum:
             token, _, _, kl = form(logits, values, 1.0)[:4]
             assert ((token >= 0) & (token < VOCABS[0])).all(), name
             kls.append(kl)
     for kl in kls[1:]:
         torch.testing.assert_close(kl, kls[0], atol=2e-3, rtol=1e-3)
     benchmark.pedantic(KINDS[kind]["pyengine"], (logits, values, 1.0), rounds=1)
-
-
-def report() -> None:
-    """Print ratios and keep them beside the raw samples, with what they were measured on."""
-    table = []
-    for (kind, vocab, dtype, batch), medians in sorted(MEDIANS.items()):
-        seconds = medians["pyengine"]
-        rest = {name: round(t / seconds, 2) for name, t in medians.items() if name not in ("pyengine", "plain sum")}
-        size = DTYPES[dtype].itemsize
-        row = {
-            "kind": kind,
-            "vocab": vocab,
-            "dtype": dtype,
-            "batch": batch,
-            "median_us_per_row": {name: round(t * 1e6 / batch, 1) for name, t in medians.items()},
-            "times_slower": rest,
-            "gb_per_s": round(2 * batch * vocab * size / seconds * 1e-9, 1),
-        }
-        if "plain sum" in medians:
-            row["fraction_of_plain_sum_rate"] = round(medians["plain sum"] / seconds, 3)
-            row["best_eager_cumsum"] = min((v for k, v in rest.items() if k.startswith("eager cumsum")), default=None)
-        table.append(row)
-    machine = {
-        "cpu": platform.processor() or platform.machine(),
-        "instruction_set": _C.instruction_set(os.environ.get("PYENGINE_CPU_ISA")),
-        "torch": torch.__version__,
-        "threads": 1,
-        "gpu": "not yet run on a GPU",
-    }
-    (HERE / "results" / "tilt.json").write_text(json.dumps({"machine": machine, "rows": table}, indent=2) + "\n")
-    for row in table:
-        print(json.dumps(row))
