@@ -74,8 +74,8 @@ def race(benchmark):
     """race(ours, peers, rounds, warm): seconds of each, the peers timed once before each round of ours.
 
     Taking turns keeps a machine's drift out of the ratios. `warm` calls each once more, untimed, before its turn,
-    so that all find their inputs in the same cache: for what takes microseconds. Returns (medians, samples), keyed by the peers' names
-    and "pyengine"; None when timing is disabled.
+    so that all find their inputs in the same cache: for what takes microseconds. Returns (medians, samples), keyed
+    by the peers' names and "pyengine"; None when timing is disabled.
     """
 
     def run(
