@@ -29,10 +29,10 @@ struct LogprobKernels {
   // to = softcap * tanh((from + bias) / softcap), or from + bias, or a mere fp32 copy of n elements.
   void (*prepare)(const void* from, DType type, const float* bias, float softcap, int n, float* to);
   float (*maximum)(const float* x, int n);  // drops NaN
-  // Sums of x * scale relative to top * scale, which becomes m. The fast form gives NaN where an element is
-  // -inf or NaN, and rounds top * scale: a thousandth of a bit at 10^4. The careful one gives NaN only for
-  // NaN.
-  BlockMoments (*moments)(const float* x, int n, float scale, float top);
+  // Sums of x * scale relative to `shift` (log2 units), and the largest x. NaN where an element is -inf or
+  // NaN, infinite where one lies far above the shift; `careful_moments`, relative to `top`, the block's
+  // largest x or 0, then settles it: NaN only for NaN.
+  BlockMoments (*moments)(const float* x, int n, float scale, float shift, float& top);
   BlockMoments (*careful_moments)(const float* x, int n, float scale, float top);
   // to = p * (by_logp + by_entropy * (ln p + entropy)) * (1 - (x / softcap)^2), p = 2^(x * scale - lse_log2).
   void (*gradient)(const float* x, int n, float scale, float lse_log2, float by_logp, float by_entropy,

@@ -6,8 +6,8 @@ namespace {
 
 using pyengine::BlockMoments;
 
-// Vectors in flight: one exp2 an element, so four hide its latency where tilt's two exps need two.
-constexpr int kUnroll = 4;
+// Vectors in flight: two fill the pipes; four spill registers.
+constexpr int kUnroll = 2;
 constexpr int kStep = kLanes * kUnroll;
 static_assert(pyengine::kBlock % kStep == 0, "a whole block needs no padding");
 
@@ -41,16 +41,18 @@ float maximum(const float* x, int n) {
   return max_lane(best[0]);
 }
 
+// Relative to `shift`, in log2 units; when careful to top * scale, and then -inf drops out by selection.
 template <bool kCareful>
-BlockMoments moments(const float* x, int n, float scale, float top) {
+BlockMoments moments(const float* x, int n, float scale, float shift, float& top) {
   constexpr int N = kUnroll;
-  const float shift = top * scale;
   const Vec zero = {};
-  Vec s[N] = {}, s2[N] = {}, w[N] = {};
+  Vec s[N] = {}, s2[N] = {}, w[N] = {}, best[N];
+  PYENGINE_EACH best[u] = splat(-INFINITY);
   for (int i = 0; i < n; i += kStep) {
     Vec d[N], e[N];
     PYENGINE_EACH {
       const Vec z = load(x + i + u * kLanes);
+      if (!kCareful) best[u] = max(z, best[u]);
       d[u] = kCareful ? (z - top) * scale : z * scale - shift;
       e[u] = d[u];
     }
@@ -65,9 +67,21 @@ BlockMoments moments(const float* x, int n, float scale, float top) {
     }
   }
   for (int half = N / 2; half > 0; half /= 2)
-    for (int u = 0; u < half; ++u) s[u] += s[u + half], s2[u] += s2[u + half], w[u] += w[u + half];
+    for (int u = 0; u < half; ++u) {
+      s[u] += s[u + half], s2[u] += s2[u + half], w[u] += w[u + half];
+      best[u] = max(best[u], best[u + half]);
+    }
   const double m = kCareful ? double(top) * scale : shift;
+  if (!kCareful) top = max_lane(best[0]);
   return BlockMoments{m, sum_lanes(s[0]), sum_lanes(s2[0]), sum_lanes(w[0])};
+}
+
+BlockMoments fast_moments(const float* x, int n, float scale, float shift, float& top) {
+  return moments<false>(x, n, scale, shift, top);
+}
+
+BlockMoments careful_moments(const float* x, int n, float scale, float top) {
+  return moments<true>(x, n, scale, 0.0f, top);
 }
 
 template <bool kEntropy, bool kSoftcap>
@@ -108,5 +122,5 @@ void any_gradient(const float* x, int n, float scale, float lse_log2, float by_l
 namespace pyengine {
 extern const LogprobKernels PYENGINE_PASTE(logprob_kernels_, PYENGINE_ISA);
 const LogprobKernels PYENGINE_PASTE(logprob_kernels_, PYENGINE_ISA) = {
-    PYENGINE_STRING(PYENGINE_ISA), kStep, prepare, maximum, moments<false>, moments<true>, any_gradient};
+    PYENGINE_STRING(PYENGINE_ISA), kStep, prepare, maximum, fast_moments, careful_moments, any_gradient};
 }  // namespace pyengine
