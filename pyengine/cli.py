@@ -248,16 +248,18 @@ def report() -> Iterator[tuple[str, str]]:
     yield "python", f"{platform.python_version()} on {platform.machine()}"
     for package in ("torch", "transformers", "tokenizers", "safetensors"):
         yield package, importlib.metadata.version(package)
-    yield "CPU kernels", f"C++ with {_C.instruction_set(ops.common.FORCED_ISA)}, built by {_C.compiler()}"
+    yield "CPU kernels", f"C++ with {ops.common.instruction_set()}, built by {_C.compiler()}"
+    built = ", ".join(_C.cuda_architectures())
+    yield "CUDA kernels", f"built for {built}" if built else "not built (needs nvcc; PYENGINE_CUDA=ON insists)"
     yield "threads", str(torch.get_num_threads())
     if torch.cuda.is_available():
-        yield "GPU", f"{torch.cuda.get_device_name()}; ops run their PyTorch reference, no CUDA kernel is built yet"
+        yield "GPU", f"{torch.cuda.get_device_name()}; tilt_sample runs {ops.common.gpu_backend('info', 'tilt')}"
     elif torch.version.cuda is None:
         yield "GPU", f"missing: torch {torch.__version__} is built without CUDA"
     else:
         yield "GPU", f"missing: torch is built for CUDA {torch.version.cuda}, but finds no device"
     for package, use in (
-        ("triton", "no kernel uses it yet"),
+        ("triton", "GPU kernels of all ops"),
         ("flash_attn", "optional attention backend, not used yet"),
     ):
         try:

@@ -186,7 +186,7 @@ def test_demo_shows_every_strategy_and_writes_the_picture(run, tmp_path):
 def test_info_names_versions_and_what_is_missing(run):
     code, out, _ = run("info")
     assert code == 0
-    for word in ("tilt-engine", "torch", "CPU kernels", "GPU", "triton"):
+    for word in ("tilt-engine", "torch", "CPU kernels", "CUDA kernels", "GPU", "triton"):
         assert word in out
 
 

@@ -4,9 +4,8 @@
 #include "tilt.h"
 
 #include <algorithm>
-#include <array>
-#include <cstring>
 
+#include "dispatch.h"
 #include "pool.h"
 #include "tilt_row.h"
 
@@ -91,19 +90,10 @@ void finish_row(const TiltArgs& args, int64_t i, const RowSums& sums, const Winn
 
 const TiltKernels* tilt_kernels(const char* forced) {
 #if defined(__x86_64__)
-  __builtin_cpu_init();
-  const bool avx2 =
-      __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
-  const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-  const std::array<const TiltKernels*, 3> found = {
-      avx512 ? &tilt_kernels_avx512 : nullptr, avx2 ? &tilt_kernels_avx2 : nullptr, &tilt_kernels_portable};
+  return choose({&tilt_kernels_avx512, &tilt_kernels_avx2, &tilt_kernels_portable}, forced);
 #else
-  const std::array<const TiltKernels*, 1> found = {&tilt_kernels_portable};
+  return choose({&tilt_kernels_portable}, forced);
 #endif
-  for (const TiltKernels* kernels : found)
-    if (kernels && (!forced || std::strcmp(forced, kernels->name) == 0)) return kernels;
-  return nullptr;
 }
 
 int worthwhile(const TiltArgs& args, int threads) {

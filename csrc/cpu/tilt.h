@@ -1,33 +1,11 @@
-// What the CPU backend of tilt_sample takes, and the table of vector kernels that drives it.
+// The CPU backend of tilt_sample and the table of vector kernels that it drives.
 #pragma once
 
 #include <cstdint>
 
-#include "../algebra.h"
+#include "../tilt_args.h"
 
 namespace pyengine {
-
-// All pointers are borrowed for the call. Strides are in elements; a stride of 0 repeats the value.
-struct TiltArgs {
-  int64_t batch, vocab, heads;
-  const void* logits;  // [batch, vocab], unit stride along vocab
-  DType logits_type;
-  int64_t logits_stride;
-  const void* values;  // [heads, batch, vocab], unit stride along vocab; unused when heads == 0
-  DType values_type;
-  int64_t values_stride_head, values_stride_row;
-  const float* weights;  // [batch, heads]
-  int64_t weights_stride_row, weights_stride_head;
-  const bool* mask;  // [batch, vocab], unit stride along vocab; null allows every token
-  int64_t mask_stride;
-  const float *temperature, *top_p, *min_p;  // [batch]
-  const int64_t *top_k, *seed, *position;    // [batch]
-  int64_t temperature_stride, top_p_stride, min_p_stride, top_k_stride, seed_stride, position_stride;
-  bool gumbel;
-  int64_t* token;  // [batch]
-  float *logp_base, *logp_policy, *kl;
-  bool* valid;
-};
 
 // One block of one row as the vector kernels see it: at most kBlock tokens, n of them after padding to
 // whole loop steps with logits of -inf. The tilted logit is logit + (delta + ratio * head), in the logits'
