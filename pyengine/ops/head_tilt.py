@@ -18,6 +18,7 @@ from pyengine.ops.common import (
     launched,
     library,
 )
+from pyengine.ops.logit_tiles import triton_runs
 from pyengine.ops.tilt import tilt_finish, tilt_fold, tilt_sample, tilt_state
 from pyengine.reference import TiltSample
 
@@ -212,10 +213,11 @@ def _head_tilt_sample(
     filtered: bool,
 ) -> TiltSample:
     heads = (hidden, weight, bias, value_hidden, value_weight, value_bias, weights, mask, softcap)
-    fits = len(hidden) <= (FUSED_ROWS_GPU if hidden.is_cuda else FUSED_ROWS)
+    gpu = triton_runs(hidden)
+    fits = len(hidden) <= (FUSED_ROWS_GPU if gpu else FUSED_ROWS)
     if filtered or not fits:
         return _in_two_steps(*heads, temperature, top_k, top_p, min_p, seed, position)
-    if not hidden.is_cuda:
+    if not gpu:
         return _fused_cpu(*heads, temperature, seed, position)
     kernels = common.triton_kernels("head_tilt")
     if kernels is None:
