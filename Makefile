@@ -30,9 +30,10 @@ format: $(READY)
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(CXX_SOURCES)
 
-# Timings with peers side by side; writes bench/results/tilt.json.
+# Timings with peers side by side, about half an hour on a quiet machine; writes bench/results/*.json.
 bench: $(READY)
-	$(BIN)/pytest bench/bench_tilt.py
+	$(PIP) -c constraints.txt --no-build-isolation -e '.[bench]'
+	$(BIN)/pytest bench
 
 # Record what each CUDA kernel takes of a GPU; needs nvcc, no GPU.
 cuda-resources: $(READY)

@@ -40,7 +40,7 @@ def test_peers(race, rows, heads, dtype, threads):
     given, before = problem(heads, DTYPES[dtype]), torch.get_num_threads()
     torch.set_num_threads(threads)
     peers = {"einsum (the probe alone)": lambda: einsum(*given), "PyTorch": lambda: pytorch(*given)}
-    raced = race(lambda: ours(*given), peers, rounds=200)
+    raced = race(lambda: ours(*given), peers, rounds=200, warm=True)
     torch.set_num_threads(before)
     if raced is None:
         return

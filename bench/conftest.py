@@ -53,9 +53,10 @@ def rows(request):
     stem = request.module.__name__.rpartition("bench_")[2]
     timing = not request.config.getoption("benchmark_disable")
     if timing:
-        tests = [sys.executable, "-P", "-m", "pytest", "-q", "-x", str(HERE.parent / "tests" / f"test_{stem}.py")]
+        files = [str(HERE.parent / "tests" / f"test_{name}.py") for name in getattr(request.module, "TESTS", [stem])]
+        tests = [sys.executable, "-P", "-m", "pytest", "-q", "-x", *files]
         if subprocess.run(tests, capture_output=True, cwd=HERE.parent, check=False).returncode:
-            pytest.exit(f"tests/test_{stem}.py is red: nothing is timed", returncode=1)
+            pytest.exit(f"the tests of {stem} are red: nothing is timed", returncode=1)
     # glibc gives every half-megabyte result back to the kernel and page-faults it in again, which makes the
     # peers up to 4x slower, until one larger block was freed: free one, so that they run at their best.
     torch.ones(7 * 1024 * 1024)
@@ -70,20 +71,27 @@ def rows(request):
 
 @pytest.fixture
 def race(benchmark):
-    """race(ours, peers, rounds): seconds of each, the peers timed once before each round of ours.
+    """race(ours, peers, rounds, warm): seconds of each, the peers timed once before each round of ours.
 
-    Taking turns keeps a machine's drift out of the ratios. Returns (medians, samples), keyed by the peers' names
-    and "pyengine"; None when timing is disabled.
+    Taking turns keeps a machine's drift out of the ratios. `warm` calls each once more, untimed, before its turn,
+    so that all find their inputs in the same cache: for what takes microseconds. Returns (medians, samples), keyed
+    by the peers' names and "pyengine"; None when timing is disabled.
     """
 
-    def run(ours: Callable[[], object], peers: dict[str, Callable[[], object]], rounds: int) -> Race | None:
+    def run(
+        ours: Callable[[], object], peers: dict[str, Callable[[], object]], rounds: int, warm: bool = False
+    ) -> Race | None:
         samples: dict[str, list[float]] = {name: [] for name in peers}
 
         def take_turns():
             for name, peer in peers.items():
+                if warm:
+                    peer()
                 start = time.perf_counter()
                 peer()
                 samples[name].append(time.perf_counter() - start)
+            if warm:
+                ours()
             return (), {}
 
         benchmark.pedantic(ours, setup=take_turns, rounds=rounds, warmup_rounds=1 if rounds > 1 else 0)

@@ -13,7 +13,7 @@ from pyengine import ops
 
 def test_results_do_not_depend_on_the_threads():
     torch.manual_seed(14)
-    logits, values = torch.randn(37, 30_000), torch.randn(1, 37, 30_000)
+    logits, values = torch.randn(37, 60_000), torch.randn(1, 37, 60_000)
     threads, results = torch.get_num_threads(), []
     try:
         for count in (1, 2, 5):
@@ -30,7 +30,7 @@ def test_results_do_not_depend_on_the_threads():
 def test_callers_of_their_own_threads_do_not_meet():
     """The pool serves one of them at a time; the others work alone."""
     torch.manual_seed(15)
-    logits = torch.randn(40, 20_000)
+    logits = torch.randn(40, 30_000)
     want = ops.tilt_sample(logits, seed=1).token
     with ThreadPoolExecutor(6) as callers:
         found = list(callers.map(lambda _: ops.tilt_sample(logits, seed=1).token, range(60)))
@@ -43,7 +43,7 @@ def test_works_in_a_forked_child():
 import os, torch
 from pyengine import ops
 torch.set_num_threads(2)
-logits = torch.randn(40, 20_000)
+logits = torch.randn(40, 30_000)
 want = ops.tilt_sample(logits, seed=1).token
 child = os.fork()
 if child == 0:

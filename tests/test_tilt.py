@@ -336,6 +336,23 @@ def test_logits_of_any_magnitude(isa):
     torch.testing.assert_close(out.logp_base, want.logp_base, atol=1e-3, rtol=1e-5)
 
 
+@pytest.mark.parametrize("temperature", [1e-4, 0.02, 0.2, 1e6, 3e38])
+@pytest.mark.parametrize("heads", [0, 1])
+def test_temperatures_of_any_size(isa, temperature, heads):
+    """Scaled logits reach 10^5: shifts beyond the table's, beyond the rounding constant's, and denormal weights."""
+    torch.manual_seed(17)
+    logits, values = torch.randn(6, 3000) * 3, torch.randn(1, 6, 3000) if heads else None
+    for parameters in ({}, {"top_p": 0.8999}, {"top_k": 20}, {"method": "gumbel"}):
+        arguments = (logits, values, 0.7 if heads else None)
+        parameters |= {"temperature": temperature, "seed": torch.arange(6)}
+        found, want = ops.tilt_sample(*arguments, **parameters), expected(*arguments, **parameters)
+        assert found.valid.all()
+        assert torch.equal(found.token, want.token)
+        scaled = 40 / min(temperature, 1.0)  # fp32 rounds a tilted logit of this size
+        torch.testing.assert_close(found.logp_policy, want.logp_policy, atol=1e-7 * scaled + 1e-5, rtol=1e-5)
+        torch.testing.assert_close(found.kl, want.kl, atol=1e-7 * scaled + 1e-5, rtol=1e-5)
+
+
 @pytest.mark.parametrize("forbidden", [1024, 2048, 2500])
 def test_leading_blocks_that_are_forbidden(isa, forbidden):
     """Sums are relative to the first block that has a finite maximum; far from 0 a default would underflow."""
@@ -441,6 +458,7 @@ def test_compiles_without_graph_breaks():
     ("change", "message"),
     [
         ({"logits": torch.zeros(3)}, r"logits must have shape \[B, V\]"),
+        ({"logits": torch.zeros(1, 1).expand(2, 2**31)}, r"0 < V < 2\^31"),
         ({"logits": torch.zeros(2, 3, dtype=torch.int64)}, "float32, bfloat16 or float16"),
         ({"values": torch.zeros(1, 2, 4)}, r"values must have shape \[R, 2, 3\]"),
         ({"values": torch.zeros(1, 2, 3, device="meta")}, "values are on meta, logits on cpu"),

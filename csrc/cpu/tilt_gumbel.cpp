@@ -62,7 +62,7 @@ void contend(Row& row, Scratch& s, int64_t first_id, Winner& winner) {
          i += lanes)
       for (; bits; bits &= bits - 1) {
         const int at = i + __builtin_ctz(bits);
-        challenge(row, start + at, id + at, noisy(row.at(start + at).tilt, words[at]), winner);
+        challenge(row, start + at, id + at, noisy(row.exact_tilt(start + at), words[at]), winner);
       }
   }
 }
@@ -85,7 +85,7 @@ void contend_candidates(const Row& row, Scratch& s, double shift, Winner& winner
         block == ready ? s.words[size_t(id % kBlock)]
                        : philox(seed_of(row), position_of(row), kGumbelStream, uint32_t(id / 4)).x[id % 4];
     if (double(word) * 0x1p-32 > most) continue;
-    challenge(row, id, id, noisy(row.at(id).tilt, word), winner);
+    challenge(row, id, id, noisy(row.exact_tilt(id), word), winner);
     allowance = 1.25 * exp2(shift - winner.score);
   }
 }

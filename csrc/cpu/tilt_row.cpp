@@ -89,26 +89,40 @@ void Row::read(int64_t b, bool fp32) {
   }
 }
 
+float Row::one(const void* data, DType type, int64_t at) const {
+  float x;
+  kernels.widen(element(data, type, at), type, 1, &x);
+  return x;
+}
+
 Winner Row::at(int64_t id) const {
-  const auto one = [&](const void* data, DType type, int64_t at) {
-    float x;
-    kernels.widen(element(data, type, at), type, 1, &x);
-    return double(x);
-  };
-  const double log2e = 1 / kLn2;
+  const float logit = one(args.logits, args.logits_type, index * args.logits_stride + id);
+  float delta = 0, tilted = logit;
+  for (int64_t r = 0, seen = 0; r < args.heads; ++r) {
+    const float ratio = ratios[size_t(r)];
+    if (ratio == 0.0f) continue;
+    const int64_t from = r * args.values_stride_head + index * args.values_stride_row + id;
+    const float value = one(args.values, args.values_type, from);
+    tilted = seen++ ? logit + std::fma(value, ratio, delta) : std::fma(value, ratio, logit);
+    delta = std::fma(value, ratio, delta);
+  }
   Winner w;
   w.id = double(id);
-  w.base = one(args.logits, args.logits_type, index * args.logits_stride + id) * log2e /
-           double(temperature_of(args, index));
-  w.tilt = w.base;
+  w.base = double(logit) * block.scale;
+  w.tilt = double(tilted) * block.scale;
+  return w;
+}
+
+double Row::exact_tilt(int64_t id) const {
+  double x = one(args.logits, args.logits_type, index * args.logits_stride + id);
+  x /= double(temperature_of(args, index));
   for (int64_t r = 0; r < args.heads; ++r) {
     if (ratios[size_t(r)] == 0.0f) continue;
-    const double weight = args.weights[index * args.weights_stride_row + r * args.weights_stride_head];
-    w.tilt +=
-        weight * log2e *
-        one(args.values, args.values_type, r * args.values_stride_head + index * args.values_stride_row + id);
+    const int64_t from = r * args.values_stride_head + index * args.values_stride_row + id;
+    x += double(args.weights[index * args.weights_stride_row + r * args.weights_stride_head]) *
+         one(args.values, args.values_type, from);
   }
-  return w;
+  return x / kLn2;
 }
 
 float Row::top(int64_t b, bool tilted) {

@@ -36,12 +36,16 @@ struct Row {
   // Blocks of one type, with one head at most and no mask, are read in place. Others, and the ragged last
   // one, go through fp32 scratch; so does everything where the caller asks for fp32.
   void read(int64_t b, bool fp32);
-  // Base and tilted logit of an allowed token, in log2 units and double.
+  // Base and tilted logit of an allowed token, in log2 units, rounded as the sums round them, so that the
+  // log-probability of a certain token is 0.
   Winner at(int64_t id) const;
+  // The tilted logit as the definition has it, in log2 units.
+  double exact_tilt(int64_t id) const;
   // The maximum of the tilted logits over block b, or of the base logits.
   float top(int64_t b, bool tilted);
 
  private:
+  float one(const void* data, DType type, int64_t at) const;
   const float* floats(const void* data, DType type, int64_t at, bool copy, float pad, float* scratch) const;
 };
 

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from pyengine.ops import common
 from pyengine.ops.common import (
     check_float,
     check_mask,
@@ -17,6 +17,7 @@ from pyengine.ops.common import (
     instruction_set,
     launched,
     library,
+    triton_kernels,
 )
 from pyengine.ops.logit_tiles import triton_runs
 from pyengine.ops.tilt import tilt_finish, tilt_fold, tilt_sample, tilt_state
@@ -115,115 +116,76 @@ def head_tilt_sample(
         None if heads == 0 else head_weights(OP, weights, heads, batch, device),
         None if mask is None else check_mask(OP, mask, batch, vocab, device),
         softcap,
-        *(
-            column(OP, value, name, batch, device)
-            for name, value in (
-                ("temperature", temperature),
-                ("top_k", top_k),
-                ("top_p", top_p),
-                ("min_p", min_p),
-                ("seed", seed),
-                ("position", position),
-            )
-        ),
+        column(OP, temperature, "temperature", batch, device),
+        column(OP, top_k, "top_k", batch, device),
+        column(OP, top_p, "top_p", batch, device),
+        column(OP, min_p, "min_p", batch, device),
+        column(OP, seed, "seed", batch, device),
+        column(OP, position, "position", batch, device),
         filtered,
     )
     return TiltSample(*result)
 
 
-def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, softcap: float | None) -> Tensor:
-    z = hidden @ weight.T
-    if bias is not None:
-        z = z.float() + bias
-    return z if softcap is None else softcap * torch.tanh(z.float() / softcap)
+class _Heads(NamedTuple):
+    """Both heads and what they read; checked."""
+
+    hidden: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    value_hidden: Tensor | None
+    value_weight: Tensor | None
+    value_bias: Tensor | None
+    weights: Tensor | None
+    mask: Tensor | None
+    softcap: float | None
+
+    def products(self, at: slice) -> tuple[Tensor, Tensor | None]:
+        """Logits [B, n] and values [R, B, n] of the vocabulary's slice `at`."""
+        z = self.hidden @ self.weight[at].T
+        if self.bias is not None:
+            z = z.float() + self.bias[at]
+        if self.softcap is not None:
+            z = self.softcap * torch.tanh(z.float() / self.softcap)
+        if self.value_hidden is None or self.value_weight is None:
+            return z, None
+        values = self.value_hidden @ self.value_weight[:, at].mT
+        return z, values if self.value_bias is None else values.float() + self.value_bias[:, None, at]
 
 
-def _values(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """[R, B, V] from hidden [B, Dv] and weight [R, V, Dv]."""
-    values = hidden @ weight.mT
-    return values if bias is None else values.float() + bias[:, None]
+_COLUMNS = ("temperature", "top_k", "top_p", "min_p", "seed", "position")
 
 
-def _in_two_steps(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    value_hidden: Tensor | None,
-    value_weight: Tensor | None,
-    value_bias: Tensor | None,
-    weights: Tensor | None,
-    mask: Tensor | None,
-    softcap: float | None,
-    *columns: Tensor,
-) -> TiltSample:
+def _in_two_steps(heads: _Heads, columns: dict[str, Tensor]) -> TiltSample:
     launched(OP, "in two steps")
-    values = None
-    if value_hidden is not None and value_weight is not None:
-        values = _values(value_hidden, value_weight, value_bias)
-    names = ("temperature", "top_k", "top_p", "min_p", "seed", "position")
-    parameters = dict(zip(names, columns, strict=True))
-    logits = _logits(hidden, weight, bias, softcap)
-    return tilt_sample(logits, values, weights, mask=mask, method="gumbel", **parameters)
+    logits, values = heads.products(slice(None))
+    return tilt_sample(logits, values, heads.weights, mask=heads.mask, method="gumbel", **columns)
 
 
-def _fused_cpu(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    value_hidden: Tensor | None,
-    value_weight: Tensor | None,
-    value_bias: Tensor | None,
-    weights: Tensor | None,
-    mask: Tensor | None,
-    softcap: float | None,
-    temperature: Tensor,
-    seed: Tensor,
-    position: Tensor,
-) -> TiltSample:
+def _fused_cpu(heads: _Heads, temperature: Tensor, seed: Tensor, position: Tensor) -> TiltSample:
     launched(OP, instruction_set())
-    state = tilt_state(len(hidden))
-    for start in range(0, len(weight), COLUMNS):
+    state = tilt_state(len(heads.hidden))
+    for start in range(0, len(heads.weight), COLUMNS):
         at = slice(start, start + COLUMNS)
-        values = None
-        if value_hidden is not None and value_weight is not None:
-            values = _values(value_hidden, value_weight[:, at], None if value_bias is None else value_bias[:, at])
-        logits = _logits(hidden, weight[at], None if bias is None else bias[at], softcap)
-        tile_mask = None if mask is None else mask[:, at]
+        mask = None if heads.mask is None else heads.mask[:, at]
         rows = {"temperature": temperature, "seed": seed, "position": position}
-        tilt_fold(state, logits, values, weights, start, mask=tile_mask, **rows)
+        tilt_fold(state, *heads.products(at), heads.weights, start, mask=mask, **rows)
     return tilt_finish(state, temperature)
 
 
-def _head_tilt_sample(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    value_hidden: Tensor | None,
-    value_weight: Tensor | None,
-    value_bias: Tensor | None,
-    weights: Tensor | None,
-    mask: Tensor | None,
-    softcap: float | None,
-    temperature: Tensor,
-    top_k: Tensor,
-    top_p: Tensor,
-    min_p: Tensor,
-    seed: Tensor,
-    position: Tensor,
-    filtered: bool,
-) -> TiltSample:
-    heads = (hidden, weight, bias, value_hidden, value_weight, value_bias, weights, mask, softcap)
-    gpu = triton_runs(hidden)
-    fits = len(hidden) <= (FUSED_ROWS_GPU if gpu else FUSED_ROWS)
-    if filtered or not fits:
-        return _in_two_steps(*heads, temperature, top_k, top_p, min_p, seed, position)
-    if not gpu:
-        return _fused_cpu(*heads, temperature, seed, position)
-    kernels = common.triton_kernels("head_tilt")
+def _head_tilt_sample(*arguments: Any) -> TiltSample:
+    heads, (*rows, filtered) = _Heads(*arguments[:9]), arguments[9:]
+    columns = dict(zip(_COLUMNS, rows, strict=True))
+    on_gpu = triton_runs(heads.hidden)
+    kernels = triton_kernels("head_tilt") if on_gpu else None
+    fits = len(heads.hidden) <= (FUSED_ROWS_GPU if on_gpu else FUSED_ROWS)
+    if filtered or not fits or (on_gpu and kernels is None):
+        return _in_two_steps(heads, columns)
+    unfiltered = [columns[name] for name in ("temperature", "seed", "position")]
     if kernels is None:
-        return _in_two_steps(*heads, temperature, top_k, top_p, min_p, seed, position)
+        return _fused_cpu(heads, *unfiltered)
     launched(OP, "triton")
-    return TiltSample(*kernels.head_tilt_sample(*heads, temperature, seed, position))
+    return TiltSample(*kernels.head_tilt_sample(*heads, *unfiltered))
 
 
 def _fake(hidden: Tensor, *_: object) -> tuple[Tensor, ...]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -115,32 +116,21 @@ def select_block(
     return BlockSelection(*torch.ops.pyengine.select_block(*arguments))
 
 
-def _select_block_gpu(
-    scores: Tensor | None,
-    hidden: Tensor | None,
-    probe: Tensor | None,
-    weights: Tensor,
-    against: Tensor | None,
-    lsc: bool,
-    beta: float,
-    seed: Tensor,
-    position: Tensor,
-) -> BlockSelection:
+def _select_block_gpu(scores: Tensor | None, hidden: Tensor | None, probe: Tensor | None, *rest: Any) -> BlockSelection:
+    """rest: weights, reference, lsc, beta, seed, position."""
     backend = gpu_backend(OP, "select_block")
     launched(OP, backend)
     if backend != "reference":
         kernels = cuda if backend == "cuda" else triton_kernels("select_block")
         assert kernels is not None
-        arguments = (scores, hidden, probe, weights, against, lsc, beta, seed, position)
-        return BlockSelection(*kernels.select_block(*arguments))
+        return BlockSelection(*kernels.select_block(scores, hidden, probe, *rest))
+    weights, against, lsc, beta, seed, position = rest
     if scores is None:
         assert hidden is not None
         assert probe is not None
         scores = hidden.double() @ probe.double().T
-    transform = "lsc" if lsc else "identity"
-    return reference.select_block(
-        scores, weights, against, transform=transform, beta=beta, seed=seed, position=position
-    )
+    options = {"transform": "lsc" if lsc else "identity", "beta": beta, "seed": seed, "position": position}
+    return reference.select_block(scores, weights, against, **options)
 
 
 def _select_block_cpu(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -91,8 +93,8 @@ def tilt_sample(
         ValueError: a shape, dtype, device or parameter is out of range; the message names it. Ranges of
             parameters given as tensors are not read (no host synchronisation).
     """
-    if logits.dim() != 2 or logits.shape[1] == 0:
-        fail(OP, f"logits must have shape [B, V] with V > 0, got {list(logits.shape)}")
+    if logits.dim() != 2 or not 0 < logits.shape[1] < 2**31:
+        fail(OP, f"logits must have shape [B, V] with 0 < V < 2^31, got {list(logits.shape)}")
     check_float(OP, logits, "logits")
     batch, vocab = logits.shape
     if (values is None) != (weights is None):
@@ -240,38 +242,19 @@ def tilt_finish(state: Tensor, temperature: Tensor | float) -> TiltSample:
 
 
 def _tilt_sample_gpu(
-    logits: Tensor,
-    values: Tensor | None,
-    weights: Tensor | None,
-    mask: Tensor | None,
-    temperature: Tensor,
-    top_k: Tensor,
-    top_p: Tensor,
-    min_p: Tensor,
-    seed: Tensor,
-    position: Tensor,
-    gumbel: bool,
+    logits: Tensor, values: Tensor | None, weights: Tensor | None, mask: Tensor | None, *rest: Any
 ) -> TiltSample:
+    """rest: temperature, top_k, top_p, min_p, seed, position, gumbel."""
     backend = gpu_backend(OP, "tilt")
     launched(OP, backend)
-    if backend != "reference":
-        kernels = cuda if backend == "cuda" else triton_kernels("tilt")
-        assert kernels is not None
-        arguments = (values, weights, mask, temperature, top_k, top_p, min_p, seed, position, gumbel)
-        return TiltSample(*kernels.tilt_sample(unit_stride(logits), *arguments))
-    return reference.tilt_sample(
-        logits,
-        values,
-        weights,
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
-        min_p=min_p,
-        seed=seed,
-        position=position,
-        mask=mask,
-        method="gumbel" if gumbel else "inverse",
-    )
+    if backend == "reference":
+        names = ("temperature", "top_k", "top_p", "min_p", "seed", "position")
+        columns = dict(zip(names, rest[:-1], strict=True))
+        method = "gumbel" if rest[-1] else "inverse"
+        return reference.tilt_sample(logits, values, weights, mask=mask, method=method, **columns)
+    kernels = cuda if backend == "cuda" else triton_kernels("tilt")
+    assert kernels is not None
+    return TiltSample(*kernels.tilt_sample(unit_stride(logits), values, weights, mask, *rest))
 
 
 def _tilt_sample_fake(logits: Tensor, *_: object) -> tuple[Tensor, ...]:
