@@ -39,7 +39,7 @@ def eager_multinomial(logits, values, weight):
 
 def inverse_cdf(policy):
     cdf = policy.cumsum(-1)
-    return torch.searchsorted(cdf, torch.rand(len(cdf), 1) * cdf[:, -1:]).clamp_(max=cdf.shape[-1] - 1)
+    return torch.searchsorted(cdf, torch.rand_like(cdf[:, :1]) * cdf[:, -1:]).clamp_(max=cdf.shape[-1] - 1)
 
 
 def cumsum_log_softmax(logits, values, weight):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 
 import pytest
 import torch
@@ -204,6 +205,173 @@ def test_select_block_kernel_equals_the_reference(beta):
     scores = hidden.double() @ probe.double().T
     found = cuda.select_block(None, hidden, probe, weights, against, True, beta, seed, seed)
     want = reference.select_block(scores, weights, against, transform="lsc", beta=beta, seed=seed, position=seed)
+    assert torch.equal(found.index, want.index)
+    torch.testing.assert_close(found.utility, want.utility, atol=1e-4, rtol=1e-5)
+    torch.testing.assert_close(found.probability, want.probability, atol=1e-4, rtol=0)
+
+
+VOCAB, WIDTH = 5000, 64
+needs_triton = pytest.mark.skipif(ops.common.triton_kernels("tilt") is None, reason="Triton is not installed")
+
+
+def heads(rows, dtype=torch.float32):
+    """Hidden states, an LM head and its bias, on the GPU."""
+    torch.manual_seed(rows)
+    given = torch.randn(rows, WIDTH), torch.randn(VOCAB, WIDTH) * 0.3, torch.randn(VOCAB)
+    return [t.cuda().to(dtype) for t in given]
+
+
+def leaves(tensors, dtype):
+    return [t.detach().to(dtype).requires_grad_() for t in tensors]
+
+
+def assert_near(found, want, dtype):
+    """Half types: what the rounding of the logits and of their gradients leaves."""
+    tolerance = 3e-5 if dtype == torch.float32 else 5e-2
+    torch.testing.assert_close(found.double(), want.double(), atol=tolerance, rtol=tolerance)
+
+
+def assert_gradients(found, want, dtype):
+    tolerance = 1e-4 if dtype == torch.float32 else 3e-2
+    for a, b in zip(found, want, strict=True):
+        assert (a.grad.double() - b.grad).norm() <= tolerance * b.grad.norm()
+
+
+def wpo(chosen, rejected, *_):
+    weight = ((chosen.sampled / chosen.tokens + rejected.sampled / rejected.tokens) / 9).exp().clamp(max=1)
+    return -weight * torch.nn.functional.logsigmoid(0.1 * (chosen.logp - rejected.logp))
+
+
+@needs_kernels
+@needs_triton
+def test_each_op_runs_its_kernel(monkeypatch):
+    """The backend that is first in line serves each op, and one that is asked for is not passed over."""
+    hidden, weight, _ = heads(4, torch.bfloat16)
+    target = torch.randint(0, VOCAB, (4,), device="cuda")
+    logits, pairs = hidden @ weight.T, hidden.view(2, 2, WIDTH)
+    calls = {
+        "tilt_sample": lambda: ops.tilt_sample(logits),
+        "select_block": lambda: ops.select_block(hidden=pairs, probe=weight[:3]),
+        "linear_logprob": lambda: ops.linear_logprob(hidden, weight, target),
+        "logits_logprob": lambda: ops.logits_logprob(logits, target),
+        "linear_preference": lambda: ops.linear_preference(pairs, weight, target.view(2, 2), wpo),
+        "head_tilt_sample": lambda: ops.head_tilt_sample(hidden, weight),
+    }
+    in_cuda = ("tilt_sample", "select_block")
+    for forced in (None, "triton", "reference"):
+        monkeypatch.setattr(ops.common, "FORCED_GPU", forced)
+        for op, call in calls.items():
+            before = ops.LAUNCHES.copy()
+            call()
+            kernel = (forced or "cuda") if op in in_cuda else "triton"
+            assert ops.LAUNCHES - before == {f"{op}/{kernel}": 1}
+
+
+@needs_triton
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_linear_logprob_and_its_gradients(dtype):
+    """More tokens than a tile has, ignored ones, a bias; a bad target is NaN there and nowhere else."""
+    given = heads(ops.logit_tiles.TOKENS_GPU + 3, dtype)
+    target = torch.randint(0, VOCAB, (len(given[0]),), device="cuda")
+    target[::5], target[-1] = -100, VOCAB - 1
+    options = {"temperature": 0.8, "softcap": 12.0}
+    mine, theirs = leaves(given, dtype), leaves(given, torch.float64)
+    found = ops.linear_logprob(*mine[:2], target, bias=mine[2], **options)
+    want = reference.linear_logprob(*theirs[:2], target, bias=theirs[2], **options)
+    for a, b in zip(found, want, strict=True):
+        assert_near(a, b, dtype)
+        assert (a[::5] == 0).all()
+    coefficients = torch.randn(2, len(target), device="cuda")
+    for out in (found, want):
+        (out.logp * coefficients[0] + out.entropy * coefficients[1]).sum().backward()
+    assert_gradients(mine, theirs, dtype)
+    assert (mine[0].grad[::5] == 0).all()
+    target[7] = VOCAB
+    for field, right in zip(ops.linear_logprob(*mine[:2], target, bias=mine[2], **options), found, strict=True):
+        assert field.isnan().nonzero().tolist() == [[7]]
+        assert torch.equal(field[8:], right[8:])
+
+
+@needs_triton
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_logits_logprob_and_its_gradient(dtype):
+    torch.manual_seed(0)
+    logits = (torch.randn(33, VOCAB + 3, device="cuda") * 4).to(dtype)[:, :VOCAB]
+    target = torch.randint(0, VOCAB, (33,), device="cuda")
+    target[2] = -100
+    (mine,), (theirs,) = leaves([logits], dtype), leaves([logits], torch.float64)
+    found, want = ops.logits_logprob(mine, target), reference.logits_logprob(theirs, target)
+    for a, b in zip(found, want, strict=True):
+        torch.testing.assert_close(a.double(), b, atol=1e-5, rtol=1e-5)  # the logits are given: nothing rounds
+    for out in (found, want):
+        (out.logp - 0.5 * out.entropy).sum().backward()
+    assert_gradients([mine], [theirs], dtype)
+
+
+@needs_triton
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("kept", [2**30, 40 * VOCAB, VOCAB], ids=["one chunk", "chunks", "recomputed"])
+def test_linear_preference_and_its_gradients(monkeypatch, kept, dtype):
+    monkeypatch.setattr(sys.modules["pyengine.ops.linear_preference"], "KEPT_LOGITS", kept)
+    hidden, weight, bias = heads(8 * 10, dtype)
+    target = torch.randint(0, VOCAB, (8, 10), device="cuda")
+    target[0, :4] = target[6, 7:] = -100
+    mine = leaves([hidden.view(8, 10, WIDTH), weight, bias], dtype)
+    theirs = leaves([hidden.view(8, 10, WIDTH), weight, bias], torch.float64)
+    found = ops.linear_preference(*mine[:2], target, wpo, bias=mine[2])
+    want = reference.linear_preference(*theirs[:2], target, wpo, bias=theirs[2])
+    for a, b in zip((found.losses, *found.moments), (want.losses, *want.moments), strict=True):
+        assert_near(a, b, dtype)
+    found.loss.backward()
+    want.loss.backward()
+    assert_gradients(mine, theirs, dtype)
+
+
+@needs_triton
+@pytest.mark.parametrize("batch", [1, 17, 64])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_head_tilt_sample_equals_the_reference(dtype, batch):
+    """Products that round differently may turn one near tie of 64; what is drawn alike has the same numbers."""
+    hidden, weight, bias = heads(batch, dtype)
+    value_weight = (torch.randn(2, VOCAB, WIDTH, device="cuda") * 0.1).to(dtype)
+    mask, seed = torch.rand(VOCAB, device="cuda") > 0.1, torch.arange(batch, device="cuda")
+    weights = torch.tensor([1.0, -0.5], device="cuda")
+    found = ops.head_tilt_sample(hidden, weight, value_weight, weights, bias=bias, mask=mask, seed=seed)
+    columns = {
+        name: ops.common.column("test", default, name, batch, hidden.device) for name, default in COLUMNS.items()
+    }
+    want = reference.head_tilt_sample(
+        hidden,
+        weight,
+        hidden,
+        value_weight,
+        weights.expand(batch, -1),
+        bias=bias,
+        value_bias=None,
+        softcap=None,
+        mask=mask.expand(batch, -1),
+        **columns | {"seed": seed},
+    )
+    same = found.token == want.token
+    assert (~same).sum() <= 1
+    assert found.valid.all()
+    for name in ("logp_base", "logp_policy", "kl"):
+        torch.testing.assert_close(*(getattr(out, name)[same] for out in (found, want)), atol=1e-4, rtol=1e-4)
+
+
+@needs_triton
+@pytest.mark.parametrize("backend", ["cuda", "triton"])
+@pytest.mark.parametrize("beta", [0.0, 0.5])
+def test_select_block_of_every_backend_equals_the_reference(monkeypatch, backend, beta):
+    if backend == "cuda" and not ops.common.cuda_built():
+        pytest.skip("built without CUDA kernels")
+    monkeypatch.setattr(ops.common, "FORCED_GPU", backend)
+    torch.manual_seed(1)
+    hidden, probe = torch.randn(64, 16, 4096, device="cuda").bfloat16(), torch.randn(2, 4096, device="cuda") / 64
+    weights, seed = torch.tensor([1.0, -0.3], device="cuda"), torch.arange(64, device="cuda")
+    found = ops.select_block(None, weights, hidden=hidden, probe=probe, beta=beta, seed=seed)
+    scores, drawn = hidden.double() @ probe.double().T, {"transform": "identity", "beta": beta}
+    want = reference.select_block(scores, weights, **drawn, seed=seed, position=torch.zeros_like(seed))
     assert torch.equal(found.index, want.index)
     torch.testing.assert_close(found.utility, want.utility, atol=1e-4, rtol=1e-5)
     torch.testing.assert_close(found.probability, want.probability, atol=1e-4, rtol=0)

@@ -7,13 +7,14 @@ it is imported.
 from __future__ import annotations
 
 import math
+import sys
 
 import pytest
 import torch
 import triton
 import triton.language as tl
 
-from pyengine import reference
+from pyengine import ops, reference
 from pyengine.kernels import algebra, filters, head_tilt, linear_logprob, select_block, tilt
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -467,3 +468,123 @@ def test_select_block_on_scores_that_are_not_finite():
     one = torch.ones(1)
     out = select_block.select_block(*on_device(saturated, None, None, one, None, True, 0.0, *(c[:1] for c in random)))
     assert out[0].item() == 1
+
+
+OP_MODULES = {
+    name: sys.modules[f"pyengine.ops.{name}"] for name in ("linear_logprob", "linear_preference", "head_tilt")
+}
+OP_DTYPES = [FP32, BF16] if DEVICE == "cuda" else [FP32]  # on a CPU no GEMM sums half types in fp32
+TILE_TOKENS, TILE_COLUMNS, HEAD = 5, 1024, {"temperature": 0.8, "softcap": 12.0}
+
+
+@pytest.fixture
+def over_triton(monkeypatch):
+    """pyengine.ops goes over these kernels, in several tiles of tokens and of the vocabulary, on any device."""
+    monkeypatch.setattr(ops.logit_tiles, "TOKENS_GPU", TILE_TOKENS)
+    monkeypatch.setattr(ops.logit_tiles, "COLUMNS", TILE_COLUMNS)
+    monkeypatch.setattr(OP_MODULES["linear_logprob"], "COLUMNS", TILE_COLUMNS)
+    for module in (ops.logit_tiles, *OP_MODULES.values()):
+        monkeypatch.setattr(module, "triton_runs", lambda x: True)
+
+
+def leaves(*tensors):
+    return [t.detach().clone().requires_grad_() for t in tensors]
+
+
+def assert_gradients(found, want, dtype):
+    tolerance = 1e-5 if dtype == FP32 else 3e-2  # the products of half types round
+    for a, b in zip(found, want, strict=True):
+        norm = b.grad.double().norm()
+        assert (a.grad.double().cpu() - b.grad.double()).norm() <= tolerance * norm
+
+
+@pytest.mark.parametrize("dtype", OP_DTYPES)
+def test_ops_linear_logprob(over_triton, dtype):
+    """D16: ignored rows and a bias, in tiles; a bad target is NaN there and nowhere else."""
+    torch.manual_seed(0)
+    given = [torch.randn(12, 40), torch.randn(2500, 40) * 0.3, torch.randn(2500)]
+    given = [t.to(dtype) for t in given]
+    target = torch.randint(0, 2500, (12,))
+    target[3], target[11] = -100, 2499
+    coefficients = torch.randn(2, 12)
+    mine, theirs = leaves(*on_device(*given)), leaves(*(t.double() for t in given))
+    before = ops.LAUNCHES.copy()
+    found = ops.linear_logprob(*mine[:2], *on_device(target), bias=mine[2], **HEAD)
+    want = reference.linear_logprob(*theirs[:2], target, bias=theirs[2], **HEAD)
+    assert (ops.LAUNCHES - before)["linear_logprob/triton"] == 1
+    tolerance = 1e-5 if dtype == FP32 else 5e-2
+    assert_fields([f.detach() for f in found], [f.detach() for f in want], tolerance)
+    for out, c in ((found, coefficients.to(DEVICE)), (want, coefficients)):
+        (out.logp * c[0] + out.entropy * c[1]).sum().backward()
+    assert_gradients(mine, theirs, dtype)
+    target[1] = 2500
+    for field, right in zip(
+        ops.linear_logprob(*mine[:2], *on_device(target), bias=mine[2], **HEAD), found, strict=True
+    ):
+        assert field.isnan().nonzero().tolist() == [[1]]
+        assert torch.equal(field[2:], right[2:])
+    assert ops.linear_logprob(*on_device(given[0][:0], given[1], target[:0])).logp.shape == (0,)
+
+
+@pytest.mark.parametrize("dtype", OP_DTYPES)
+def test_ops_logits_logprob(over_triton, dtype):
+    torch.manual_seed(1)
+    logits, target = (torch.randn(7, 2503) * 4).to(dtype)[:, :2500], torch.randint(0, 2500, (7,))
+    target[2] = -100
+    coefficients = torch.randn(2, 7)
+    (mine,), (theirs,) = leaves(*on_device(logits)), leaves(logits.double())
+    found = ops.logits_logprob(mine, *on_device(target), **HEAD)
+    want = reference.logits_logprob(theirs, target, **HEAD)
+    assert_fields([f.detach() for f in found], [f.detach() for f in want])
+    for out, c in ((found, coefficients.to(DEVICE)), (want, coefficients)):
+        (out.logp * c[0] + out.entropy * c[1]).sum().backward()
+    assert_gradients([mine], [theirs], dtype)
+    bad = logits.clone()
+    bad[0], bad[1, 3], bad[3, 5] = -math.inf, math.nan, math.inf
+    for field in ops.logits_logprob(*on_device(bad, target)):
+        assert field.isnan().tolist() == [True, True, False, True, False, False, False]
+    empty = logits[:0].to(DEVICE).requires_grad_()
+    ops.logits_logprob(empty, *on_device(target[:0])).logp.sum().backward()
+    assert empty.grad.shape == empty.shape
+
+
+def wpo(chosen, rejected, *_):
+    weight = ((chosen.sampled / chosen.tokens + rejected.sampled / rejected.tokens) / 9).exp().clamp(max=1)
+    return -weight * torch.nn.functional.logsigmoid(0.1 * (chosen.logp - rejected.logp))
+
+
+@pytest.mark.parametrize("dtype", OP_DTYPES)
+@pytest.mark.parametrize("kept", [2**30, 12 * 2500, 2500], ids=["one chunk", "chunks", "recomputed"])
+def test_ops_linear_preference(over_triton, monkeypatch, kept, dtype):
+    monkeypatch.setattr(OP_MODULES["linear_preference"], "KEPT_LOGITS", kept)
+    torch.manual_seed(2)
+    given = [torch.randn(6, 4, 40).to(dtype), (torch.randn(2500, 40) * 0.3).to(dtype)]
+    target = torch.randint(0, 2500, (6, 4))
+    target[0, :2] = target[4, 3:] = -100
+    mine, theirs = leaves(*on_device(*given)), leaves(*(t.double() for t in given))
+    before = ops.LAUNCHES.copy()
+    found = ops.linear_preference(*mine, *on_device(target), wpo)
+    want = reference.linear_preference(*theirs, target, wpo)
+    assert (ops.LAUNCHES - before)["linear_preference/triton"] == 1
+    tolerance = 1e-5 if dtype == FP32 else 5e-2
+    assert_fields([found.losses, *found.moments], [want.losses, *want.moments], tolerance)
+    found.loss.backward()
+    want.loss.backward()
+    assert_gradients(mine, theirs, dtype)
+
+
+@pytest.mark.parametrize("filtered", [False, True])
+def test_ops_head_tilt_sample(over_triton, filtered):
+    torch.manual_seed(3)
+    hidden, weight, value_weight = torch.randn(3, 40), torch.randn(1000, 40) * 0.3, torch.randn(1, 1000, 40) * 0.2
+    parameters = columns(3, seed=torch.arange(3), top_k=20 if filtered else 0)
+    before = ops.LAUNCHES.copy()
+    arguments = on_device(hidden, weight, value_weight)
+    off = {} if filtered else {"top_k": 0, "top_p": 1.0, "min_p": 0.0}
+    moved = {name: x.to(DEVICE) for name, x in parameters.items()} | off
+    found = ops.head_tilt_sample(*arguments, 1.5, **moved)
+    form = "in two steps" if filtered else "triton"
+    assert (ops.LAUNCHES - before)[f"head_tilt_sample/{form}"] == 1
+    heads = (hidden, weight, hidden, value_weight, torch.full((3, 1), 1.5))
+    want = reference.head_tilt_sample(*heads, bias=None, value_bias=None, softcap=None, **parameters)
+    assert_same(reference.TiltSample(*(field.cpu() for field in found)), want, 1e-4)

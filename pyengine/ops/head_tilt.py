@@ -19,6 +19,7 @@ from pyengine.ops.common import (
     library,
     triton_kernels,
 )
+from pyengine.ops.logit_tiles import triton_runs
 from pyengine.ops.tilt import tilt_finish, tilt_fold, tilt_sample, tilt_state
 from pyengine.reference import TiltSample
 
@@ -175,7 +176,7 @@ def _fused_cpu(heads: _Heads, temperature: Tensor, seed: Tensor, position: Tenso
 def _head_tilt_sample(*arguments: Any) -> TiltSample:
     heads, (*rows, filtered) = _Heads(*arguments[:9]), arguments[9:]
     columns = dict(zip(_COLUMNS, rows, strict=True))
-    on_gpu = heads.hidden.is_cuda
+    on_gpu = triton_runs(heads.hidden)
     kernels = triton_kernels("head_tilt") if on_gpu else None
     fits = len(heads.hidden) <= (FUSED_ROWS_GPU if on_gpu else FUSED_ROWS)
     if filtered or not fits or (on_gpu and kernels is None):

@@ -204,8 +204,9 @@ def finish(state: Tensor, head: Head, target: Tensor) -> TokenLogprob:
     """The fields in nats from running moments in log2 units; fp64 on a CPU, fp32 on a GPU."""
     if triton_runs(state):
         fields = TokenLogprob(*_triton().finish(state, target, ignore_index=head.ignore_index))
-        wrong = ((target < 0) | (target >= head.vocab)) & (target != head.ignore_index)
-        return fields._replace(logp=fields.logp.masked_fill(wrong, math.nan))
+        outside = ((target < 0) | (target >= head.vocab)) & (target != head.ignore_index)
+        bad = outside | ~fields.lse.isfinite()  # NaN in lse too, so that no gradient passes for right
+        return TokenLogprob(*(field.masked_fill(bad, math.nan) for field in fields))
     m, s, s2, w, wanted, top = state.unbind(-1)
     lse = m + s.log2()
     found = (wanted - m - s.log2(), lse, 2 * m + s2.log2(), top, s.log2() - w / s)
