@@ -481,6 +481,7 @@ TILE_TOKENS, TILE_COLUMNS, HEAD = 5, 1024, {"temperature": 0.8, "softcap": 12.0}
 def over_triton(monkeypatch):
     """pyengine.ops goes over these kernels, in several tiles of tokens and of the vocabulary, on any device."""
     monkeypatch.setattr(ops.logit_tiles, "TOKENS_GPU", TILE_TOKENS)
+    monkeypatch.setattr(ops.logit_tiles, "FUSED_TOKENS", 0)
     monkeypatch.setattr(ops.logit_tiles, "COLUMNS", TILE_COLUMNS)
     monkeypatch.setattr(OP_MODULES["linear_logprob"], "COLUMNS", TILE_COLUMNS)
     for module in (ops.logit_tiles, *OP_MODULES.values()):
@@ -498,9 +499,11 @@ def assert_gradients(found, want, dtype):
         assert (a.grad.double().cpu() - b.grad.double()).norm() <= tolerance * norm
 
 
+@pytest.mark.parametrize("fused_tokens", [0, 128], ids=["tiles", "fused"])
 @pytest.mark.parametrize("dtype", OP_DTYPES)
-def test_ops_linear_logprob(over_triton, dtype):
-    """D16: ignored rows and a bias, in tiles; a bad target is NaN there and nowhere else."""
+def test_ops_linear_logprob(over_triton, monkeypatch, dtype, fused_tokens):
+    """D16: ignored rows and a bias; a bad target is NaN there and nowhere else."""
+    monkeypatch.setattr(ops.logit_tiles, "FUSED_TOKENS", fused_tokens)
     torch.manual_seed(0)
     given = [torch.randn(12, 40), torch.randn(2500, 40) * 0.3, torch.randn(2500)]
     given = [t.to(dtype) for t in given]

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from pyengine.ops import common
+from pyengine.ops import common, logit_tiles
 from pyengine.ops.common import check_float, fail, instruction_set, launched, library
 from pyengine.ops.logit_tiles import (
     COLUMNS,
@@ -27,6 +27,7 @@ from pyengine.ops.logit_tiles import (
     differentiate,
     finish,
     fold,
+    fused,
     gradient_into,
     in_place,
     kept_rows,
@@ -151,6 +152,8 @@ def _linear_logprob(
 ) -> tuple[Tensor, ...]:
     launched(OP, _kernel(hidden))
     head = make_head(weight, bias, temperature, softcap, ignore_index)
+    if triton_runs(hidden) and len(hidden) <= logit_tiles.FUSED_TOKENS:
+        return tuple(fused(hidden, weight, head, target))
     kept = kept_rows(OP, target, head.vocab, ignore_index)
     parts, step = [], tokens(hidden)
     buffer = hidden.new_empty(min(len(kept), step) * min(head.vocab, COLUMNS))

@@ -7,7 +7,7 @@ the hidden states.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -23,6 +23,9 @@ from pyengine.reference import TokenLogprob
 # fp32. On a GPU 4,096 by 4,096 in bf16 is 33 MB, which an H200's 50 MB of L2 hold until it is folded.
 TOKENS, TOKENS_GPU = 1024, 4096
 COLUMNS = 4096
+# Tokens up to which a GPU fuses the forward's product and epilogue in one kernel: there the GEMM waits for the
+# weight's bytes anyway. By reasoning, not yet measured.
+FUSED_TOKENS = 128
 _STATE = 6  # csrc/algebra.h kStateSize
 
 
@@ -203,15 +206,27 @@ def _accumulate(total: Tensor, a: Tensor, b: Tensor, add: bool) -> None:
 def finish(state: Tensor, head: Head, target: Tensor) -> TokenLogprob:
     """The fields in nats from running moments in log2 units; fp64 on a CPU, fp32 on a GPU."""
     if triton_runs(state):
-        fields = TokenLogprob(*_triton().finish(state, target, ignore_index=head.ignore_index))
-        outside = ((target < 0) | (target >= head.vocab)) & (target != head.ignore_index)
-        bad = outside | ~fields.lse.isfinite()  # NaN in lse too, so that no gradient passes for right
-        return TokenLogprob(*(field.masked_fill(bad, math.nan) for field in fields))
+        return _marked(_triton().finish(state, target, ignore_index=head.ignore_index), head, target)
     m, s, s2, w, wanted, top = state.unbind(-1)
     lse = m + s.log2()
     found = (wanted - m - s.log2(), lse, 2 * m + s2.log2(), top, s.log2() - w / s)
     bad = ~lse.isfinite()
     return TokenLogprob(*((field * math.log(2)).masked_fill(bad, math.nan) for field in found))
+
+
+def fused(hidden: Tensor, weight: Tensor, head: Head, target: Tensor) -> TokenLogprob:
+    """The fields from one Triton kernel around the product itself: no tile is written."""
+    numbers = (head.temperature, head.softcap, head.ignore_index)
+    return _marked(_triton().fused_forward(hidden, weight, head.bias, target, *numbers), head, target)
+
+
+def _marked(fields: Sequence[Tensor], head: Head, target: Tensor) -> TokenLogprob:
+    """The fields of the Triton kernels, NaN throughout where the row or its target is bad: so that no gradient
+    passes for right."""
+    out = TokenLogprob(*fields)
+    outside = ((target < 0) | (target >= head.vocab)) & (target != head.ignore_index)
+    bad = outside | ~out.lse.isfinite()
+    return TokenLogprob(*(field.masked_fill(bad, math.nan) for field in out))
 
 
 def kept_rows(op: str, target: Tensor, vocab: int, ignore_index: int) -> Tensor:
