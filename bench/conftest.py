@@ -7,6 +7,7 @@ and write medians and raw samples to bench/results/<stem>.json.
 
 from __future__ import annotations
 
+import ctypes
 import json
 import platform
 import statistics
@@ -116,6 +117,7 @@ def _peak_extra_bytes(work: Callable[[], object]) -> int:
         lines = Path("/proc/self/status").read_text().splitlines()
         return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(field))
 
+    ctypes.CDLL(None).malloc_trim(0)  # else memory that earlier work freed would be used again, unseen
     Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark
     before = status("VmRSS:")
     work()

@@ -155,8 +155,10 @@ def head_tilt(rig: Rig):
             hidden = rig.normal(batch, width)
             tilted = (value_weight, 1.0) if heads else ()
             call = partial(ops.head_tilt_sample, hidden, weight[0], *tilted, seed=1)
-            always, never = (((HEAD, name, rows) for name in ("FUSED_ROWS", "FUSED_ROWS_GPU")) for rows in (10**9, 0))
-            runs = {"pyengine fused": under(call, *always), "pyengine in two steps": under(call, *never)}
+            runs = {
+                "pyengine fused": under(call, (HEAD, "fuses", lambda batch, on_gpu: True)),
+                "pyengine in two steps": under(call, (HEAD, "fuses", lambda batch, on_gpu: False)),
+            }
             row = rig.race("head_tilt_sample", runs, 1.0, kl, batch=batch, width=width, vocab=vocab, value_heads=heads)
             elements = (1 + heads) * vocab * width
             moved, flops = elements * rig.dtype.itemsize, 2 * batch * elements

@@ -57,11 +57,11 @@ def complete(form, vocab, heads):
     return options
 
 
-@pytest.mark.parametrize("rows", [0, 64], ids=["in two steps", "fused"])
+@pytest.mark.parametrize("fused", [False, True], ids=["in two steps", "fused"])
 @pytest.mark.parametrize("heads", [0, 1, 2])
 @pytest.mark.parametrize("name", FORMS)
-def test_equals_the_reference(isa, poisoned, monkeypatch, name, heads, rows):
-    monkeypatch.setattr(module, "FUSED_ROWS", rows)
+def test_equals_the_reference(isa, poisoned, monkeypatch, name, heads, fused):
+    monkeypatch.setattr(module, "fuses", lambda batch, on_gpu: fused)
     given = problem(heads=heads)
     options = complete(FORMS[name], 9000, heads) | {"seed": torch.arange(6), "position": 3}
     found, want = ops.head_tilt_sample(**given, **options), expected(**given, **options)
@@ -98,7 +98,7 @@ def test_draws_do_not_depend_on_the_batch_or_the_path(monkeypatch):
     everything = ops.head_tilt_sample(**given, seed=seed)
     some = {k: v[10:15] if k != "weight" and k != "value_weight" else v for k, v in given.items()}
     assert torch.equal(ops.head_tilt_sample(**some, seed=seed[10:15]).token, everything.token[10:15])
-    monkeypatch.setattr(module, "FUSED_ROWS", 0)
+    monkeypatch.setattr(module, "fuses", lambda batch, on_gpu: False)
     assert torch.equal(ops.head_tilt_sample(**given, seed=seed).token, everything.token)
 
 
@@ -108,7 +108,7 @@ def test_which_form_ran(isa):
     ops.head_tilt_sample(**given)
     assert (ops.LAUNCHES - before)[f"head_tilt_sample/{isa}"] == 1
     ops.head_tilt_sample(**given, top_k=3)
-    ops.head_tilt_sample(**problem(batch=module.FUSED_ROWS + 1))
+    ops.head_tilt_sample(**problem(batch=1))
     assert (ops.LAUNCHES - before)["head_tilt_sample/in two steps"] == 2
 
 

@@ -25,9 +25,16 @@ from pyengine.reference import TiltSample
 
 OP = "head_tilt_sample"
 COLUMNS = 4096  # vocabulary of a tile on a CPU
-# Rows up to which the fused form runs; above, the product is left to the GEMM and `tilt_sample` reads its result.
-# CPU: bench/results/head_tilt.json. GPU: by reasoning (the tile's rows), not yet measured.
-FUSED_ROWS, FUSED_ROWS_GPU = 64, 64
+
+
+def fuses(batch: int, on_gpu: bool) -> bool:
+    """Whether the fused form wins; otherwise the GEMM writes logits for `tilt_sample` to read.
+
+    CPU, measured (bench/results/head_tilt.json): from two rows on; at one, the tiles' calls cost 12 %. GPU, by
+    reasoning, not yet measured: up to the rows of one tile, where the products wait for the weights' bytes.
+    """
+    return batch <= 64 if on_gpu else batch > 1
+
 
 library.define(
     "head_tilt_sample(Tensor hidden, Tensor weight, Tensor? bias, Tensor? value_hidden, Tensor? value_weight, "
@@ -57,9 +64,9 @@ def head_tilt_sample(
 ) -> TiltSample:
     """`tilt_sample(method="gumbel")` of the logits and values that the heads make of the hidden states.
 
-    Unfiltered, small batches fold tile after tile of both products into running sums and a Gumbel argmax: logits
-    are never written. Larger batches and filters make the logits first. Both draw with the same noise, so a token
-    changes between them only where the rounding of the product turns a near tie.
+    Unfiltered, the fused form folds tile after tile of both products into running sums and a Gumbel argmax: logits
+    are never written. With filters, or where it measures faster (`fuses`), the logits are made first. Both draw with
+    the same noise, so a token changes between them only where the rounding of the product turns a near tie.
 
     Args:
         hidden: [B, D], fp32, bf16 or fp16.
@@ -178,8 +185,7 @@ def _head_tilt_sample(*arguments: Any) -> TiltSample:
     columns = dict(zip(_COLUMNS, rows, strict=True))
     on_gpu = triton_runs(heads.hidden)
     kernels = triton_kernels("head_tilt") if on_gpu else None
-    fits = len(heads.hidden) <= (FUSED_ROWS_GPU if on_gpu else FUSED_ROWS)
-    if filtered or not fits or (on_gpu and kernels is None):
+    if filtered or not fuses(len(heads.hidden), on_gpu) or (on_gpu and kernels is None):
         return _in_two_steps(heads, columns)
     unfiltered = [columns[name] for name in ("temperature", "seed", "position")]
     if kernels is None:
