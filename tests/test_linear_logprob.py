@@ -330,3 +330,20 @@ def test_bad_logits_are_named():
         ops.logits_logprob(torch.zeros(2, 9), target)
     with pytest.raises(ValueError, match="logits_logprob: target 9 in row 0"):
         ops.logits_logprob(torch.zeros(3, 9), target + 9)
+
+
+@pytest.mark.parametrize("view", ["column", "slice", "expanded"])
+def test_targets_that_do_not_lie_together(view):
+    """A target is read where it lies; its strides must not shift the rows."""
+    labels = torch.randint(0, 50, (6, 2))
+    logits = torch.randn(6, 50, requires_grad=True)
+    target = {"column": labels[:, 0], "slice": labels[:, :1], "expanded": torch.tensor([7]).expand(6)}[view]
+    given = logits[:, None] if view == "slice" else logits
+    found, want = ops.logits_logprob(given, target), ops.logits_logprob(given, target.contiguous())
+    assert torch.equal(found.logp, want.logp)
+    a, b = (torch.autograd.grad(x.logp.sum(), logits, retain_graph=True)[0] for x in (found, want))
+    assert torch.equal(a, b)
+    hidden, weight = torch.randn(6, 8), torch.randn(50, 8).T.contiguous().T
+    if view != "slice":
+        found, want = (ops.linear_logprob(hidden, weight, t) for t in (target, target.contiguous()))
+        assert torch.equal(found.logp, want.logp)

@@ -170,6 +170,46 @@ def test_compiles_without_graph_breaks():
         torch.testing.assert_close(a, b)
 
 
+def test_a_closure_is_refused_in_a_compiled_graph():
+    """The graph would go on with the first closure's numbers."""
+    hidden, weight, target, _ = problem()
+
+    def scaled(beta):
+        return lambda c, r, *_: -torch.nn.functional.logsigmoid(beta * (c.logp - r.logp))
+
+    compiled = torch.compile(
+        lambda h, loss: ops.linear_preference(h, weight, target, loss).loss, fullgraph=True, backend="eager"
+    )
+    with pytest.raises(Exception, match="must not be a closure"):
+        compiled(hidden, scaled(0.1))
+
+
+def test_a_long_pair_after_a_kept_chunk(monkeypatch):
+    """The scratch of half types is sized apart from the kept logits."""
+    monkeypatch.setattr(module, "KEPT_LOGITS", 9000 * 20)
+    torch.manual_seed(1)
+    hidden, weight = torch.randn(4, 15, 8).bfloat16(), torch.randn(9000, 8).bfloat16().requires_grad_()
+    target = torch.randint(0, 9000, (4, 15))
+    target[0, 7:] = target[2, 7:] = -100
+    found = ops.linear_preference(hidden, weight, target, simpo)
+    want = reference.linear_preference(hidden, weight, target, simpo)
+    a, b = (torch.autograd.grad(x.loss, weight)[0].double() for x in (found, want))
+    torch.testing.assert_close(a, b, atol=3e-2 * b.abs().max().item(), rtol=3e-2)
+
+
+def test_a_loss_scaler_reaches_small_fp16_gradients():
+    """Scaled before they are rounded: at unit scale they would flush to 0."""
+    hidden, weight, target, _ = problem(torch.float16)
+    hidden = (hidden * 0.01).requires_grad_()
+
+    def small(chosen, rejected, *_):
+        return -torch.nn.functional.logsigmoid(1e-4 * (chosen.logp - rejected.logp))
+
+    found = torch.autograd.grad(65536 * ops.linear_preference(hidden, weight, target, small).loss, hidden)[0]
+    want = torch.autograd.grad(65536 * reference.linear_preference(hidden, weight, target, small).loss, hidden)[0]
+    torch.testing.assert_close(found, want, atol=1e-3 * want.abs().max().item(), rtol=1e-2)
+
+
 def test_opcheck():
     hidden, weight, target, logp = problem()
     inputs = [hidden.requires_grad_(), weight.requires_grad_(), torch.randn(VOCAB).requires_grad_()]
@@ -194,7 +234,7 @@ def test_opcheck():
 def test_bad_arguments_are_named(change, message):
     good = {
         "hidden": torch.zeros(4, 2, 4),
-        "weight": torch.zeros(9, 4),
+        "weight": torch.zeros(9, 4, requires_grad=True),
         "target": torch.zeros(4, 2, dtype=torch.int64),
         "loss": simpo,
     }

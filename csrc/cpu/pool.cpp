@@ -87,13 +87,14 @@ struct Pool {
     sigfillset(&all);
     pthread_sigmask(SIG_SETMASK, &all, &before);
     try {
+      workers.reserve(size_t(to));  // before the thread, which must not be lost to a failing push_back
       while (int(workers.size()) < to) {
         std::thread worker([this] { serve(); });
         workers.push_back(worker.native_handle());
         worker.detach();
         avoided = -1;
       }
-    } catch (const std::system_error&) {
+    } catch (const std::exception&) {
     }
     pthread_sigmask(SIG_SETMASK, &before, nullptr);
   }

@@ -65,12 +65,15 @@ def instruction_set() -> str:
     return FORCED_ISA or BEST_ISA
 
 
+_PLAIN = (Tensor, torch.nn.Parameter)
+
+
 def traced(x: Tensor) -> bool:
     """Whether somebody (torch.compile, a fake or functional tensor, a dispatch mode) watches the ops.
 
     Otherwise the dispatcher is passed by: it costs 5 us, a tenth of a row of 128,256 logits.
     """
-    return torch.compiler.is_compiling() or type(x) is not Tensor or is_in_torch_dispatch_mode()
+    return torch.compiler.is_compiling() or type(x) not in _PLAIN or is_in_torch_dispatch_mode()
 
 
 @functools.cache
@@ -105,29 +108,40 @@ def gpu_backend(op: str, stem: str) -> str:
     return FORCED_GPU
 
 
+SMALLEST = 2.0**-126  # of fp32's normal numbers: less would become 0 in the kernels
+
+
 def number(op: str, value: float, name: str) -> float:
     """The checked number."""
+    if not isinstance(value, (int, float)):
+        fail(op, f"{name} must be a number or a tensor, got {type(value).__name__}")
     dtype, low, high = _PARAMETERS[name]
-    if not low <= value <= high:
+    if not low <= value <= high or (name == "temperature" and 0 < value < SMALLEST):
         fail(op, f"{name} must be a number in {low} .. {high}, got {value}")
     if dtype is torch.int64 and int(value) != value:
         fail(op, f"{name} must be a whole number, got {value}")
     return value
 
 
-@functools.lru_cache(maxsize=4096)
-def constant(op: str, value: float, name: str, device: torch.device, *shape: int) -> Tensor:
-    """A checked number as a tensor with stride 0. Cached: building six of them costs a fifth of a row."""
-    dtype = _PARAMETERS[name][0]
-    return torch.tensor(number(op, value, name), dtype=dtype, device=device).expand(shape)
+@functools.cache
+def _constant(value: float, name: str, device: torch.device) -> Tensor:
+    """Cached for the life of the process: a captured CUDA graph goes on reading it."""
+    return torch.tensor(value, dtype=_PARAMETERS[name][0], device=device)
+
+
+def _number_column(op: str, value: float, name: str, shape: tuple[int, ...], device: torch.device) -> Tensor:
+    """A checked number as a tensor with stride 0."""
+    number(op, value, name)
+    # While somebody traces, a tensor may be a fake one; seeds and positions change with every call.
+    once = torch.compiler.is_compiling() or is_in_torch_dispatch_mode() or name in ("seed", "position")
+    make = _constant.__wrapped__ if once else _constant
+    return make(value, name, device).expand(shape)
 
 
 def column(op: str, value: Tensor | float, name: str, batch: int, device: torch.device) -> Tensor:
     """A tensor of shape [B] from a number or a tensor."""
     if not isinstance(value, Tensor):
-        # torch.compile traces through a cache with a warning; it folds the constant itself.
-        make = constant.__wrapped__ if torch.compiler.is_compiling() else constant
-        return make(op, value, name, device, batch)
+        return _number_column(op, value, name, (batch,), device)
     dtype = _PARAMETERS[name][0]
     if value.shape not in ((), (1,), (batch,)):
         fail(op, f"{name} must be a number or have shape [{batch}], got {list(value.shape)}")
@@ -144,8 +158,7 @@ def cell(op: str, value: Tensor | float, name: str, batch: int, device: torch.de
 def head_weights(op: str, weights: Tensor | float | None, heads: int, batch: int, device: torch.device) -> Tensor:
     """λ as [B, R] from a number, [R] or [B, R]."""
     if isinstance(weights, (int, float)):
-        make = constant.__wrapped__ if torch.compiler.is_compiling() else constant
-        return make(op, weights, "weights", device, batch, heads)
+        return _number_column(op, weights, "weights", (batch, heads), device)
     w = torch.as_tensor(weights, dtype=torch.float32, device=device)
     if w.shape not in ((), (heads,), (batch, heads)):
         fail(op, f"weights must be a number or have shape [{heads}] or [{batch}, {heads}], got {list(w.shape)}")
@@ -153,6 +166,8 @@ def head_weights(op: str, weights: Tensor | float | None, heads: int, batch: int
 
 
 def check_float(op: str, x: Tensor, name: str) -> None:
+    if not torch.compiler.is_compiling() and torch._C._functorch.is_functorch_wrapped_tensor(x):
+        fail(op, f"{name} is inside vmap or a torch.func transform, which the kernels do not support")
     if x.dtype not in DTYPE_CODE:
         fail(op, f"{name} must be float32, bfloat16 or float16, got {x.dtype}")
 
@@ -168,3 +183,7 @@ def check_mask(op: str, mask: Tensor, batch: int, vocab: int, device: torch.devi
 
 def unit_stride(x: Tensor) -> Tensor:
     return x if x.is_contiguous() or x.stride(-1) == 1 or x.shape[-1] <= 1 else x.contiguous()
+
+
+def unit_strides(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+    return tuple(None if x is None else unit_stride(x) for x in tensors)

@@ -18,6 +18,7 @@ from pyengine.ops.common import (
     launched,
     library,
     triton_kernels,
+    unit_strides,
 )
 from pyengine.ops.logit_tiles import triton_runs
 from pyengine.ops.tilt import tilt_finish, tilt_fold, tilt_sample, tilt_state
@@ -93,8 +94,8 @@ def head_tilt_sample(
     heads = 0
     if value_weight is not None:
         value_hidden = hidden if value_hidden is None else value_hidden
-        if value_weight.dim() != 3 or value_weight.shape[1] != vocab:
-            fail(OP, f"value_weight must have shape [R, {vocab}, Dv], got {list(value_weight.shape)}")
+        if value_weight.dim() != 3 or value_weight.shape[1] != vocab or len(value_weight) == 0:
+            fail(OP, f"value_weight must have shape [R, {vocab}, Dv] with R >= 1, got {list(value_weight.shape)}")
         if value_hidden.shape != (batch, value_weight.shape[2]):
             shape = [batch, value_weight.shape[2]]
             fail(OP, f"value_hidden must have shape {shape}, got {list(value_hidden.shape)}")
@@ -151,13 +152,13 @@ class _Heads(NamedTuple):
         """Logits [B, n] and values [R, B, n] of the vocabulary's slice `at`."""
         z = self.hidden @ self.weight[at].T
         if self.bias is not None:
-            z = z.float() + self.bias[at]
+            z = z.float() + self.bias[at].float()
         if self.softcap is not None:
             z = self.softcap * torch.tanh(z.float() / self.softcap)
         if self.value_hidden is None or self.value_weight is None:
             return z, None
         values = self.value_hidden @ self.value_weight[:, at].mT
-        return z, values if self.value_bias is None else values.float() + self.value_bias[:, None, at]
+        return z, values if self.value_bias is None else values.float() + self.value_bias[:, None, at].float()
 
 
 _COLUMNS = ("temperature", "top_k", "top_p", "min_p", "seed", "position")
@@ -181,6 +182,11 @@ def _fused_cpu(heads: _Heads, temperature: Tensor, seed: Tensor, position: Tenso
 
 
 def _head_tilt_sample(*arguments: Any) -> TiltSample:
+    with torch.autocast(arguments[0].device.type, enabled=False):  # as linear_logprob, whatever surrounds the call
+        return _in_full_precision(*arguments)
+
+
+def _in_full_precision(*arguments: Any) -> TiltSample:
     heads, (*rows, filtered) = _Heads(*arguments[:9]), arguments[9:]
     columns = dict(zip(_COLUMNS, rows, strict=True))
     on_gpu = triton_runs(heads.hidden)
@@ -191,7 +197,8 @@ def _head_tilt_sample(*arguments: Any) -> TiltSample:
     if kernels is None:
         return _fused_cpu(heads, *unfiltered)
     launched(OP, "triton")
-    return TiltSample(*kernels.head_tilt_sample(*heads, *unfiltered))
+    *tensors, softcap = heads
+    return TiltSample(*kernels.head_tilt_sample(*unit_strides(*tensors), softcap, *unfiltered))
 
 
 def _fake(hidden: Tensor, *_: object) -> tuple[Tensor, ...]:

@@ -153,7 +153,7 @@ def _linear_logprob(
     launched(OP, _kernel(hidden))
     head = make_head(weight, bias, temperature, softcap, ignore_index)
     if triton_runs(hidden) and len(hidden) <= logit_tiles.FUSED_TOKENS:
-        return tuple(fused(hidden, weight, head, target))
+        return tuple(fused(hidden, weight, head, target.contiguous()))
     kept = kept_rows(OP, target, head.vocab, ignore_index)
     parts, step = [], tokens(hidden)
     buffer = hidden.new_empty(min(len(kept), step) * min(head.vocab, COLUMNS))
@@ -198,8 +198,8 @@ def _linear_logprob_backward(
                 yield start, end, differentiate(tile, start, head, labels, known, scratch)
 
         gradients.add(recomputed(), some, weight, rows)
-    results = gradients.results(weight, bias)
-    return tuple(hidden.new_empty(0) if g is None else g for g in results)  # type: ignore[return-value]
+    found = zip(gradients.results(weight, bias), (hidden, weight, bias), strict=True)
+    return tuple(hidden.new_empty(0) if g is None or x is None else g.to(x.dtype) for g, x in found)  # type: ignore[return-value]
 
 
 def _row_gradient(
@@ -221,6 +221,7 @@ def _logits_logprob(
     logits: Tensor, target: Tensor, temperature: float, softcap: float | None, ignore_index: int
 ) -> tuple[Tensor, ...]:
     launched(TWIN, _kernel(logits))
+    target = target.contiguous()
     logits, head = common.unit_stride(logits), Head(logits.shape[1], None, temperature, softcap, ignore_index)
     kept_rows(TWIN, target, head.vocab, ignore_index)  # checks the targets
     fields = [logits.new_zeros(len(target), dtype=torch.float32) for _ in TokenLogprob._fields]
@@ -243,6 +244,7 @@ def _logits_logprob_backward(
     softcap: float | None,
     ignore_index: int,
 ) -> Tensor:
+    target = target.contiguous()
     logits, head = common.unit_stride(logits), Head(logits.shape[1], None, temperature, softcap, ignore_index)
     # Triton writes every row, the ignored ones too: to clear them first would cost a third of the traffic.
     gradient = (logits.new_empty if triton_runs(logits) else logits.new_zeros)(logits.shape)
@@ -252,7 +254,7 @@ def _logits_logprob_backward(
         for start in range(first, last, step):
             rows = torch.arange(start, min(start + step, last), device=logits.device)
             at = slice(start, start + len(rows))
-            out = gradient[at] if direct else torch.empty(len(rows), head.vocab)
+            out = gradient[at] if direct else lse.new_empty(len(rows), head.vocab)
             known = _row_gradient(grad_logp, grad_entropy, lse, entropy, rows)
             gradient_into(out, logits[at], 0, head, target[at], known)
             if not direct:
@@ -271,10 +273,9 @@ def _fake_backward(*arguments: object) -> tuple[Tensor, Tensor, Tensor]:
     assert isinstance(wanted, list)
     given = weight.new_empty(0) if bias is None else bias
     assert isinstance(given, Tensor)
-    out = [torch.empty_like(x) if want else x.new_empty(0) for x, want in zip((hidden, weight), wanted, strict=False)]
-    of_bias = torch.empty_like(given) if wanted[2] and bias is not None else given.new_empty(0)
-    if bias is None:
-        of_bias = of_bias.float()
+    pairs = zip((hidden, weight), wanted, strict=False)
+    out = [x.new_empty(x.shape) if want else hidden.new_empty(0) for x, want in pairs]
+    of_bias = given.new_empty(given.shape) if wanted[2] and bias is not None else hidden.new_empty(0)
     return out[0], out[1], of_bias
 
 

@@ -12,6 +12,7 @@ from itertools import accumulate
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from pyengine.ops.common import fail, instruction_set, launched, library, traced
 from pyengine.ops.logit_tiles import (
@@ -39,9 +40,9 @@ library.define(
     "float temperature, float? softcap, int ignore_index, bool[] wanted) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
-# Logits that a chunk of pairs may keep: 512 tokens at V = 131,072, 256 MB in fp32. Fewer tokens would spend
-# more than 4 % of the time on reading and writing the weight's gradient once a chunk.
-KEPT_LOGITS = 2**26
+# Logits that a chunk of pairs may keep: two pairs of 2 x 128 tokens at V = 151,936, 320 MB in fp32. With one pair
+# a chunk, the weight's gradient is read and written twice as often, which took 8 % more time.
+KEPT_LOGITS = 80_000_000
 
 
 def linear_preference(
@@ -72,7 +73,7 @@ def linear_preference(
         bias, temperature, softcap, ignore_index: as in `linear_logprob`.
 
     Returns:
-        Preference: loss (scalar, fp32), whose backward hands out the gradients of hidden, weight and bias;
+        Preference: loss (scalar, fp32), whose backward hands out the gradients of hidden, weight and bias, once;
         losses [P]; moments of all 2P responses (fp32, tokens int64), both detached. A response without
         tokens has log-probability 0.
 
@@ -85,6 +86,8 @@ def linear_preference(
     check_numbers(OP, temperature, softcap)
     if reference_logp is not None and reference_logp.shape != hidden.shape[:1]:
         fail(OP, f"reference_logp must have shape [{len(hidden)}], got {list(reference_logp.shape)}")
+    if reference_logp is not None and reference_logp.device != hidden.device:
+        fail(OP, f"reference_logp is on {reference_logp.device}, hidden on {hidden.device}")
     given = (hidden, weight, bias)
     tracked = torch.is_grad_enabled()
     wanted = [tracked and tensor is not None and tensor.requires_grad for tensor in given]
@@ -114,6 +117,8 @@ _LOSSES: dict[int, PairedLoss] = {}
 
 @torch._dynamo.assume_constant_result
 def _handle(loss: PairedLoss) -> int:
+    if getattr(loss, "__closure__", None):  # the graph is not guarded on what a closure holds
+        fail(OP, "under torch.compile the loss must not be a closure: give a module's function or a bound method")
     _LOSSES[id(loss)] = loss
     return id(loss)
 
@@ -134,10 +139,11 @@ def _operator(
     head = make_head(weight, bias, temperature, softcap, ignore_index)
     gradients = Gradients(hidden.flatten(0, 1), weight, bias, wanted)
     mean, losses, moments = _forward(hidden, weight, target, _LOSSES[loss], reference_logp, head, gradients)
-    to_hidden, *rest = gradients.results(weight, bias)
-    found = [None if to_hidden is None else to_hidden.view(hidden.shape), *rest]
-    sums = torch.stack((moments.logp, *moments[2:]))
-    return mean, losses, sums, moments.tokens, *(hidden.new_empty(0) if g is None else g for g in found)
+    found = [
+        hidden.new_empty(0) if g is None or x is None else g.view(x.shape).to(x.dtype)
+        for g, x in zip(gradients.results(weight, bias), (hidden, weight, bias), strict=True)
+    ]
+    return mean, losses, torch.stack((moments.logp, *moments[2:])), moments.tokens, *found
 
 
 def _operator_fake(hidden: Tensor, weight: Tensor, bias: Tensor | None, *rest: object) -> tuple[Tensor, ...]:
@@ -152,7 +158,7 @@ def _operator_fake(hidden: Tensor, weight: Tensor, bias: Tensor | None, *rest: o
         hidden.new_empty(rows // 2, dtype=torch.float32),
         hidden.new_empty((4, rows), dtype=torch.float32),
         hidden.new_empty(rows, dtype=torch.int64),
-        *(torch.empty_like(x) for x in given),
+        *(x.new_empty(x.shape) for x in given),
     )
 
 
@@ -180,17 +186,19 @@ class _Precomputed(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, loss, hidden, weight, bias, *gradients):  # type: ignore[no-untyped-def]
-        ctx.gradients = gradients
+        ctx.gradients, ctx.types = gradients, [None if x is None else x.dtype for x in (hidden, weight, bias)]
         return loss.clone()
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad):  # type: ignore[no-untyped-def]
         gradients, ctx.gradients = ctx.gradients, None
         if gradients is None:
             raise RuntimeError("linear_preference: its gradients were handed out by an earlier backward; call it again")
         if grad.is_cuda or grad.item() != 1:  # to look would synchronise
             gradients = [None if g is None else g.mul_(grad) for g in gradients]
-        return (None, *gradients, None, None, None)
+        typed = [None if g is None else g.to(kind) for g, kind in zip(gradients, ctx.types, strict=True)]
+        return (None, *typed, None, None, None)
 
 
 def _chunks(counts: list[int], limit: int) -> Iterator[tuple[int, int]]:
@@ -222,7 +230,7 @@ def _forward(
     ends = [0, *accumulate(counts)]  # sequence i has the rows kept[ends[i] : ends[i + 1]]
     chosen_and_rejected = [a + b for a, b in zip(counts[:pairs], counts[pairs:], strict=True)]
     sums = torch.zeros(4, 2 * pairs, dtype=torch.float64, device=hidden.device)
-    losses = torch.empty(pairs, device=hidden.device)
+    losses = hidden.new_empty(pairs, dtype=torch.float32)
     limit, widest = max(1, KEPT_LOGITS // head.vocab), next(columns(head.vocab))[1]
     buffer = scratch = hidden.new_empty(0)
     for first, last in _chunks(chosen_and_rejected, limit):
@@ -233,14 +241,15 @@ def _forward(
         size = len(rows) * (head.vocab if keep else widest)
         if buffer.numel() < size:  # once or twice: fresh memory costs a page fault every 4 kB
             buffer = hidden.new_empty(size)
-            scratch = buffer if in_place(buffer) else torch.empty(len(rows) * widest)
+        if not in_place(buffer) and scratch.numel() < len(rows) * widest:
+            scratch = hidden.new_empty(len(rows) * widest, dtype=torch.float32)
         state = new_state(some_labels)
         for start, end in columns(head.vocab):
             to = buffer[len(rows) * start :] if keep else buffer
             fold(multiply(some, weight[start:end], to), start, head, some_labels, state)
         fields = finish(state, head, some_labels)
         _add(sums, fields, rows, length)
-        by_sequence = _loss_gradient(loss, sums, tokens, reference_logp, halves, losses)
+        by_sequence = _loss_gradient(loss, sums, tokens, reference_logp, halves, losses, gradients.wanted)
         if not gradients.wanted or len(rows) == 0:
             continue
         by_logp = by_sequence[rows // length]
@@ -281,25 +290,28 @@ def _loss_gradient(
     reference_logp: Tensor | None,
     halves: tuple[slice, slice],
     losses: Tensor,
+    wanted: bool,
 ) -> Tensor:
     """d (mean loss) / d logp of each of the 2P sequences, zero outside the chunk; fills the chunk's losses."""
     pairs = len(losses)
     references = [None if reference_logp is None else reference_logp[half].detach() for half in halves]
-    out = torch.zeros(2 * pairs, device=losses.device)
-    with torch.enable_grad(), _above_autograd():
+    out = losses.new_zeros(2 * pairs)
+    with torch.set_grad_enabled(wanted), _above_autograd():
         chosen, rejected = (_moments(sums, tokens, half) for half in halves)
-        leaves = [m.logp.detach().requires_grad_() for m in (chosen, rejected)]
+        leaves = [m.logp.detach().requires_grad_(wanted) for m in (chosen, rejected)]
         found = loss(chosen._replace(logp=leaves[0]), rejected._replace(logp=leaves[1]), *references)
         if not isinstance(found, Tensor) or found.shape != leaves[0].shape:
             shape = list(found.shape) if isinstance(found, Tensor) else type(found).__name__
             fail(OP, f"loss must return one value a pair, shape {list(leaves[0].shape)}, got {shape}")
+        losses[halves[0]] = found.detach()
+        if not wanted:
+            return out
         if not found.requires_grad:
             fail(OP, "loss must depend on the log-probabilities: what it returned carries no gradient")
         gradients = torch.autograd.grad(found.sum() / pairs, leaves, allow_unused=True)
     for half, gradient in zip(halves, gradients, strict=True):
         if gradient is not None:
             out[half] = gradient
-    losses[halves[0]] = found.detach()
     return out
 
 

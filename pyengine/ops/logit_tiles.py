@@ -16,7 +16,7 @@ from torch import Tensor
 
 import pyengine._C as _C
 from pyengine.ops import common
-from pyengine.ops.common import DTYPE_CODE, check_float, fail, instruction_set
+from pyengine.ops.common import DTYPE_CODE, SMALLEST, check_float, fail, instruction_set
 from pyengine.reference import TokenLogprob
 
 # A tile's tokens and columns. 4,096 columns: wide enough for a CPU GEMM's full rate at 1,024 tokens, 16 MB in
@@ -77,7 +77,7 @@ def new_state(target: Tensor) -> Tensor:
     """Running moments of the tokens target [n]: on a CPU rows of csrc/algebra.h RowMoments."""
     if triton_runs(target):
         return _triton().new_state(target)
-    state = torch.zeros(len(target), _STATE, dtype=torch.float64)
+    state = target.new_zeros(len(target), _STATE, dtype=torch.float64)
     state[:, 0] = state[:, 5] = -math.inf
     return state
 
@@ -159,10 +159,12 @@ class Gradients:
     """Gradients of hidden, weight and bias, as far as they are wanted, summed over tiles in fp32."""
 
     def __init__(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, wanted: list[bool]) -> None:
-        device = hidden.device
-        self.hidden = torch.zeros_like(hidden) if wanted[0] else None  # ignored rows have none
-        self.weight = torch.empty(weight.shape, device=device) if wanted[1] else None
-        self.bias = torch.zeros(bias.shape, device=device) if bias is not None and wanted[2] else None
+        # fp16 is left to the end: a loss scaler's factor must reach the gradient before it is rounded.
+        rounded = torch.float32 if hidden.dtype == torch.float16 else hidden.dtype
+        self.hidden = hidden.new_zeros(hidden.shape, dtype=rounded) if wanted[0] else None  # ignored rows have none
+        self.weight = hidden.new_empty(weight.shape, dtype=torch.float32) if wanted[1] else None
+        wants_bias = bias is not None and wanted[2]
+        self.bias = hidden.new_zeros(len(weight), dtype=torch.float32) if wants_bias else None
         self.wanted = any(wanted)
         self._weight_set = False
 
@@ -174,7 +176,7 @@ class Gradients:
         rows: Tensor,
     ) -> None:
         """Add the gradients of one set of rows [n], given as (start, end, gradient [n, columns])."""
-        of_rows = torch.zeros(hidden.shape, device=hidden.device) if self.hidden is not None else None
+        of_rows = hidden.new_zeros(hidden.shape, dtype=torch.float32) if self.hidden is not None else None
         for start, end, gradient in tiles:
             if of_rows is not None:
                 _accumulate(of_rows, gradient, weight[start:end], True)
@@ -187,10 +189,12 @@ class Gradients:
             self.hidden[rows] = of_rows.to(self.hidden.dtype)
 
     def results(self, weight: Tensor, bias: Tensor | None) -> list[Tensor | None]:
-        """In the types of the inputs; None where it was not wanted."""
+        """In the types of the inputs, but fp32 instead of fp16; None where it was not wanted."""
         if self.weight is not None and not self._weight_set:
             self.weight.zero_()
-        of_weight = None if self.weight is None else self.weight.to(weight.dtype)
+        of_weight = self.weight
+        if of_weight is not None and weight.dtype != torch.float16:
+            of_weight = of_weight.to(weight.dtype)
         of_bias = None if self.bias is None or bias is None else self.bias.to(bias.dtype)
         return [self.hidden, of_weight, of_bias]
 
@@ -269,7 +273,7 @@ def check_target(op: str, target: Tensor, device: torch.device) -> None:
 
 
 def check_numbers(op: str, temperature: float, softcap: float | None) -> None:
-    if not 0 < temperature < math.inf:
+    if not SMALLEST <= temperature < math.inf:
         fail(op, f"temperature must be a number > 0, got {temperature}")
-    if softcap is not None and not 0 < softcap < math.inf:
+    if softcap is not None and not SMALLEST <= softcap < math.inf:
         fail(op, f"softcap must be a number > 0 or None, got {softcap}")

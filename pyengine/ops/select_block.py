@@ -13,6 +13,7 @@ from pyengine import reference
 from pyengine.ops import cuda
 from pyengine.ops.common import (
     DTYPE_CODE,
+    SMALLEST,
     check_float,
     column,
     fail,
@@ -23,6 +24,7 @@ from pyengine.ops.common import (
     traced,
     triton_kernels,
     unit_stride,
+    unit_strides,
 )
 from pyengine.reference import BlockSelection
 
@@ -86,8 +88,8 @@ def select_block(
         heads = len(probe)
     if transform not in TRANSFORMS:
         fail(OP, f"transform must be one of {TRANSFORMS}, got {transform!r}")
-    if not 0 <= beta < math.inf:
-        fail(OP, f"beta must be a number >= 0, got {beta}")
+    if not (beta == 0 or SMALLEST <= beta < math.inf):
+        fail(OP, f"beta must be 0 or a number >= {SMALLEST}, got {beta}")
     w = torch.as_tensor(weights, dtype=torch.float32, device=device)
     if w.shape not in ((), (heads,)):
         fail(OP, f"weights must be a number or have shape [{heads}], got {list(w.shape)}")
@@ -123,7 +125,7 @@ def _select_block_gpu(scores: Tensor | None, hidden: Tensor | None, probe: Tenso
     if backend != "reference":
         kernels = cuda if backend == "cuda" else triton_kernels("select_block")
         assert kernels is not None
-        return BlockSelection(*kernels.select_block(scores, hidden, probe, *rest))
+        return BlockSelection(*kernels.select_block(*unit_strides(scores, hidden, probe), *rest))
     weights, against, lsc, beta, seed, position = rest
     if scores is None:
         assert hidden is not None
@@ -149,8 +151,8 @@ def _select_block_cpu(
     given = scores if scores is not None else hidden
     assert given is not None
     batch, candidates, width = given.shape
-    index = torch.empty(batch, dtype=torch.int64)
-    probability, utility = torch.empty(batch, candidates), torch.empty(batch, candidates)
+    index = given.new_empty(batch, dtype=torch.int64)
+    probability, utility = (given.new_empty(batch, candidates, dtype=torch.float32) for _ in range(2))
     _C.select_block(
         batch,
         candidates,

@@ -26,13 +26,16 @@ from pyengine.ops.common import (
     traced,
     triton_kernels,
     unit_stride,
+    unit_strides,
 )
 from pyengine.reference import TiltSample
 
 OP = "tilt_sample"
 METHODS = ("inverse", "gumbel")
 # new_empty of a bound tensor parses one argument instead of two: five outputs are half of a call's overhead.
-_WHOLE, _FP32, _TRUTH = (torch.empty(0, dtype=t).new_empty for t in (torch.int64, torch.float32, torch.bool))
+_WHOLE, _FP32, _TRUTH = (
+    torch.empty(0, dtype=t, device="cpu").new_empty for t in (torch.int64, torch.float32, torch.bool)
+)
 
 library.define(
     "tilt_sample(Tensor logits, Tensor? values, Tensor? weights, Tensor? mask, Tensor temperature, Tensor top_k, "
@@ -192,7 +195,7 @@ def _tilt_sample_cpu(
 
 def tilt_state(batch: int) -> Tensor:
     """The state [B, n] that `tilt_fold` folds tiles of the vocabulary into, on the CPU."""
-    return torch.tensor(_C.TILT_STATE, dtype=torch.float64).repeat(batch, 1)
+    return torch.tensor(_C.TILT_STATE, dtype=torch.float64, device="cpu").repeat(batch, 1)
 
 
 def tilt_fold(
@@ -254,7 +257,8 @@ def _tilt_sample_gpu(
         return reference.tilt_sample(logits, values, weights, mask=mask, method=method, **columns)
     kernels = cuda if backend == "cuda" else triton_kernels("tilt")
     assert kernels is not None
-    return TiltSample(*kernels.tilt_sample(unit_stride(logits), values, weights, mask, *rest))
+    logits_, values, mask = unit_strides(logits, values, mask)
+    return TiltSample(*kernels.tilt_sample(logits_, values, weights, mask, *rest))
 
 
 def _tilt_sample_fake(logits: Tensor, *_: object) -> tuple[Tensor, ...]:
