@@ -99,7 +99,7 @@ def race(benchmark):
         if benchmark.stats is None:
             return None
         samples["pyengine"] = list(benchmark.stats.stats.data)
-        kept = {name: times[-rounds:] for name, times in samples.items()}
+        kept = {name: [round(t, 7) for t in times[-rounds:]] for name, times in samples.items()}
         return {name: statistics.median(times) for name, times in kept.items()}, kept
 
     return run

@@ -109,6 +109,16 @@ def test_probe_on_hidden_states(isa, poisoned, dtype, heads, width):
     )
 
 
+@pytest.mark.parametrize("heads", [1, 4, 5])
+@pytest.mark.parametrize("candidates", [2, 5, 7, 8])
+def test_equal_candidates_tie_to_the_bit(isa, heads, candidates):
+    """Candidates go through in groups; a group's summation order must not decide."""
+    one, probe = torch.randn(20, 1, 1000), torch.randn(heads, 1000)
+    out = ops.select_block(hidden=one.expand(-1, candidates, -1), probe=probe)
+    assert (out.index == 0).all()
+    assert (out.utility == out.utility[:, :1]).all()
+
+
 def test_lsc_examples_and_limits(isa):
     """§2.1, §2.3: both properties count; shift invariance; -log 2 at the reference; no overflow at 1e4."""
     p = torch.tensor([[[0.9, 0.9], [0.45, 0.99]]])

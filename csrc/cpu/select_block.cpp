@@ -13,14 +13,15 @@ namespace {
 // log sigmoid(x), without overflow and with both limits: x at -inf, 0 at +inf.
 float log_sigmoid(float x) { return std::min(x, 0.0f) - std::log1p(std::exp(-std::abs(x))); }
 
-// The candidate's scores, one a head; `scratch` holds those that a probe makes.
-const float* scores_of(const SelectArgs& a, const SelectKernels& kernels, int64_t row, int64_t candidate,
+// The row's scores [candidates, heads]; `scratch` holds those that a probe makes.
+const float* scores_of(const SelectArgs& a, const SelectKernels& kernels, int64_t row,
                        std::vector<float>& scratch) {
-  if (a.scores) return a.scores + (row * a.candidates + candidate) * a.heads;
-  const int64_t at = row * a.hidden_stride_row + candidate * a.hidden_stride_candidate;
+  if (a.scores) return a.scores + row * a.candidates * a.heads;
+  const int64_t at = row * a.hidden_stride_row;
   const char* hidden = static_cast<const char*>(a.hidden) + at * (a.hidden_type == DType::f32 ? 4 : 2);
-  scratch.resize(size_t(a.heads));
-  kernels.dots(hidden, a.hidden_type, a.width, a.probe, int(a.heads), scratch.data());
+  scratch.resize(size_t(a.candidates * a.heads));
+  kernels.dots(hidden, a.hidden_type, a.hidden_stride_candidate, a.candidates, a.width, a.probe, int(a.heads),
+               scratch.data());
   return scratch.data();
 }
 
@@ -38,8 +39,8 @@ double utility_of(const SelectArgs& a, int64_t row, const float* scores) {
 void select_row(const SelectArgs& a, const SelectKernels& kernels, int64_t row, std::vector<double>& weight,
                 std::vector<float>& scratch) {
   weight.resize(size_t(a.candidates));
-  for (int64_t k = 0; k < a.candidates; ++k)
-    weight[size_t(k)] = utility_of(a, row, scores_of(a, kernels, row, k, scratch));
+  const float* const scores = scores_of(a, kernels, row, scratch);
+  for (int64_t k = 0; k < a.candidates; ++k) weight[size_t(k)] = utility_of(a, row, scores + k * a.heads);
   const auto best = std::max_element(weight.begin(), weight.end());
   const double top = *best;
   float* const utility = a.utility + row * a.candidates;
@@ -53,7 +54,7 @@ void select_row(const SelectArgs& a, const SelectKernels& kernels, int64_t row, 
   }
   double sum = 0;
   for (double& w : weight) {
-    w = w == top ? 1.0 : std::exp((w - top) / a.beta);  // inf - inf: equally good or bad
+    w = w == top ? 1.0f : std::exp(float((w - top) / a.beta));  // inf - inf: equally good or bad
     sum += w;
   }
   const Philox random = philox(uint64_t(a.seed[row * a.seed_stride]),

@@ -28,8 +28,10 @@ struct SelectArgs {
 
 struct SelectKernels {
   const char* name;
-  // out[h] = x . probe[h] for each of `heads` rows of n elements.
-  void (*dots)(const void* x, DType type, int64_t n, const float* probe, int heads, float* out);
+  // out[r][h] = x[r] . probe[h] for rows of n elements, `stride` apart. A row's bits do not depend on the
+  // others: each sum runs over the same vectors in the same order.
+  void (*dots)(const void* x, DType type, int64_t stride, int64_t rows, int64_t n, const float* probe,
+               int heads, float* out);
 };
 
 extern const SelectKernels select_kernels_portable;

@@ -6,39 +6,56 @@ namespace {
 
 inline float widen_one(float x) { return x; }
 
-// out[h] = x . probe[h] for kHeads heads, x read once. Eight sums in flight: at two loads and an add a cycle,
-// four would wait for the add's four cycles.
-template <int kHeads, class T>
-void dots_of(const T* x, int64_t n, const float* probe, float* out) {
-  constexpr int N = kHeads == 1 ? 8 : 2;
-  Vec sum[kHeads][N] = {};
+// out[r][h] = x[r] . probe[h] for kRows rows, `stride` apart, and kHeads heads. Several rows at once are
+// several streams from memory, and share the loads of the probe.
+template <int kRows, int kHeads, class T>
+void dots_of(const T* x, int64_t stride, int64_t n, const float* probe, float* out, int heads) {
+  constexpr int N = kHeads == 1 ? 2 : 1;  // the same for every kRows, so that equal candidates tie
+  Vec sum[kRows][kHeads][N] = {};
   int64_t i = 0;
-  for (; i + kLanes * N <= n; i += kLanes * N) PYENGINE_EACH {
-      const Vec v = load(x + i + u * kLanes);
-      for (int h = 0; h < kHeads; ++h) sum[h][u] += v * load(probe + h * n + i + u * kLanes);
+  for (; i + kLanes * N <= n; i += kLanes * N) {
+    PYENGINE_EACH {
+      Vec row[kRows];
+      for (int r = 0; r < kRows; ++r) row[r] = load(x + r * stride + i + u * kLanes);
+      for (int h = 0; h < kHeads; ++h) {
+        const Vec p = load(probe + h * n + i + u * kLanes);
+        for (int r = 0; r < kRows; ++r) sum[r][h][u] += row[r] * p;
+      }
     }
-  for (int h = 0; h < kHeads; ++h) {
-    for (int half = N / 2; half > 0; half /= 2)
-      for (int u = 0; u < half; ++u) sum[h][u] += sum[h][u + half];
-    float rest = 0;
-    for (int64_t j = i; j < n; ++j) rest += widen_one(x[j]) * probe[h * n + j];
-    out[h] = sum_lanes(sum[h][0]) + rest;
+  }
+  for (int r = 0; r < kRows; ++r) {
+    for (int h = 0; h < kHeads; ++h) {
+      for (int half = N / 2; half > 0; half /= 2)
+        for (int u = 0; u < half; ++u) sum[r][h][u] += sum[r][h][u + half];
+      float rest = 0;
+      for (int64_t j = i; j < n; ++j) rest += widen_one(x[r * stride + j]) * probe[h * n + j];
+      out[r * heads + h] = sum_lanes(sum[r][h][0]) + rest;
+    }
   }
 }
 
-template <class T>
-void all_dots(const void* data, int64_t n, const float* probe, int heads, float* out) {
-  const T* x = static_cast<const T*>(data);
+template <int kRows, class T>
+void by_heads(const T* x, int64_t stride, int64_t n, const float* probe, int heads, float* out) {
   int h = 0;
-  for (; h + 4 <= heads; h += 4) dots_of<4>(x, n, probe + h * n, out + h);
-  for (; h < heads; ++h) dots_of<1>(x, n, probe + h * n, out + h);
+  for (; h + 4 <= heads; h += 4) dots_of<kRows, 4>(x, stride, n, probe + h * n, out + h, heads);
+  for (; h < heads; ++h) dots_of<kRows, 1>(x, stride, n, probe + h * n, out + h, heads);
 }
 
-void dots(const void* x, DType type, int64_t n, const float* probe, int heads, float* out) {
+template <class T>
+void all_dots(const void* data, int64_t stride, int64_t rows, int64_t n, const float* probe, int heads,
+              float* out) {
+  const T* x = static_cast<const T*>(data);
+  int64_t r = 0;
+  for (; r + 4 <= rows; r += 4) by_heads<4>(x + r * stride, stride, n, probe, heads, out + r * heads);
+  for (; r < rows; ++r) by_heads<1>(x + r * stride, stride, n, probe, heads, out + r * heads);
+}
+
+void dots(const void* x, DType type, int64_t stride, int64_t rows, int64_t n, const float* probe, int heads,
+          float* out) {
   const auto kernel = type == DType::f32    ? all_dots<float>
                       : type == DType::bf16 ? all_dots<Bf16>
                                             : all_dots<F16>;
-  kernel(x, n, probe, heads, out);
+  kernel(x, stride, rows, n, probe, heads, out);
 }
 
 }  // namespace
