@@ -219,7 +219,10 @@ void select_block(int64_t batch, int64_t candidates, int64_t heads, py::handle s
   args.hidden = states.data, args.hidden_type = DType(type), args.width = width;
   args.hidden_stride_row = states.stride[0], args.hidden_stride_candidate = states.stride[1];
   args.probe = View(probe).as<float>();
-  args.weights = View(weights).as<float>(), args.reference = View(reference).as<float>();
+  const View lambda(weights), against(reference);
+  args.weights = lambda.as<float>(), args.weights_stride = lambda.stride[0];
+  args.reference = against.as<float>();
+  args.reference_stride_row = against.stride[0], args.reference_stride_head = against.stride[1];
   args.lsc = lsc, args.beta = beta;
   args.seed = seeds.data(), args.seed_stride = seeds.stride();
   args.position = positions.data(), args.position_stride = positions.stride();

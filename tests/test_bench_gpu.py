@@ -29,9 +29,11 @@ def test_every_section_runs_and_is_recorded(tmp_path):
         assert section["rows"] or section["skipped"] == "CUDA graphs need a GPU", name
         for row in section["rows"]:
             assert all(len(times) == 3 for times in row["samples_ms"].values())
-            assert all(gap < 1e-5 for gap in row["differs"].values()), row["differs"]
+            assert all(gap < 1e-3 for gap in row["differs"].values()), row["differs"]  # peers sum in fp32
             for run, reason in row["failed"].items():
-                assert reason == "Skipped: needs a GPU" or "No module named" in reason, (run, reason)
+                # a peer may be missing, or be installed and find no device
+                expected = ("Skipped: needs a GPU", "No module named", "active drivers")
+                assert any(word in reason for word in expected), (run, reason)
 
 
 def test_what_there_is_no_time_for_is_named(tmp_path):

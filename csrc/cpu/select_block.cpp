@@ -28,10 +28,14 @@ const float* scores_of(const SelectArgs& a, const SelectKernels& kernels, int64_
 double utility_of(const SelectArgs& a, int64_t row, const float* scores) {
   double utility = 0;
   for (int64_t r = 0; r < a.heads; ++r) {
-    if (a.weights[r] == 0) continue;  // skipped, not multiplied: 0 * inf must not count
+    const float weight = a.weights[r * a.weights_stride];
+    if (weight == 0) continue;  // skipped, not multiplied: 0 * inf must not count
     float score = scores[r];
-    if (a.lsc) score = log_sigmoid(a.reference ? score - a.reference[row * a.heads + r] : score);
-    utility += double(a.weights[r]) * score;
+    if (a.lsc) {
+      const int64_t at = row * a.reference_stride_row + r * a.reference_stride_head;
+      score = log_sigmoid(a.reference ? score - a.reference[at] : score);
+    }
+    utility += double(weight) * score;
   }
   return std::isnan(utility) ? -INFINITY : utility;
 }

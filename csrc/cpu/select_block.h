@@ -14,9 +14,10 @@ struct SelectArgs {
   const void* hidden;   // [batch, candidates, width], unit stride along width
   DType hidden_type;
   int64_t hidden_stride_row, hidden_stride_candidate, width;
-  const float* probe;      // [heads, width], contiguous
-  const float* weights;    // [heads]
-  const float* reference;  // [batch, heads], contiguous, or null
+  const float* probe;    // [heads, width], contiguous
+  const float* weights;  // [heads]
+  int64_t weights_stride, reference_stride_row, reference_stride_head;
+  const float* reference;  // [batch, heads], or null
   bool lsc;
   double beta;
   const int64_t *seed, *position;

@@ -14,10 +14,12 @@ from pyengine.ops import cuda
 from pyengine.ops.common import (
     DTYPE_CODE,
     SMALLEST,
+    cell,
     check_float,
     column,
     fail,
     gpu_backend,
+    head_weights,
     instruction_set,
     launched,
     library,
@@ -90,9 +92,7 @@ def select_block(
         fail(OP, f"transform must be one of {TRANSFORMS}, got {transform!r}")
     if not (beta == 0 or SMALLEST <= beta < math.inf):
         fail(OP, f"beta must be 0 or a number >= {SMALLEST}, got {beta}")
-    w = torch.as_tensor(weights, dtype=torch.float32, device=device)
-    if w.shape not in ((), (heads,)):
-        fail(OP, f"weights must be a number or have shape [{heads}], got {list(w.shape)}")
+    w = head_weights(OP, weights, heads, 1, device)[0]
     if reference is not None:
         if transform != "lsc":
             fail(OP, "reference goes with transform='lsc' (a mere shift changes no choice)")
@@ -102,20 +102,12 @@ def select_block(
     for other, tensor in (("probe", probe), ("reference", reference)):
         if tensor is not None and tensor.device != device:
             fail(OP, f"{other} is on {tensor.device}, {name} on {device}")
-    arguments = (
-        scores,
-        hidden,
-        probe,
-        w.expand(heads),
-        reference,
-        transform == "lsc",
-        float(beta),
-        column(OP, seed, "seed", batch, device),
-        column(OP, position, "position", batch, device),
-    )
-    if device.type == "cpu" and not traced(given):
-        return _select_block_cpu(*arguments)
-    return BlockSelection(*torch.ops.pyengine.select_block(*arguments))
+    arguments = (scores, hidden, probe, w, reference, transform == "lsc", float(beta))
+    if device.type == "cpu" and not traced(given):  # numbers go down as they are
+        cells = (cell(OP, value, name, batch, device) for name, value in (("seed", seed), ("position", position)))
+        return _select_block_cpu(*arguments, *cells)
+    columns = (column(OP, value, name, batch, device) for name, value in (("seed", seed), ("position", position)))
+    return BlockSelection(*torch.ops.pyengine.select_block(*arguments, *columns))
 
 
 def _select_block_gpu(scores: Tensor | None, hidden: Tensor | None, probe: Tensor | None, *rest: Any) -> BlockSelection:
@@ -143,8 +135,8 @@ def _select_block_cpu(
     against: Tensor | None,
     lsc: bool,
     beta: float,
-    seed: Tensor,
-    position: Tensor,
+    seed: Tensor | float,
+    position: Tensor | float,
 ) -> BlockSelection:
     isa = instruction_set()
     launched(OP, isa)
@@ -162,8 +154,8 @@ def _select_block_cpu(
         DTYPE_CODE[given.dtype],
         width,
         None if probe is None else probe.float().contiguous(),
-        weights.contiguous(),
-        None if against is None else against.contiguous(),
+        weights,
+        against,
         lsc,
         beta,
         seed,

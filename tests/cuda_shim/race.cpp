@@ -26,7 +26,7 @@ const char* tilt(bool gumbel) {
   std::vector<int64_t> token(kRows);
   std::vector<float> numbers(3 * kRows);
   bool valid[kRows];
-  cuda::TiltArgs a{};
+  TiltArgs a{};
   a.batch = kRows, a.vocab = kVocab, a.heads = 1;
   a.logits = logits.data(), a.logits_stride = kVocab;
   a.values = values.data(), a.values_stride_row = kVocab, a.values_stride_head = kRows * kVocab;
