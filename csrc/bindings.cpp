@@ -20,12 +20,16 @@
 
 namespace py = pybind11;
 using pyengine::DType;
+using pyengine::LogprobKernels;
+using pyengine::SelectKernels;
 using pyengine::TiltKernels;
 
 namespace {
 
-const TiltKernels& kernels_or_throw(const char* isa) {
-  const TiltKernels* kernels = pyengine::tilt_kernels(isa);
+// What `table` (tilt_kernels, ...) has for a forced instruction set, or for the best one.
+template <class Kernels>
+const Kernels& available(const Kernels* (*table)(const char*), const char* isa) {
+  const Kernels* kernels = table(isa);
   if (!kernels) throw py::value_error(std::string("instruction set not available on this machine: ") + isa);
   return *kernels;
 }
@@ -134,7 +138,7 @@ void tilt_sample(int64_t batch, int64_t vocab, int64_t heads, py::handle logits,
   args.min_p = least.data(), args.min_p_stride = least.stride();
   args.gumbel = gumbel;
   write_to(args, token, logp_base, logp_policy, kl, valid);
-  const TiltKernels& kernels = kernels_or_throw(isa);
+  const TiltKernels& kernels = available(pyengine::tilt_kernels, isa);
   py::gil_scoped_release release;
   pyengine::tilt_sample(args, threads, kernels);
 }
@@ -146,7 +150,7 @@ void tilt_fold(py::handle state, int64_t batch, int64_t vocab, int64_t heads, py
   const Rows rows(batch, vocab, heads, View(logits), logits_type, View(values), values_type, weights,
                   View(mask), temperature, seed, position);
   auto* const states = static_cast<pyengine::TiltState*>(address(state));
-  const TiltKernels& kernels = kernels_or_throw(isa);
+  const TiltKernels& kernels = available(pyengine::tilt_kernels, isa);
   py::gil_scoped_release release;
   pyengine::tilt_fold(rows.args, states, first_id, threads, kernels);
 }
@@ -188,9 +192,9 @@ void fold_logits(int64_t rows, int64_t cols, int64_t start, py::handle tile, int
   const auto logits =
       logit_tile(rows, cols, start, View(tile), type, View(bias), softcap, temperature, View(target));
   auto* const states = static_cast<double*>(address(state));
-  kernels_or_throw(isa);
+  const LogprobKernels& kernels = available(pyengine::logprob_kernels, isa);
   py::gil_scoped_release release;
-  pyengine::fold_logits(logits, *pyengine::logprob_kernels(isa), threads, states);
+  pyengine::fold_logits(logits, kernels, threads, states);
 }
 
 void logit_gradient(int64_t rows, int64_t cols, int64_t start, py::handle tile, int type, py::handle bias,
@@ -200,11 +204,10 @@ void logit_gradient(int64_t rows, int64_t cols, int64_t start, py::handle tile, 
   const auto logits =
       logit_tile(rows, cols, start, View(tile), type, View(bias), softcap, temperature, View(target));
   const View out(to), by_logp(grad_logp), by_entropy(grad_entropy), known_lse(lse), known_entropy(entropy);
-  kernels_or_throw(isa);
+  const LogprobKernels& kernels = available(pyengine::logprob_kernels, isa);
   py::gil_scoped_release release;
-  pyengine::logit_gradient(logits, *pyengine::logprob_kernels(isa), threads, known_lse.as<float>(),
-                           known_entropy.as<float>(), by_logp.as<float>(), by_entropy.as<float>(),
-                           out.as<float>(), out.stride[0]);
+  pyengine::logit_gradient(logits, kernels, threads, known_lse.as<float>(), known_entropy.as<float>(),
+                           by_logp.as<float>(), by_entropy.as<float>(), out.as<float>(), out.stride[0]);
 }
 
 void select_block(int64_t batch, int64_t candidates, int64_t heads, py::handle scores, py::handle hidden,
@@ -229,9 +232,9 @@ void select_block(int64_t batch, int64_t candidates, int64_t heads, py::handle s
   args.index = static_cast<int64_t*>(address(index));
   args.probability = static_cast<float*>(address(probability));
   args.utility = static_cast<float*>(address(utility));
-  kernels_or_throw(isa);
+  const SelectKernels& kernels = available(pyengine::select_kernels, isa);
   py::gil_scoped_release release;
-  pyengine::select_block(args, *pyengine::select_kernels(isa), threads);
+  pyengine::select_block(args, kernels, threads);
 }
 
 }  // namespace
@@ -246,7 +249,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("select_block", &select_block);
   m.attr("TILT_STATE") = untouched_state();
   m.def(
-      "instruction_set", [](const char* isa) { return kernels_or_throw(isa).name; },
+      "instruction_set", [](const char* isa) { return available(pyengine::tilt_kernels, isa).name; },
       py::arg("isa") = py::none(), "The instruction set the CPU kernels run with.");
   m.def("compiler", [] { return std::string(PYENGINE_COMPILER); }, "Compiler that built this module.");
 #if defined(PYENGINE_CUDA_ARCHITECTURES)

@@ -20,6 +20,13 @@ inline bool machine_has(const char* isa) {
   return std::strcmp(isa, "portable") == 0;
 }
 
+// The builds of a table that this architecture has, best first.
+#if defined(__x86_64__)
+#define PYENGINE_BUILDS(table) {&table##_avx512, &table##_avx2, &table##_portable}
+#else
+#define PYENGINE_BUILDS(table) {&table##_portable}
+#endif
+
 // The first of the tables, best first, that this machine can run; nullptr when the forced one is not
 // among them.
 template <class Kernels>

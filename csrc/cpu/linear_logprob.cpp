@@ -12,7 +12,6 @@ namespace {
 
 // One row of a tile, block by block: fp32 logits are read in place, all others through scratch.
 struct Block {
-  int64_t start;  // column
   int n, padded;  // logits, and logits after padding to whole loop steps
   const float* x;
 };
@@ -28,11 +27,11 @@ struct Reader {
     const int64_t at = row * tile.stride + start;
     const char* from = static_cast<const char*>(tile.data) + at * (tile.type == DType::f32 ? 4 : 2);
     if (tile.type == DType::f32 && n == padded && !tile.bias && tile.softcap == 0)
-      return {start, n, padded, reinterpret_cast<const float*>(from)};
+      return {n, padded, reinterpret_cast<const float*>(from)};
     const float* bias = tile.bias ? tile.bias + tile.start + start : nullptr;
     kernels.prepare(from, tile.type, bias, tile.softcap, n, scratch);
     std::fill(scratch + n, scratch + padded, -INFINITY);
-    return {start, n, padded, scratch};
+    return {n, padded, scratch};
   }
 };
 
@@ -60,11 +59,7 @@ BlockMoments sums_of(const Block& block, const LogprobKernels& kernels, float sc
 }  // namespace
 
 const LogprobKernels* logprob_kernels(const char* forced) {
-#if defined(__x86_64__)
-  return choose({&logprob_kernels_avx512, &logprob_kernels_avx2, &logprob_kernels_portable}, forced);
-#else
-  return choose({&logprob_kernels_portable}, forced);
-#endif
+  return choose<LogprobKernels>(PYENGINE_BUILDS(logprob_kernels), forced);
 }
 
 void fold_logits(const LogitTile& tile, const LogprobKernels& kernels, int threads, double* state) {

@@ -77,11 +77,7 @@ void select_row(const SelectArgs& a, const SelectKernels& kernels, int64_t row, 
 }  // namespace
 
 const SelectKernels* select_kernels(const char* forced) {
-#if defined(__x86_64__)
-  return choose({&select_kernels_avx512, &select_kernels_avx2, &select_kernels_portable}, forced);
-#else
-  return choose({&select_kernels_portable}, forced);
-#endif
+  return choose<SelectKernels>(PYENGINE_BUILDS(select_kernels), forced);
 }
 
 void select_block(const SelectArgs& args, const SelectKernels& kernels, int threads) {

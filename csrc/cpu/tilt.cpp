@@ -89,11 +89,7 @@ void finish_row(const TiltArgs& args, int64_t i, const RowSums& sums, const Winn
 }
 
 const TiltKernels* tilt_kernels(const char* forced) {
-#if defined(__x86_64__)
-  return choose({&tilt_kernels_avx512, &tilt_kernels_avx2, &tilt_kernels_portable}, forced);
-#else
-  return choose({&tilt_kernels_portable}, forced);
-#endif
+  return choose<TiltKernels>(PYENGINE_BUILDS(tilt_kernels), forced);
 }
 
 int worthwhile(const TiltArgs& args, int threads) {

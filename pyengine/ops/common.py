@@ -95,11 +95,9 @@ def gpu_backend(op: str, stem: str) -> str:
     """Which of GPU_BACKENDS serves an op that CUDA C++ and Triton both have."""
 
     def there(name: str) -> bool:
-        return {
-            "cuda": cuda_built,
-            "triton": lambda: triton_kernels(stem) is not None,
-            "reference": lambda: True,
-        }[name]()
+        if name == "cuda":
+            return cuda_built()
+        return name == "reference" or triton_kernels(stem) is not None
 
     if FORCED_GPU is None:
         return next(name for name in GPU_BACKENDS if there(name))

@@ -8,6 +8,7 @@ gradient in place. `[N, V]` never exists.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,6 +26,7 @@ from pyengine.ops.logit_tiles import (
     check_target,
     columns,
     differentiate,
+    fake_gradients,
     finish,
     fold,
     fused,
@@ -34,6 +36,7 @@ from pyengine.ops.logit_tiles import (
     make_head,
     multiply,
     new_state,
+    operator_gradients,
     tokens,
     triton_runs,
 )
@@ -198,8 +201,8 @@ def _linear_logprob_backward(
                 yield start, end, differentiate(tile, start, head, labels, known, scratch)
 
         gradients.add(recomputed(), some, weight, rows)
-    found = zip(gradients.results(weight, bias), (hidden, weight, bias), strict=True)
-    return tuple(hidden.new_empty(0) if g is None or x is None else g.to(x.dtype) for g, x in found)  # type: ignore[return-value]
+    given = (hidden, weight, bias)
+    return tuple(operator_gradients(gradients.results(weight, bias), given))  # type: ignore[return-value]
 
 
 def _row_gradient(
@@ -266,17 +269,10 @@ def _fake_fields(rows: Tensor, target: Tensor) -> tuple[Tensor, ...]:
     return tuple(rows.new_empty(target.shape, dtype=torch.float32) for _ in TokenLogprob._fields)
 
 
-def _fake_backward(*arguments: object) -> tuple[Tensor, Tensor, Tensor]:
-    hidden, weight, bias, wanted = arguments[2], arguments[3], arguments[4], arguments[-1]
-    assert isinstance(hidden, Tensor)
-    assert isinstance(weight, Tensor)
-    assert isinstance(wanted, list)
-    given = weight.new_empty(0) if bias is None else bias
-    assert isinstance(given, Tensor)
-    pairs = zip((hidden, weight), wanted, strict=False)
-    out = [x.new_empty(x.shape) if want else hidden.new_empty(0) for x, want in pairs]
-    of_bias = given.new_empty(given.shape) if wanted[2] and bias is not None else hidden.new_empty(0)
-    return out[0], out[1], of_bias
+def _fake_backward(
+    by_logp: object, by_entropy: object, hidden: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any
+) -> tuple[Tensor, ...]:
+    return tuple(fake_gradients((hidden, weight, bias), rest[-1]))
 
 
 def _setup(ctx: object, inputs: tuple, output: tuple) -> None:

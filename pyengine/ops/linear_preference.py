@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from itertools import accumulate
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,6 +24,7 @@ from pyengine.ops.logit_tiles import (
     check_numbers,
     columns,
     differentiate,
+    fake_gradients,
     finish,
     fold,
     in_place,
@@ -30,6 +32,7 @@ from pyengine.ops.logit_tiles import (
     make_head,
     multiply,
     new_state,
+    operator_gradients,
     triton_runs,
 )
 from pyengine.reference import PairedLoss, Preference, SequenceMoments, TokenLogprob
@@ -139,26 +142,18 @@ def _operator(
     head = make_head(weight, bias, temperature, softcap, ignore_index)
     gradients = Gradients(hidden.flatten(0, 1), weight, bias, wanted)
     mean, losses, moments = _forward(hidden, weight, target, _LOSSES[loss], reference_logp, head, gradients)
-    found = [
-        hidden.new_empty(0) if g is None or x is None else g.view(x.shape).to(x.dtype)
-        for g, x in zip(gradients.results(weight, bias), (hidden, weight, bias), strict=True)
-    ]
+    found = operator_gradients(gradients.results(weight, bias), (hidden, weight, bias))
     return mean, losses, torch.stack((moments.logp, *moments[2:])), moments.tokens, *found
 
 
-def _operator_fake(hidden: Tensor, weight: Tensor, bias: Tensor | None, *rest: object) -> tuple[Tensor, ...]:
-    wanted, rows = rest[-1], len(hidden)
-    assert isinstance(wanted, list)
-    given = [
-        x if x is not None and want else hidden.new_empty(0)
-        for x, want in zip((hidden, weight, bias), wanted, strict=True)
-    ]
+def _operator_fake(hidden: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any) -> tuple[Tensor, ...]:
+    rows = len(hidden)
     return (
         hidden.new_empty((), dtype=torch.float32),
         hidden.new_empty(rows // 2, dtype=torch.float32),
         hidden.new_empty((4, rows), dtype=torch.float32),
         hidden.new_empty(rows, dtype=torch.int64),
-        *(x.new_empty(x.shape) for x in given),
+        *fake_gradients((hidden, weight, bias), rest[-1]),
     )
 
 

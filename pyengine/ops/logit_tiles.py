@@ -199,6 +199,18 @@ class Gradients:
         return [self.hidden, of_weight, of_bias]
 
 
+def operator_gradients(found: list[Tensor | None], given: tuple[Tensor, Tensor, Tensor | None]) -> list[Tensor]:
+    """As an operator returns them: in the shapes and types of hidden, weight and bias, empty where not wanted."""
+    pairs = zip(found, given, strict=True)
+    return [given[0].new_empty(0) if g is None or x is None else g.view(x.shape).to(x.dtype) for g, x in pairs]
+
+
+def fake_gradients(given: tuple[Tensor, Tensor, Tensor | None], wanted: list[bool]) -> list[Tensor]:
+    """What `operator_gradients` returns, without the numbers."""
+    pairs = zip(given, wanted, strict=True)
+    return [x.new_empty(x.shape) if x is not None and want else given[0].new_empty(0) for x, want in pairs]
+
+
 def _accumulate(total: Tensor, a: Tensor, b: Tensor, add: bool) -> None:
     """total = a . b, plus total if `add`; the product is not rounded to a half type before it is added."""
     if a.dtype == torch.float32:

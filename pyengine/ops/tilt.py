@@ -152,6 +152,22 @@ def _outputs(batch: int) -> TiltSample:
     return TiltSample(_WHOLE(batch), _FP32(batch), _FP32(batch), _FP32(batch), _TRUTH(batch))
 
 
+def _row_arguments(
+    logits: Tensor, values: Tensor | None, weights: Tensor | float | None, mask: Tensor | None
+) -> tuple[Any, ...]:
+    """What the bindings of tilt_sample and tilt_fold are told of the rows."""
+    return (
+        *logits.shape,
+        0 if values is None else values.shape[0],
+        unit_stride(logits),
+        DTYPE_CODE[logits.dtype],
+        None if values is None else unit_stride(values),
+        0 if values is None else DTYPE_CODE[values.dtype],
+        weights,
+        None if mask is None else unit_stride(mask),
+    )
+
+
 def _tilt_sample_cpu(
     logits: Tensor,
     values: Tensor | None,
@@ -167,18 +183,9 @@ def _tilt_sample_cpu(
 ) -> TiltSample:
     isa = instruction_set()
     launched(OP, isa)
-    batch, vocab = logits.shape
-    out = _outputs(batch)
+    out = _outputs(len(logits))
     _C.tilt_sample(
-        batch,
-        vocab,
-        0 if values is None else values.shape[0],
-        unit_stride(logits),
-        DTYPE_CODE[logits.dtype],
-        None if values is None else unit_stride(values),
-        0 if values is None else DTYPE_CODE[values.dtype],
-        weights,
-        None if mask is None else unit_stride(mask),
+        *_row_arguments(logits, values, weights, mask),
         temperature,
         seed,
         position,
@@ -220,14 +227,7 @@ def tilt_fold(
     launched("tilt_fold", isa)
     _C.tilt_fold(
         state,
-        *logits.shape,
-        0 if values is None else values.shape[0],
-        unit_stride(logits),
-        DTYPE_CODE[logits.dtype],
-        None if values is None else unit_stride(values),
-        0 if values is None else DTYPE_CODE[values.dtype],
-        weights,
-        None if mask is None else unit_stride(mask),
+        *_row_arguments(logits, values, weights, mask),
         temperature,
         seed,
         position,
