@@ -14,6 +14,7 @@
 #include "cpu/linear_logprob.h"
 #include "cpu/select_block.h"
 #include "cpu/tilt.h"
+#include "cpu/tree_attention.h"
 #if defined(PYENGINE_CUDA_ARCHITECTURES)
 #include "cuda/bindings_cuda.h"
 #endif
@@ -23,6 +24,7 @@ using pyengine::DType;
 using pyengine::LogprobKernels;
 using pyengine::SelectKernels;
 using pyengine::TiltKernels;
+using pyengine::TreeKernels;
 
 namespace {
 
@@ -51,17 +53,17 @@ void* address(py::handle tensor) {
   return PyLong_AsVoidPtr(call(tensor, data_ptr).ptr());
 }
 
-// A tensor of up to three dimensions; no tensor where it is None.
+// A tensor of up to four dimensions; no tensor where it is None.
 struct View {
   void* data = nullptr;
-  std::array<int64_t, 3> stride{};
+  std::array<int64_t, 4> stride{};
 
   explicit View(py::handle tensor) {
     static PyObject* const strides = PyUnicode_InternFromString("stride");
     if (tensor.is_none()) return;
     data = address(tensor);
     const py::object all = call(tensor, strides);
-    for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(all.ptr()) && i < 3; ++i)
+    for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(all.ptr()) && i < 4; ++i)
       stride[size_t(i)] = whole(PyTuple_GET_ITEM(all.ptr(), i));
   }
 
@@ -237,6 +239,40 @@ void select_block(int64_t batch, int64_t candidates, int64_t heads, py::handle s
   pyengine::select_block(args, kernels, threads);
 }
 
+// stores: prefix keys, prefix values, tail keys, tail values. tree: pages, prefix_len, first_row, slot, int32.
+void tree_attention(std::array<int64_t, 7> shape, int type, py::handle query, py::handle new_key,
+                    py::handle new_value, std::array<py::handle, 4> stores, std::array<py::handle, 4> tree,
+                    int64_t tail_len, float scale, float softcap, int64_t window, py::handle sinks, py::handle out,
+                    int threads, const char* isa) {
+  const View q(query), k(new_key), v(new_value);
+  const auto rows = [](const View& x) {
+    return pyengine::RowView{x.as<char>(), x.stride[0], x.stride[1], x.stride[2]};
+  };
+  const auto store = [&](size_t i, size_t inner) {
+    const View x(stores[i]);
+    return pyengine::Store{x.as<char>(), x.stride[0], x.stride[1], x.stride[inner]};
+  };
+  const View pages(tree[0]);
+  pyengine::TreeArgs args{};
+  args.prompts = shape[0], args.rows = shape[1], args.tokens = shape[2], args.heads = shape[3];
+  args.kv_heads = shape[4], args.width = shape[5], args.page_tokens = shape[6];
+  args.type = DType(type);
+  args.query = rows(q), args.key = rows(k), args.value = rows(v);
+  args.prefix_key = store(0, 3), args.prefix_value = store(1, 2);
+  args.tail_key = store(2, 3), args.tail_value = store(3, 2);
+  args.pages = pages.as<int32_t>(), args.pages_stride = pages.stride[0];
+  args.prefix_len = static_cast<int32_t*>(address(tree[1]));
+  args.first_row = static_cast<int32_t*>(address(tree[2]));
+  args.slot = static_cast<int32_t*>(address(tree[3]));
+  args.tail_len = tail_len;
+  args.scale = scale, args.softcap = softcap, args.window = window;
+  args.sinks = View(sinks).as<float>();
+  args.out = static_cast<char*>(address(out));
+  const TreeKernels& kernels = available(pyengine::tree_kernels, isa);
+  py::gil_scoped_release release;
+  pyengine::tree_attention(args, kernels, threads);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -246,6 +282,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("tilt_finish", &tilt_finish);
   m.def("fold_logits", &fold_logits);
   m.def("logit_gradient", &logit_gradient);
+  m.def("tree_attention", &tree_attention, "pyengine/ops/tree_attention.py holds the contract.");
   m.def("select_block", &select_block);
   m.attr("TILT_STATE") = untouched_state();
   m.def(

@@ -6,9 +6,9 @@ import hashlib
 import math
 import secrets
 import warnings
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +18,10 @@ from tqdm import tqdm
 from transformers import AutoModelForCausalLM
 
 from pyengine import ledger, ops
-from pyengine.cache import Cache, Frontier, choose_cache
 from pyengine.checkpoint import load_checkpoint
+from pyengine.decoder import Frontier, Prompt
 from pyengine.errors import InputError, first_line
+from pyengine.fallback import choose_decoder
 from pyengine.results import Block, Candidate, Event, FinishReason, Result, SamplingParams
 from pyengine.scorers import Candidates, Hidden, Part, Policy, ScorerLike, parts_of
 from pyengine.strategies import BASE, BestOfK, Blockwise, Strategy, Tokenwise
@@ -56,7 +57,7 @@ class _Tail:
     logp_policy: list[list[float]]
     kl: list[float]  # summed over the row's tokens
     finish_reason: list[FinishReason | None]
-    slots: list[int]  # the row that each row of the cache belongs to, once ended rows were dropped
+    slots: list[int]  # the row that each of the decoder's rows belongs to, once ended rows were dropped
     hidden: Hidden  # at each row's last token
     previous: Hidden  # at the token before
 
@@ -71,12 +72,20 @@ class Engine:
     scorer: anything `parts_of` takes: a Scorer, a directory or hub id, a callable
     f(prompts, completions) -> list[float], or a list of (weight, scorer). max_rows: most sequences
     (prompts times branches) decoded at once, or the branches of one prompt if those are more; other prompts
-    wait their turn.
+    wait until some leave. cache_gb: memory for keys and values in GB (1e9 bytes), allocated once; None is a quarter of
+    the host's free memory, or four fifths of a GPU's.
 
     Raises InputError, with one line that says what to do, for anything that does not fit.
     """
 
-    def __init__(self, model: Any, tokenizer: Any, scorer: ScorerLike | None = None, max_rows: int = 256) -> None:
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any,
+        scorer: ScorerLike | None = None,
+        max_rows: int = 256,
+        cache_gb: float | None = None,
+    ) -> None:
         self.model, self.tokenizer, self.max_rows = model.eval(), tokenizer, max_rows
         self.name = Path(model.config.name_or_path or type(model).__name__).name
         embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
@@ -97,8 +106,9 @@ class Engine:
         eos = model.generation_config.eos_token_id if model.generation_config else None
         eos = config.eos_token_id if eos is None else eos
         self.eos = frozenset(eos if isinstance(eos, list) else [] if eos is None else [eos])
-        self._cache_type = choose_cache(model)
+        self._busy = False
         self.parts: list[Part] = []
+        self._decoder = choose_decoder(model, (), max_rows, None if cache_gb is None else cache_gb * 1e9)
         self.set_scorer(scorer)
 
     @classmethod
@@ -109,6 +119,7 @@ class Engine:
         device: str = "cpu",
         dtype: torch.dtype | None = None,
         max_rows: int = 256,
+        cache_gb: float | None = None,
         trust_remote_code: bool = False,
     ) -> Engine:
         """Load a causal language model from a directory or hub id; safetensors only.
@@ -125,7 +136,7 @@ class Engine:
             model = model.to(device)
         except (RuntimeError, AssertionError) as error:
             raise InputError(f"device {device!r}: {first_line(error)}") from error
-        return cls(model, tokenizer, scorer, max_rows)
+        return cls(model, tokenizer, scorer, max_rows, cache_gb)
 
     def set_scorer(self, scorer: ScorerLike | None) -> None:
         """Follow another scorer from now on; None follows none."""
@@ -135,6 +146,7 @@ class Engine:
             part.scorer.move(self.policy.device)
         self.parts = parts
         self._layers = tuple(sorted({layer for part in parts for layer in part.scorer.layers}))
+        self._decoder.layers = self._layers
 
     def generate(
         self,
@@ -229,33 +241,41 @@ class Engine:
             raise InputError(f"{strategy} needs a scorer: Engine.from_pretrained(..., scorer=...)")
 
     def _run(self, requests: list[_Request], strategy: Strategy, tick: _Tick = int) -> Iterator[_Commit]:
-        """Commits of all requests, group by group; `tick` is called for every token of a group."""
+        """Commits of all requests as they are made; `tick` is called for every token of a block."""
         self._check(strategy)
-        size = max(1, self.max_rows // strategy.k)
-        groups = (requests[start : start + size] for start in range(0, len(requests), size))
-        return chain.from_iterable(self._decode(group, strategy, tick) for group in groups)
+        return self._decode(deque(requests), strategy, tick) if requests else iter(())
 
     @torch.inference_mode()
-    def _decode(self, live: list[_Request], strategy: Strategy, tick: _Tick) -> Iterator[_Commit]:
-        """The loop: every pass forks each prefix into k branches, extends, scores, selects and commits."""
-        cache = self._cache_type(self.model, self._layers)
-        cache.prefill([r.prompt_ids for r in live])
-        while live:
-            frontier = cache.fork(strategy.k)
-            tail = self._propose(cache, frontier, live, strategy, tick)
-            winners = [i * strategy.k + c for i, c in enumerate(self._select(tail, live, strategy))]
-            self._score_ended(tail, live, winners, strategy.k)
-            commits = [self._commit(r, tail, row, strategy) for r, row in zip(live, winners, strict=True)]
-            on = [i for i, r in enumerate(live) if r.finish_reason is None]
-            live = [live[i] for i in on]
-            if live:
+    def _decode(self, waiting: deque[_Request], strategy: Strategy, tick: _Tick) -> Iterator[_Commit]:
+        """The loop: waiting prompts join, every prefix forks into k branches, one of them is committed."""
+        if self._busy:
+            raise InputError("this engine is decoding: end or close the stream that is open before another call")
+        k, decoder, live = strategy.k, self._decoder, list[_Request]()
+        longest = max(r.limit for r in waiting)
+        whole = strategy.block_tokens is None  # nothing is ever committed to a prefix
+        self._busy = True
+        try:
+            decoder.open(k, min(strategy.block_tokens or longest, longest))
+            while waiting or live:
+                prompts = [Prompt(r.prompt_ids, 0 if whole else r.limit) for r in waiting]
+                joining = [waiting.popleft() for _ in range(decoder.fits(prompts))]
+                if joining:
+                    decoder.join(prompts[: len(joining)])
+                    live += joining
+                tail = self._propose(decoder.fork(), live, strategy, tick)
+                winners = [i * k + c for i, c in enumerate(self._select(tail, live, strategy))]
+                self._score_ended(tail, live, winners, k)
+                commits = [self._commit(r, tail, row, strategy) for r, row in zip(live, winners, strict=True)]
+                on = [i for i, r in enumerate(live) if r.finish_reason is None]
+                live = [live[i] for i in on]
                 kept = [tail.slots.index(winners[i]) for i in on]
-                cache.commit(torch.tensor(kept, device=self.policy.device))
-            yield from commits
+                decoder.commit(torch.tensor(kept, dtype=torch.long, device=self.policy.device))
+                yield from commits
+        finally:
+            decoder.close()
+            self._busy = False
 
-    def _propose(
-        self, cache: Cache, frontier: Frontier, live: list[_Request], strategy: Strategy, tick: _Tick
-    ) -> _Tail:
+    def _propose(self, frontier: Frontier, live: list[_Request], strategy: Strategy, tick: _Tick) -> _Tail:
         """Draw k branches of up to block_tokens tokens for each live request."""
         k, device = strategy.k, self.policy.device
         rows = [r for r in live for _ in range(k)]
@@ -273,7 +293,7 @@ class Engine:
         weights = torch.tensor([weight * part.weight for part in self.parts], device=device) if weight else None
 
         n = len(rows)
-        slots = list(range(n))  # the tail row that each cache row belongs to
+        slots = list(range(n))  # the tail row that each of the decoder's rows belongs to
         tail = _Tail([[] for _ in rows], [[] for _ in rows], [[] for _ in rows], [0.0] * n, [None] * n, slots, {}, {})
         for step in range(steps):
             tick()
@@ -300,7 +320,7 @@ class Engine:
             going = [c for c, i in drew if tail.finish_reason[i] is None]
             if not going and not self._layers:
                 break  # nobody reads the hidden state of the last tokens
-            frontier = cache.append(drawn.token)
+            frontier = self._decoder.append(drawn.token)
             if self._layers:
                 moved = torch.tensor(drew, device=device).T
                 tail.previous = _replace(tail.previous, before, *moved)
@@ -313,7 +333,7 @@ class Engine:
             full = any(tail.finish_reason[i] and step + 1 >= context_room[i] for i in slots)
             if step + 1 < steps and (full or 2 * len(going) <= len(slots)):  # else the block's commit drops them
                 index = torch.tensor(going, device=device)
-                frontier = cache.commit(index)
+                frontier = self._decoder.keep(index)
                 columns = {name: column[index] for name, column in columns.items()}
                 slots = [slots[c] for c in going]
         tail.slots = slots

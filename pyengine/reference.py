@@ -353,3 +353,59 @@ def select_block(
     probability = (gap / beta).softmax(-1)
     u, _ = uniforms(seed, position, SELECT_STREAM)
     return BlockSelection(_first_above(probability, u), probability.float(), utility.float())
+
+
+class Tree(NamedTuple):
+    """Which keys each row of `tree_attention` sees: B paged prefixes and, for each of N rows, one tail.
+
+    Everything is int32. A row's sequence is its prompt's prefix, then its own tail; all tails are equally long.
+    """
+
+    pages: Tensor  # [B, T]: page t of prompt b
+    prefix_len: Tensor  # [B], tokens
+    first_row: Tensor  # [B + 1]: the rows of prompt b are first_row[b] .. first_row[b + 1] - 1
+    slot: Tensor  # [N]: the tail of each row; no two rows share one
+    tail_len: Tensor  # []: tokens in each tail, the S new ones among them
+
+
+def tree_attention(
+    query: Tensor,
+    prefix_key: Tensor,
+    prefix_value: Tensor,
+    tail_key: Tensor,
+    tail_value: Tensor,
+    tree: Tree,
+    *,
+    scale: float | None = None,
+    window: int | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+) -> Tensor:
+    """Attention of the S newest tokens of N rows [N, S, Hq, D]; see `ops.tree_attention` for the arguments."""
+    heads, width = query.shape[2:]
+    group = heads // prefix_key.shape[1]
+    out = torch.empty_like(query, dtype=torch.float32)
+    tail = int(tree.tail_len)
+    for b, (start, stop) in enumerate(zip(tree.first_row[:-1].tolist(), tree.first_row[1:].tolist(), strict=True)):
+        length = int(tree.prefix_len[b])
+        prefix = [
+            store[tree.pages[b].long()].transpose(0, 1).flatten(1, 2)[:, :length]
+            for store in (prefix_key, prefix_value)
+        ]
+        for row in range(start, stop):
+            own = (store[int(tree.slot[row]), :, :tail] for store in (tail_key, tail_value))
+            key, value = (
+                torch.cat(both, 1).double().repeat_interleave(group, 0) for both in zip(prefix, own, strict=True)
+            )
+            logits = query[row].double().transpose(0, 1) @ key.transpose(1, 2) * (scale or width**-0.5)
+            if softcap is not None:
+                logits = softcap * torch.tanh(logits / softcap)
+            at = torch.arange(length + tail, device=query.device)
+            ahead = at[-query.shape[1] :, None] - at  # how far each key lies behind its query
+            hidden = (ahead < 0) | (ahead >= (window or at.numel()))
+            logits = logits.masked_fill(hidden, -torch.inf)
+            if sinks is not None:  # a logit without a value
+                logits = torch.cat([logits, sinks.double()[:, None, None].expand(-1, query.shape[1], 1)], -1)
+            weight = torch.softmax(logits, -1)[..., : length + tail]
+            out[row] = (weight @ value).transpose(0, 1).float()
+    return out.to(query.dtype)

@@ -21,7 +21,7 @@ torch.set_num_threads(1)
 TEXTS = ["the quick brown fox jumps over the lazy dog", "pack my box with five dozen jugs", "sphinx of quartz"]
 VOCAB = 320
 SMALL = {
-    "hidden_size": 48,
+    "hidden_size": 64,
     "intermediate_size": 96,
     "num_hidden_layers": 3,
     "num_attention_heads": 4,
@@ -37,10 +37,16 @@ ARCHITECTURES = {
     "qwen2": lambda: transformers.Qwen2Config(**SMALL),
     "mistral": lambda: transformers.MistralConfig(**SMALL, sliding_window=8),
     "gpt2": lambda: transformers.GPT2Config(
-        n_embd=48, n_layer=3, n_head=4, n_positions=96, vocab_size=VOCAB, eos_token_id=0, bos_token_id=0
+        n_embd=64, n_layer=3, n_head=4, n_positions=96, vocab_size=VOCAB, eos_token_id=0, bos_token_id=0
     ),
-    "gemma2": lambda: transformers.Gemma2Config(**SMALL, head_dim=12, sliding_window=8),
+    "gemma2": lambda: transformers.Gemma2Config(**SMALL, head_dim=32, sliding_window=8),
     "phi3": lambda: transformers.Phi3Config(**SMALL),
+    "qwen3": lambda: transformers.Qwen3Config(**SMALL, head_dim=16),
+    "gemma3": lambda: transformers.Gemma3TextConfig(**SMALL, head_dim=16, sliding_window=8, sliding_window_pattern=2),
+    "olmo2": lambda: transformers.Olmo2Config(**SMALL),
+    "gpt-oss": lambda: transformers.GptOssConfig(
+        **SMALL, head_dim=16, sliding_window=8, num_local_experts=2, num_experts_per_tok=1,
+    ),
 }
 
 

@@ -1,94 +1,169 @@
-"""The replicated cache against a recompute, and the choice between the two."""
+"""The memory of the branching cache: who owns which page, and what the copies move."""
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
-import transformers
 
-from pyengine import Engine, InputError, SamplingParams
-from pyengine.cache import TESTED, RecomputeCache, ReplicatedCache, choose_cache
+from pyengine import InputError
+from pyengine.cache import PAGE, BranchingCache
 
-PROMPTS = [[5, 9, 40, 77, 8, 3, 21, 60, 12, 4, 33], [7, 7, 2], [90, 14, 6, 50, 51, 52]]
-
-
-@torch.inference_mode()
-def walk(cache):
-    """Prefill, two forks, ragged commits; every frontier on the way."""
-    seen = [cache.prefill(PROMPTS), cache.fork(3)]
-    generator = torch.Generator().manual_seed(0)
-
-    def tokens(n):
-        return torch.randint(1, 300, (n,), generator=generator)
-
-    seen += [cache.append(tokens(9)) for _ in range(6)]
-    seen.append(cache.commit(torch.tensor([2, 3, 7])))
-    seen += [cache.fork(2), cache.append(tokens(6)), cache.append(tokens(6))]
-    seen.append(cache.commit(torch.tensor([5, 0])))  # one prompt is dropped, the others change places
-    seen += [cache.append(tokens(2)) for _ in range(5)]
-    return seen
+LAYERS = [(2, 16), (1, 32), (2, 16)]  # as Gemma 3n and 4 mix them
+TOKEN = sum(2 * heads * width * 4 for heads, width in LAYERS)
 
 
-def test_replicated_equals_recompute(model_dir):
-    """Sliding windows of 8 (Mistral, Gemma 2) are crossed inside the prompt and inside blocks."""
-    model = transformers.AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32).eval()
-    layers = (1, -1)
-    for fast, slow in zip(walk(ReplicatedCache(model, layers)), walk(RecomputeCache(model, layers)), strict=True):
-        torch.testing.assert_close(fast.logits, slow.logits, atol=2e-4, rtol=1e-4)
-        for layer in layers:
-            torch.testing.assert_close(fast.hidden[layer], slow.hidden[layer], atol=2e-4, rtol=1e-4)
+def make(pages=8, tails=64):
+    budget = max(pages * PAGE / 0.75, tails / 0.25) * TOKEN
+    return BranchingCache(LAYERS, budget, torch.float32, torch.device("cpu"))
 
 
-def test_all_tested_architectures_are_tested(model_dirs):
-    assert set(model_dirs) == TESTED
+def tokens(n, start=0):
+    return list(range(start, start + n))
 
 
-def tiny(config):
-    torch.manual_seed(0)
-    return transformers.AutoModelForCausalLM.from_config(config).eval()
+def fill(cache, sequence):
+    """Each token's keys and values are its position, over all layers, heads and widths."""
+    for at in range(sequence.shared, sequence.length):
+        for layer in range(len(LAYERS)):
+            for store in cache.pages(layer):
+                store[sequence.pages[at // PAGE], :, at % PAGE] = at
 
 
-def rope(kind, **extra):
-    sizes = {"vocab_size": 320, "hidden_size": 48, "intermediate_size": 64, "num_hidden_layers": 2}
-    parameters = {"rope_type": kind, "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 16}
-    return tiny(transformers.LlamaConfig(**sizes, num_attention_heads=4, rope_parameters=parameters | extra))
+def held(cache, sequence, layer=0, which=0):
+    """What a sequence holds, one number a token; asserts that heads and widths agree."""
+    pages = cache.pages(layer)[which][sequence.pages].transpose(0, 1).flatten(1, 2)[:, : sequence.length]
+    assert (pages == pages[:1, :, :1]).all()
+    return pages[0, :, 0].tolist()
 
 
-def test_longrope_is_recomputed_so_that_a_prompt_does_not_feel_its_neighbours(model_dirs, caplog):
-    model = rope("longrope", short_factor=[1.0] * 6, long_factor=[4.0] * 6)
-    engine = Engine(model, transformers.AutoTokenizer.from_pretrained(model_dirs["llama"]))
-    assert "longrope" in caplog.text
-    short, long, sampling = "77", "7" * 30, SamplingParams(max_tokens=8, seed=1)
-    assert len(engine.encode(short)) + 8 < 16 < len(engine.encode(long))
-    both = engine.generate([short, long], sampling=sampling)
-    for prompt, result in zip((short, long), both, strict=True):
-        assert result.logp_base == pytest.approx(engine.generate(prompt, sampling=sampling)[0].logp_base, abs=1e-4)
+def test_the_books_balance_from_an_empty_cache_on():
+    cache = make()
+    cache.check_integrity()
+    sequence = cache.add(tokens(100), 60)
+    assert len(sequence.pages) == 3
+    cache.check_integrity()
+    cache.release(sequence)
+    cache.check_integrity()
+    assert cache.pages_in_use == 0
+    assert cache.pages_free == 8
 
 
-def test_dynamic_rope_is_refused():
-    with pytest.raises(InputError, match="dynamic RoPE"):
-        choose_cache(rope("dynamic"))
+def test_equal_prefixes_share_whole_pages_but_never_the_last_token():
+    cache = make(pages=20)
+    first = cache.add(tokens(2 * PAGE + 1), 0)
+    assert first.shared == 0
+    assert cache.add(tokens(2 * PAGE + 9), 0).shared == 2 * PAGE
+    assert cache.add(tokens(2 * PAGE), 0).shared == PAGE
+    assert cache.add(tokens(PAGE), 0).shared == 0
+    assert cache.add([*tokens(PAGE), 7, *tokens(PAGE)], 0).shared == PAGE
+    assert cache.add(tokens(2 * PAGE, start=1), 0).shared == 0
+    cache.check_integrity()
 
 
-def test_unknown_architecture_that_branches_is_accepted():
-    config = transformers.OlmoConfig(
-        vocab_size=128, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4
-    )
-    assert choose_cache(tiny(config)) is ReplicatedCache
+def test_a_page_is_named_after_all_that_comes_before_it():
+    cache = make(pages=20)
+    cache.add([1] * (2 * PAGE + 1), 0)
+    other = cache.add([*[2] * PAGE, *[1] * (PAGE + 1)], 0)
+    assert other.shared == 0
 
 
-@pytest.mark.parametrize(
-    "config",
-    [
-        transformers.MambaConfig(vocab_size=320, hidden_size=32, num_hidden_layers=2, state_size=8),
-        transformers.OpenAIGPTConfig(vocab_size=320, n_embd=32, n_layer=2, n_head=4, n_positions=96),
-    ],
-    ids=["recurrent state", "no cache"],
-)
-def test_model_whose_cache_cannot_branch_is_recomputed(config, model_dirs, caplog):
-    model = tiny(config)
-    assert choose_cache(model) is RecomputeCache
-    assert "cannot be branched" in caplog.text
-    tokenizer = transformers.AutoTokenizer.from_pretrained(model_dirs["llama"])
-    result = Engine(model, tokenizer).generate("the quick")[0]
-    assert result.tokens
+def test_released_prompts_stay_until_their_memory_is_wanted():
+    cache = make(pages=4)
+    cache.release(cache.add(tokens(2 * PAGE + 1), 0))  # 3 pages, two of them named
+    again = cache.add(tokens(2 * PAGE + 1), 0)
+    assert again.shared == 2 * PAGE
+    cache.release(again)
+    other = cache.add(tokens(3 * PAGE, start=5), 0)  # takes the two free ones and gives one up
+    cache.check_integrity()
+    cache.release(other)
+    back = cache.add(tokens(2 * PAGE + 1), 0)
+    assert back.shared == PAGE, "the end of a prefix is given up before its beginning"
+    cache.check_integrity()
+
+
+def test_a_prefix_whose_beginning_was_given_up_is_named_anew():
+    cache = make(pages=3)
+    kept = cache.add(tokens(2 * PAGE + 1), 0)
+    cache._forget(kept.fresh[0])
+    cache.release(kept)
+    again = cache.add(tokens(2 * PAGE + 1), 0)
+    assert again.shared == 0
+    cache.check_integrity()
+    cache.release(again)
+    assert cache.add(tokens(2 * PAGE + 1), 0).shared == 2 * PAGE
+    cache.check_integrity()
+
+
+def test_running_out_takes_nothing():
+    cache = make(pages=4)
+    first = cache.add(tokens(2 * PAGE + 1), 0)
+    with pytest.raises(InputError, match="1 free pages of 64 tokens, 2 are needed"):
+        cache.add([*tokens(2 * PAGE), 5, 5], PAGE)
+    cache.check_integrity()
+    with pytest.raises(InputError, match="free pages"):
+        fork = cache.fork(first)
+        cache.fork(fork)
+    cache.check_integrity()
+
+
+def test_a_fork_shares_whole_pages_and_copies_the_last():
+    cache = make(pages=10)
+    one = cache.add(tokens(PAGE + 10), 100)
+    fill(cache, one)
+    two = cache.fork(one)
+    assert two.pages[0] == one.pages[0]
+    assert two.pages[1] != one.pages[1]
+    cache.open(4, 16)
+    for layer in range(len(LAYERS)):
+        for store in cache.tails(layer):
+            store[2, :, :5], store[3, :, :5] = 1000, 2000
+    cache.commit([(one, 2), (two, 3)], 5)
+    for layer in range(len(LAYERS)):
+        for which in (0, 1):
+            assert held(cache, one, layer, which) == [*range(PAGE + 10), *[1000] * 5]
+            assert held(cache, two, layer, which) == [*range(PAGE + 10), *[2000] * 5]
+    cache.release(one)
+    cache.check_integrity()
+    assert held(cache, two)[:3] == [0, 1, 2]
+    cache.release(two)
+    assert cache.pages_in_use == 0
+    cache.check_integrity()
+
+
+def test_a_commit_crosses_a_page_and_moves_nothing_else():
+    cache = make(pages=6, tails=128)
+    for pair in (*cache._pages, *cache._tail_memory):
+        for store in pair:
+            store.fill_(math.nan)
+    one, two = cache.add(tokens(PAGE - 3), 30), cache.add(tokens(5, start=9), 3)
+    fill(cache, one)
+    fill(cache, two)
+    cache.open(4, 16)
+    for layer in range(len(LAYERS)):
+        for store in cache.tails(layer):
+            store[1, :, :16] = torch.arange(100.0, 116.0)[None, :, None]
+    cache.commit([(one, 1)], 9)
+    for layer in range(len(LAYERS)):
+        for which in (0, 1):
+            assert held(cache, one, layer, which) == [*range(PAGE - 3), *range(100, 109)]
+            assert held(cache, two, layer, which) == [0, 1, 2, 3, 4]
+            written = cache.pages(layer)[which].isfinite().any(-1).any(1).sum()
+            assert written == PAGE - 3 + 9 + 5
+
+
+def test_tails_are_as_many_as_fit():
+    cache = make(pages=1, tails=160)
+    assert cache.most_slots(1) == cache.tail_capacity // 16
+    slots = cache.most_slots(17)
+    cache.open(slots, 17)
+    assert cache.room == 32
+    assert cache.tails(1)[0].shape == (slots, 1, 32, 32)
+    with pytest.raises(ValueError, match="do not fit"):
+        cache.open(slots + 1, 17)
+
+
+def test_a_budget_without_a_page_is_refused():
+    with pytest.raises(InputError, match="too small: one page and tail take"):
+        BranchingCache(LAYERS, 1000, torch.float32, torch.device("cpu"))

@@ -20,7 +20,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
-from pyengine.kernels import head_tilt, linear_logprob, select_block, tilt
+from pyengine.kernels import head_tilt, linear_logprob, select_block, tilt, tree_attention
 
 TABLE = Path(__file__).parent.parent / "bench" / "results" / "triton_resources.json"
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # bytes a block may have
@@ -77,6 +77,14 @@ def launch_select(scores, hidden, probe):
     select_block.select_block(scores, hidden, probe, weights, reference, True, 0.5, *random)
 
 
+def launch_tree(dtype, width=128, window=0, softcap=0.0, sinks=None):
+    """8 prompts of 16 branches, 32 query heads on 8: a decode step of Llama 3.1 8B."""
+    pages, tails = meta(2048, 8, 64, width, dtype=dtype), meta(128, 8, 16, width, dtype=dtype)
+    new, query = meta(128, 1, 8, width, dtype=dtype), meta(128, 1, 32, width, dtype=dtype)
+    tree = [meta(*shape, dtype=torch.int32) for shape in ((8, 128), (8,), (9,), (128,), ())]
+    tree_attention.tree_attention(query, new, new, pages, pages, tails, tails, *tree, 0.1, window, softcap, sinks)
+
+
 BF16, FP32 = torch.bfloat16, torch.float32
 LAUNCHES = {
     "tilt bf16": lambda: launch_tilt(BF16),
@@ -85,6 +93,7 @@ LAUNCHES = {
     "head bf16": lambda: launch_head(BF16),
     "head tilt bf16 16 rows": lambda: launch_head_tilt(BF16, 16),
     "head tilt bf16 64 rows": lambda: launch_head_tilt(BF16, 64),
+    "tree bf16": lambda: launch_tree(BF16),
     "select scores": lambda: launch_select(meta(8, 8, 2, dtype=FP32), None, None),
     "select probe bf16": lambda: launch_select(None, meta(8, 8, WIDTH), meta(2, WIDTH)),
 }
@@ -95,6 +104,8 @@ HOPPER_LAUNCHES = {
     "head bf16 softcap bias": lambda: launch_head(BF16, softcap=30.0, bias=meta(VOCAB)),
     "head fp32": lambda: launch_head(FP32),
     "head tilt fp32 64 rows": lambda: launch_head_tilt(FP32, 64),
+    "tree fp32": lambda: launch_tree(FP32),
+    "tree bf16 width 256, window, softcap, sinks": lambda: launch_tree(BF16, 256, 4096, 50.0, meta(32, dtype=FP32)),
     "head tilt bf16 64 rows softcap": lambda: launch_head_tilt(BF16, 64, softcap=30.0),
 }
 

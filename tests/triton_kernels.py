@@ -6,8 +6,10 @@ it is imported.
 
 from __future__ import annotations
 
+import importlib.util
 import math
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,7 +17,7 @@ import triton
 import triton.language as tl
 
 from pyengine import ops, reference
-from pyengine.kernels import algebra, filters, head_tilt, linear_logprob, select_block, tilt
+from pyengine.kernels import algebra, filters, head_tilt, linear_logprob, select_block, tilt, tree_attention
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
@@ -591,3 +593,61 @@ def test_ops_head_tilt_sample(over_triton, filtered):
     heads = (hidden, weight, hidden, value_weight, torch.full((3, 1), 1.5))
     want = reference.head_tilt_sample(*heads, bias=None, value_bias=None, softcap=None, **parameters)
     assert_same(reference.TiltSample(*(field.cpu() for field in found)), want, 1e-4)
+
+
+def _tree_problems():
+    """tests/test_tree_attention.py, whose problems serve here too."""
+    spec = importlib.util.spec_from_file_location("tree_problems", Path(__file__).with_name("test_tree_attention.py"))
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+TREES = _tree_problems()
+
+
+def run_tree(p, append=False, scale=None, window=None, softcap=None, sinks=None):
+    """The wrapper on the device; `append` lets the kernel write the new keys and values."""
+    stores = on_device(*p.stores)
+    if append:
+        new = slice(int(p.tree.tail_len) - p.query.shape[1], int(p.tree.tail_len))
+        for store in stores[2:]:
+            store[p.tree.slot.long(), :, new] = math.nan
+    new = on_device(p.key, p.value) if append else (None, None)
+    scale = scale or p.query.shape[3] ** -0.5
+    query, sinks = on_device(p.query, sinks)
+    found = tree_attention.tree_attention(
+        query, *new, *stores, *on_device(*p.tree), scale, window or 0, softcap or 0.0, sinks
+    )
+    if append:
+        for store, given in zip(stores[2:], p.stores[2:], strict=True):
+            assert torch.equal(store[p.tree.slot.long()].nan_to_num().cpu(), given[p.tree.slot.long()].nan_to_num())
+    return found.cpu()
+
+
+@pytest.mark.parametrize("options", TREES.OPTIONS)
+@pytest.mark.parametrize("shape", [s for s in TREES.SHAPES if s not in ("more rows than a unit", "width 256")])
+def test_tree_attention(shape, options):
+    p = TREES.problem(**TREES.SHAPES[shape], kernel=options != "plain")
+    chosen = TREES.with_sinks(TREES.OPTIONS[options], p)
+    found = run_tree(p, append=options in ("plain", "window"), **chosen)
+    torch.testing.assert_close(found, p(reference.tree_attention, **chosen), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("shape", ["more rows than a unit", "width 256"])
+@pytest.mark.parametrize("dtype", [BF16, FP16])
+def test_tree_attention_in_half_precision(shape, dtype):
+    p = TREES.problem(**TREES.SHAPES[shape], dtype=dtype)
+    want = p(reference.tree_attention).float()
+    assert (run_tree(p, append=True).float() - want).abs().max() <= 3 * TREES.TOLERANCE[dtype]
+
+
+def test_a_branch_of_tree_attention_depends_on_nothing_but_itself():
+    """Bit for bit: a prompt alone, its branches in another order."""
+    p = TREES.problem(lengths=(300, 70), branches=(3, 2))
+    want = run_tree(p)
+    for b in range(2):
+        alone, rows = TREES.only(p, b)
+        alone.query, alone.tree = alone.query.flip(0), alone.tree._replace(slot=alone.tree.slot.flip(0))
+        assert torch.equal(run_tree(alone).flip(0), want[rows])

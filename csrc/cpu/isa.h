@@ -1,5 +1,5 @@
-// What every file that is compiled once for each instruction set needs: its tables' names, and fp32
-// copies of bf16 and fp16. PYENGINE_ISA names the instruction set. Nothing in such a file may instantiate a
+// What every file that is compiled once for each instruction set needs: its tables' names, fp32
+// copies of bf16 and fp16, tanh. PYENGINE_ISA names the instruction set. Nothing in such a file may instantiate a
 // std:: template, or the linker could keep the AVX-512 copy of it for everybody.
 #pragma once
 
@@ -14,6 +14,16 @@
 namespace {
 
 using pyengine::DType;
+
+// tanh y = 1 - 2 / (1 + e^2y) loses digits near 0, where softcap * y is the logit itself: a series serves
+// |y| < 1/8 (its error is 17/315 y^7, below 3e-8 of y).
+inline Vec tanh(Vec y) {
+  const Vec square = y * y;
+  const Vec series = y * (1 + square * (-0.333333333f + square * 0.133333333f));
+  Vec e[1] = {y * (2 * pyengine::kLog2E)};
+  exp2_in_place<true>(e);
+  return square < splat(0x1p-6f) ? series : 1 - 2 / (1 + e[0]);
+}
 
 template <class T>
 void widen_all(const T* from, int n, float* to) {

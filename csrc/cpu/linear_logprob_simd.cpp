@@ -11,16 +11,6 @@ constexpr int kUnroll = 2;
 constexpr int kStep = kLanes * kUnroll;
 static_assert(pyengine::kBlock % kStep == 0, "a whole block needs no padding");
 
-// tanh y = 1 - 2 / (1 + e^2y) loses digits near 0, where softcap * y is the logit itself: a series serves
-// |y| < 1/8 (its error is 17/315 y^7, below 3e-8 of y).
-inline Vec tanh(Vec y) {
-  const Vec square = y * y;
-  const Vec series = y * (1 + square * (-0.333333333f + square * 0.133333333f));
-  Vec e[1] = {y * (2 * pyengine::kLog2E)};
-  exp2_in_place<true>(e);
-  return square < splat(0x1p-6f) ? series : 1 - 2 / (1 + e[0]);
-}
-
 // Writes whole vectors: `to` has room for n rounded up to a loop step.
 void prepare(const void* from, DType type, const float* bias, float softcap, int n, float* to) {
   widen(from, type, n, to);

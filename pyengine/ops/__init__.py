@@ -11,6 +11,7 @@ from pyengine.ops.linear_logprob import linear_logprob, logits_logprob
 from pyengine.ops.linear_preference import linear_preference
 from pyengine.ops.select_block import select_block
 from pyengine.ops.tilt import tilt_sample
+from pyengine.ops.tree_attention import tree_attention
 from pyengine.reference import (
     BlockSelection,
     PairedLoss,
@@ -18,6 +19,7 @@ from pyengine.reference import (
     SequenceMoments,
     TiltSample,
     TokenLogprob,
+    Tree,
 )
 
 __all__ = [
@@ -28,10 +30,12 @@ __all__ = [
     "SequenceMoments",
     "TiltSample",
     "TokenLogprob",
+    "Tree",
     "head_tilt_sample",
     "linear_logprob",
     "linear_preference",
     "logits_logprob",
     "select_block",
     "tilt_sample",
+    "tree_attention",
 ]

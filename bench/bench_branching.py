@@ -1,0 +1,195 @@
+"""Blockwise best-of-K decoding, tokens a second: this engine's branching cache beside what people do without one.
+
+A Llama of 100 M parameters with random weights in fp32; K branches of M tokens, the best by a probe on the hidden
+state is kept, and so on. Peers: `generate(num_return_sequences=K)` called for every block, and a loop that prefills
+once and forks transformers' DynamicCache with `batch_repeat_interleave`. Times are of one block, without the prefill
+that all share (generate repeats it every block, which is its price).
+"""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+import torch
+import transformers
+from transformers import DynamicCache
+
+from pyengine import ops
+from pyengine.decoder import BranchingDecoder, Prompt
+
+BRANCHES, TOKENS = 8, 16
+SIZES = {
+    "hidden_size": 768,
+    "intermediate_size": 2048,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 12,
+    "num_key_value_heads": 4,
+    "vocab_size": 32_000,
+    "max_position_embeddings": 16_384,
+}
+
+
+@pytest.fixture(scope="module")
+def model():
+    return make(**SIZES)
+
+
+def make(**sizes):
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(**sizes, eos_token_id=None, bos_token_id=None, pad_token_id=0)
+    return transformers.LlamaForCausalLM(config).eval()
+
+
+def prompt_of(model, length):
+    generator = torch.Generator().manual_seed(length)
+    return torch.randint(1, model.config.vocab_size, (length,), generator=generator)
+
+
+class Ours:
+    """The engine's loop without its bookkeeping for people: fork, draw, append, select, commit."""
+
+    def __init__(self, model, prompt, k, tokens):
+        self.k, self.tokens = k, tokens
+        self.probe = torch.randn(1, model.config.hidden_size, generator=torch.Generator().manual_seed(1))
+        self.decoder = BranchingDecoder(model, (-1,), k, budget=2e9)
+        self.decoder.open(k, tokens)
+        self.decoder.join([Prompt(prompt.tolist(), 64 * tokens)])
+        self.position = 0
+
+    @torch.inference_mode()
+    def block(self):
+        frontier, drawn = self.decoder.fork(), []
+        for step in range(self.tokens):
+            seed = torch.arange(self.k)
+            drawn.append(ops.tilt_sample(frontier.logits, seed=seed, position=self.position + step).token)
+            frontier = self.decoder.append(drawn[-1])
+        picked = ops.select_block(hidden=frontier.hidden[-1][None], probe=self.probe).index
+        self.decoder.commit(picked)
+        self.position += self.tokens
+        return torch.stack(drawn)[:, picked[0]]
+
+    def close(self):
+        self.decoder.close()
+
+    @property
+    def cache_bytes(self):
+        cache = self.decoder.cache
+        tokens = sum(len(s.pages) for s in self.decoder._sequences) * 64 + cache.slots * cache.room
+        return tokens * cache.token_bytes
+
+
+class Forked:
+    """Prefill once, copy the cache for each branch, keep the winner's copy."""
+
+    def __init__(self, model, prompt, k, tokens):
+        self.model, self.k, self.tokens = model, k, tokens
+        self.probe = torch.randn(1, model.config.hidden_size, generator=torch.Generator().manual_seed(1))
+        self.cache = DynamicCache(config=model.config)
+        with torch.inference_mode():
+            output = model(prompt[None], past_key_values=self.cache, logits_to_keep=1)
+        self.logits = output.logits[:, -1]
+
+    @torch.inference_mode()
+    def block(self):
+        self.cache.batch_repeat_interleave(self.k)
+        logits, drawn = self.logits.expand(self.k, -1), []
+        for _ in range(self.tokens):
+            drawn.append(torch.multinomial(torch.softmax(logits, -1), 1))
+            output = self.model(drawn[-1], past_key_values=self.cache, output_hidden_states=True)
+            logits = output.logits[:, -1]
+        best = (output.hidden_states[-1][:, -1] @ self.probe.T).argmax(0)
+        self.cache.batch_select_indices(best)
+        self.logits = logits[best]
+        return torch.cat(drawn, 1)[best[0]]
+
+
+class Generated:
+    """generate() with K sequences for every block; the prompt is read K times again."""
+
+    def __init__(self, model, prompt, k, tokens):
+        self.model, self.ids, self.k, self.tokens = model, prompt[None], k, tokens
+        self.probe = torch.randn(1, model.config.hidden_size, generator=torch.Generator().manual_seed(1))
+
+    @torch.inference_mode()
+    def block(self):
+        output = self.model.generate(
+            self.ids,
+            attention_mask=torch.ones_like(self.ids),
+            do_sample=True,
+            top_k=0,
+            num_return_sequences=self.k,
+            max_new_tokens=self.tokens,
+            output_hidden_states=True,
+            return_dict_in_generate=True,
+        )
+        best = (output.hidden_states[-1][-1][:, -1] @ self.probe.T).argmax(0)
+        self.ids = output.sequences[best]
+        return self.ids[0, -self.tokens :]
+
+
+def linears(model, rows):
+    """Seconds that the model's own matrix products take in one step over so many rows."""
+    layers = [m for m in model.modules() if isinstance(m, torch.nn.Linear)]
+    inputs = {m.in_features: torch.randn(1, rows, m.in_features) for m in layers}
+    with torch.inference_mode():
+        start = time.perf_counter()
+        for layer in layers:
+            layer(inputs[layer.in_features])
+        return time.perf_counter() - start
+
+
+def medians(makers, rounds, extra):
+    """Median seconds of one block each, taking turns; `extra` is timed beside them."""
+    samples = {name: [] for name in (*makers, *extra)}
+    for maker in makers.values():
+        maker.block()
+    for _ in range(rounds):
+        for name, work in {**{n: m.block for n, m in makers.items()}, **extra}.items():
+            start = time.perf_counter()
+            work()
+            samples[name].append(time.perf_counter() - start)
+    return {name: sorted(times)[len(times) // 2] for name, times in samples.items()}
+
+
+@pytest.mark.parametrize(
+    ("prefix", "branches"), [(1024, 8), (4096, 8), (256, 8), (2048, 8), (1024, 1), (1024, 2), (1024, 4), (1024, 16)]
+)
+def test_peers(rows, model, prefix, branches):
+    prompt = prompt_of(model, prefix)
+    ours = Ours(model, prompt, branches, TOKENS)
+    peers = {"pyengine": ours, "DynamicCache, forked": Forked(model, prompt, branches, TOKENS)}
+    times = medians(peers, 5, {"linears": lambda: [linears(model, branches) for _ in range(TOKENS)]})
+    used = ours.cache_bytes
+    ours.close()
+    start = time.perf_counter()
+    Generated(model, prompt, branches, TOKENS).block()
+    times["generate for each block"] = time.perf_counter() - start
+    copied = branches * (prefix + TOKENS) * ours.decoder.cache.token_bytes
+    rows.append(
+        {
+            "prefix": prefix,
+            "branches": branches,
+            "tokens": TOKENS,
+            "threads": torch.get_num_threads(),
+            "seconds_per_block": {name: round(t, 4) for name, t in times.items()},
+            "times_slower": {name: round(t / times["pyengine"], 2) for name, t in times.items()},
+            "branch_tokens_per_second": {n: round(branches * TOKENS / t, 1) for n, t in times.items()},
+            "share_that_is_not_the_models_linears": round(1 - times["linears"] / times["pyengine"], 3),
+            "cache_bytes": used,
+            "cache_bytes_replicated": copied,
+            "cache_share": round(used / copied, 4),
+        }
+    )
+
+
+def test_smoke(benchmark):
+    """All three run at a small size, and ours draws what its reference model would."""
+    small = make(**SIZES | {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2, "vocab_size": 100})
+    prompt = prompt_of(small, 70)
+    ours = Ours(small, prompt, 3, 4)
+    tokens = benchmark.pedantic(ours.block, rounds=1)
+    assert tokens.shape == (4, 1)
+    ours.close()
+    assert Forked(small, prompt, 3, 4).block().shape == Generated(small, prompt, 3, 4).block().shape == (4,)
+    assert linears(small, 3) > 0

@@ -1,0 +1,69 @@
+// tree_attention on a CPU: the branches of a prompt read its cached prefix once, and each its own short tail.
+#pragma once
+
+#include <cstdint>
+
+#include "../algebra.h"
+
+namespace pyengine {
+
+// Keys are stored [width, tokens] with tokens side by side, values [tokens, width] with width side by side, so
+// that both products of attention run over whole vectors. kTileTokens divides a page; a tail's room is a
+// multiple of kTokens. All pointers are borrowed for the call; strides are in elements.
+constexpr int kTileTokens = 64, kTokens = 16;
+
+// The keys or the values of many pages, or tails: `at` strides over those, `inner` over the slower of
+// (width, tokens).
+struct Store {
+  char* data;
+  int64_t stride_at, stride_head, stride_inner;
+};
+
+// Tensors [rows, tokens, heads, width] with unit stride along width.
+struct RowView {
+  const char* data;
+  int64_t stride_row, stride_token, stride_head;
+};
+
+struct TreeArgs {
+  int64_t prompts, rows, tokens, heads, kv_heads, width, page_tokens;
+  DType type;  // of all tensors but the sinks
+  RowView query;
+  RowView key, value;  // of the new tokens, which are written to the tails first; null: they are there
+  Store prefix_key, prefix_value, tail_key, tail_value;
+  const int32_t *pages, *prefix_len, *first_row, *slot;
+  int64_t pages_stride, tail_len;
+  float scale, softcap;  // softcap 0: none
+  int64_t window;        // 0: none
+  const float* sinks;    // [heads], or null
+  char* out;             // [rows, tokens, heads, width], contiguous
+};
+
+// What one row has seen so far, in log2 units: the largest logit and the sum of 2^(logit - top).
+struct RowSoftmax {
+  float top, sum;
+};
+
+struct TreeKernels {
+  const char* name;
+  // c[r][.] = alpha[r] * c[r][.] + sum_i a[r][i] * b[i][.]; without alpha c starts at 0. cols is a multiple of
+  // kTokens. A row's bits depend on its own numbers only.
+  void (*multiply)(const float* a, int64_t lda, int rows, int depth, const float* b, int64_t ldb, int cols,
+                   const float* alpha, float* c, int64_t ldc);
+  // Turns the logits s[from .. to) into weights 2^(s - top), all others of `cols` into 0, and returns by how
+  // much earlier sums are to be scaled. With a softcap: s = softcap * tanh(s), in log2 units.
+  float (*weights)(float* s, int cols, int from, int to, float softcap, RowSoftmax& row);
+  void (*widen)(const void* from, DType type, int n, float* to);
+};
+
+extern const TreeKernels tree_kernels_portable;
+#if defined(__x86_64__)
+extern const TreeKernels tree_kernels_avx2;
+extern const TreeKernels tree_kernels_avx512;
+#endif
+
+const TreeKernels* tree_kernels(const char* forced);  // as tilt_kernels
+
+void tree_attention(const TreeArgs& args, const TreeKernels& kernels, int threads);
+
+}  // namespace pyengine

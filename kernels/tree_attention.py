@@ -1,0 +1,322 @@
+"""tree_attention in Triton: one program for (split, key head, prompt), then a merge in the order of the splits.
+
+A row is (branch, new token, query head of the key head's group). Splits are at fixed tokens and the tails have one of
+their own, so that a row's sums do not depend on the batch. The grid follows from shapes alone: nothing waits for the
+device, and a captured graph serves every length.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+LOG2E = 1.4426950408889634
+SPLIT = 256  # tokens of a prefix that one program reads
+TILE = 64  # of them at a time; divides a page
+COLUMNS = 16  # tokens of a tail at a time: the least that tensor cores take
+MOST_ROWS = 64  # at a time
+
+
+@triton.jit
+def append_kernel(
+    new,
+    new_row,
+    new_token,
+    new_head,
+    tail,
+    tail_slot,
+    tail_head,
+    tail_token,
+    tail_inner,
+    slot,
+    tail_len,
+    width,
+    TOKENS: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
+    row, token, head = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
+    d = tl.arange(0, WIDTH)
+    x = tl.load(new + row * new_row + token * new_token + head * new_head + d, mask=d < width)
+    at = tl.load(tail_len) - TOKENS + token
+    to = tail + tl.load(slot + row).to(tl.int64) * tail_slot + head * tail_head + at * tail_token
+    tl.store(to + d * tail_inner, x, mask=d < width)
+
+
+@triton.jit
+def attend(query, key, value, seen, factor, softcap, top, total, mixed, CAPPED: tl.constexpr, PRECISION: tl.constexpr):
+    """The running softmax of rows [R, D], in log2 units, after more keys [D, T] and values [T, D]."""
+    logits = tl.dot(query, key, input_precision=PRECISION) * factor
+    if CAPPED:  # factor is 2 scale log2(e) / softcap: tanh y = 1 - 2 / (1 + 2^(2 y log2(e)))
+        logits = (1 - 2 / (1 + tl.exp2(logits))) * softcap
+    logits = tl.where(seen, logits, float("-inf"))
+    now = tl.maximum(top, tl.max(logits, 1))
+    shift = tl.where(now == float("-inf"), 0.0, now)
+    weight = tl.exp2(logits - shift[:, None])
+    scale = tl.exp2(top - shift)
+    added = tl.dot(weight.to(value.dtype), value, input_precision=PRECISION)
+    return now, total * scale + tl.sum(weight, 1), mixed * scale[:, None] + added
+
+
+@triton.jit
+def tree_attention_kernel(
+    query,
+    query_row,
+    query_token,
+    query_head,
+    prefix_key,
+    key_page,
+    key_head,
+    key_token,
+    key_inner,
+    prefix_value,
+    value_page,
+    value_head,
+    value_token,
+    value_inner,
+    tail_key,
+    tail_key_slot,
+    tail_key_head,
+    tail_key_token,
+    tail_key_inner,
+    tail_value,
+    tail_value_slot,
+    tail_value_head,
+    tail_value_token,
+    tail_value_inner,
+    pages,
+    pages_row,
+    prefix_len,
+    first_row,
+    slot,
+    tail_len,
+    factor,
+    softcap,
+    window,
+    width,
+    rows_in_all,
+    sums,
+    tops,
+    totals,
+    TOKENS: tl.constexpr,
+    GROUP: tl.constexpr,
+    ROWS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    PAGE: tl.constexpr,
+    SPLIT: tl.constexpr,
+    TILE: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    WINDOWED: tl.constexpr,
+    CAPPED: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    split, kv_head, prompt = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    splits, heads = tl.num_programs(0) - 1, tl.num_programs(1) * GROUP
+    length, tail = tl.load(prefix_len + prompt), tl.load(tail_len)
+    first, last = tl.load(first_row + prompt), tl.load(first_row + prompt + 1)
+    each: tl.constexpr = TOKENS * GROUP
+    count = (last - first) * each
+    d = tl.arange(0, WIDTH)
+    inside = d < width
+    for start_row in range(0, count, ROWS):
+        row = start_row + tl.arange(0, ROWS)
+        there = row < count
+        branch, token = first + row // each, row // GROUP % TOKENS
+        head = kv_head * GROUP + row % GROUP
+        at_query = branch.to(tl.int64) * query_row + token * query_token + head * query_head
+        q = tl.load(query + at_query[:, None] + d[None, :], mask=there[:, None] & inside[None, :], other=0.0)
+        place = tail - TOKENS + token  # of the query, in its tail
+        top = tl.full([ROWS], float("-inf"), tl.float32)
+        total = tl.zeros([ROWS], tl.float32)
+        mixed = tl.zeros([ROWS, WIDTH], tl.float32)
+        if split < splits:
+            for start in range(split * SPLIT, tl.minimum(length, split * SPLIT + SPLIT), TILE):
+                page = tl.load(pages + prompt * pages_row + start // PAGE).to(tl.int64)
+                at = start + tl.arange(0, TILE)
+                kept, held = at < length, start % PAGE + tl.arange(0, TILE)
+                keys = prefix_key + page * key_page + kv_head * key_head
+                k = tl.load(
+                    keys + held[None, :] * key_token + d[:, None] * key_inner,
+                    mask=kept[None, :] & inside[:, None],
+                    other=0.0,
+                )
+                values = prefix_value + page * value_page + kv_head * value_head
+                v = tl.load(
+                    values + held[:, None] * value_token + d[None, :] * value_inner,
+                    mask=kept[:, None] & inside[None, :],
+                    other=0.0,
+                )
+                seen = kept[None, :] & there[:, None]
+                if WINDOWED:
+                    seen &= at[None, :] > (length + place - window)[:, None]
+                top, total, mixed = attend(q, k, v, seen, factor, softcap, top, total, mixed, CAPPED, PRECISION)
+        else:
+            for b in range(start_row // each, tl.cdiv(tl.minimum(start_row + ROWS, count), each)):
+                own = tl.load(slot + first + b).to(tl.int64)
+                keys = tail_key + own * tail_key_slot + kv_head * tail_key_head
+                values = tail_value + own * tail_value_slot + kv_head * tail_value_head
+                for start in range(0, tail, COLUMNS):
+                    at = start + tl.arange(0, COLUMNS)
+                    kept = at < tail
+                    k = tl.load(
+                        keys + at[None, :] * tail_key_token + d[:, None] * tail_key_inner,
+                        mask=kept[None, :] & inside[:, None],
+                        other=0.0,
+                    )
+                    v = tl.load(
+                        values + at[:, None] * tail_value_token + d[None, :] * tail_value_inner,
+                        mask=kept[:, None] & inside[None, :],
+                        other=0.0,
+                    )
+                    seen = (branch == first + b)[:, None] & there[:, None] & (at[None, :] <= place[:, None])
+                    if WINDOWED:
+                        seen &= at[None, :] > (place - window)[:, None]
+                    top, total, mixed = attend(q, k, v, seen, factor, softcap, top, total, mixed, CAPPED, PRECISION)
+        to = split.to(tl.int64) * rows_in_all + (branch.to(tl.int64) * TOKENS + token) * heads + head
+        tl.store(tops + to, top, mask=there)
+        tl.store(totals + to, total, mask=there)
+        tl.store(sums + to[:, None] * width + d[None, :], mixed, mask=there[:, None] & inside[None, :])
+
+
+@triton.jit
+def merge_kernel(
+    sums,
+    tops,
+    totals,
+    sinks,
+    out,
+    rows_in_all,
+    heads,
+    width,
+    parts,
+    PARTS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    SINKS: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    part, d = tl.arange(0, PARTS), tl.arange(0, WIDTH)
+    at = part.to(tl.int64) * rows_in_all + row
+    top = tl.load(tops + at, mask=part < parts, other=float("-inf"))
+    total = tl.load(totals + at, mask=part < parts, other=0.0)
+    most = tl.max(top, 0)
+    if SINKS:
+        sink = tl.load(sinks + row % heads) * 1.4426950408889634
+        most = tl.maximum(most, sink)
+    scale = tl.where(top == float("-inf"), 0.0, tl.exp2(top - most))
+    whole = tl.sum(tl.where(top == float("-inf"), total, total * scale), 0)  # a NaN in `total` stays
+    if SINKS:
+        whole += tl.exp2(sink - most)
+    mixed = tl.zeros([WIDTH], tl.float32)
+    for p in range(parts):
+        from_here = tl.load(tops + p * rows_in_all + row)
+        weight = tl.exp2(from_here - most)
+        seen = from_here > float("-inf")
+        x = tl.load(sums + (p * rows_in_all + row) * width + d, mask=(d < width) & seen, other=0.0)
+        mixed += tl.where(seen, weight, 0.0) * x
+    tl.store(out + row * width + d, (mixed / whole).to(out.dtype.element_ty), mask=d < width)
+
+
+def tree_attention(
+    query: Tensor,
+    key: Tensor | None,
+    value: Tensor | None,
+    prefix_key: Tensor,
+    prefix_value: Tensor,
+    tail_key: Tensor,
+    tail_value: Tensor,
+    pages: Tensor,
+    prefix_len: Tensor,
+    first_row: Tensor,
+    slot: Tensor,
+    tail_len: Tensor,
+    scale: float,
+    window: int,
+    softcap: float,
+    sinks: Tensor | None,
+) -> Tensor:
+    """`pyengine.ops.tree_attention` in Triton, on arguments that are already checked.
+
+    query, key and value have unit stride along D; pages hold a multiple of 64 tokens. window and softcap: 0 is none.
+    """
+    rows, tokens, heads, width = query.shape
+    kv_heads, padded = prefix_key.shape[1], max(16, triton.next_power_of_2(width))
+    out = query.new_empty((rows, tokens, heads, width))
+    if rows == 0:
+        return out
+    for new, tail in ((key, tail_key), (value, tail_value)):
+        if new is not None:
+            append_kernel[(rows, tokens, kv_heads)](
+                new,
+                *new.stride()[:3],
+                tail,
+                *tail.stride(),
+                slot,
+                tail_len,
+                width,
+                TOKENS=tokens,
+                WIDTH=padded,
+                num_warps=1,
+            )
+    group = heads // kv_heads
+    parts = triton.cdiv(pages.shape[1] * prefix_key.shape[2], SPLIT) + 1
+    in_all = rows * tokens * heads
+    sums = query.new_empty((parts, in_all, width), dtype=torch.float32)
+    tops, totals = (query.new_empty((parts, in_all), dtype=torch.float32) for _ in range(2))
+    branch_rows = triton.next_power_of_2(rows * tokens * group)
+    factor = 2 * LOG2E * scale / softcap if softcap else LOG2E * scale
+    tree_attention_kernel[(parts, kv_heads, len(prefix_len))](
+        query,
+        *query.stride()[:3],
+        prefix_key,
+        *prefix_key.stride(),
+        prefix_value,
+        *prefix_value.stride(),
+        tail_key,
+        *tail_key.stride(),
+        tail_value,
+        *tail_value.stride(),
+        pages,
+        pages.stride(0),
+        prefix_len,
+        first_row,
+        slot,
+        tail_len,
+        factor,
+        softcap * LOG2E,
+        window,
+        width,
+        in_all,
+        sums,
+        tops,
+        totals,
+        TOKENS=tokens,
+        GROUP=group,
+        ROWS=max(16, min(MOST_ROWS, branch_rows)),
+        WIDTH=padded,
+        PAGE=prefix_key.shape[2],
+        SPLIT=SPLIT,
+        TILE=TILE if padded <= 128 else TILE // 2,
+        COLUMNS=COLUMNS,
+        WINDOWED=window > 0,
+        CAPPED=softcap > 0,
+        PRECISION="ieee" if query.dtype == torch.float32 else "tf32",
+        num_warps=4,
+        num_stages=2,
+    )
+    merge_kernel[(in_all,)](
+        sums,
+        tops,
+        totals,
+        query if sinks is None else sinks,
+        out,
+        in_all,
+        heads,
+        width,
+        parts,
+        PARTS=triton.next_power_of_2(parts),
+        WIDTH=padded,
+        SINKS=sinks is not None,
+        num_warps=1,
+    )
+    return out

@@ -1,0 +1,158 @@
+"""The hook into transformers: while a pass of ours runs, a model's attention layers read and write our cache.
+
+Registered without a mask function: transformers then builds no mask, and causality, windows and the tree are the
+business of the pass. Models are called with `use_cache=False`, packed ids [1, T] and explicit positions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import AttentionInterface
+
+from pyengine import ops
+from pyengine.cache import PAGE, BranchingCache, Sequence
+from pyengine.ops.tree_attention import masked_attention
+from pyengine.reference import Tree
+
+NAME = "pyengine"
+QUERIES = 256  # of a long prompt at a time, where its mask or logits are written out
+
+
+class Options(NamedTuple):
+    """What a layer asks of attention."""
+
+    scale: float | None
+    window: int | None
+    softcap: float | None
+    sinks: Tensor | None
+
+
+class Pass(Protocol):
+    """One forward pass over packed tokens: query [Hq, T, D], key and value [Hkv, T, D] -> [T, Hq, D]."""
+
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, options: Options) -> Tensor: ...
+
+
+_PASS: ContextVar[Pass | None] = ContextVar("pyengine_pass", default=None)
+
+
+def _attention(
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    run = _PASS.get()
+    if run is None:
+        raise RuntimeError("this model is lent to a running Engine.generate or .stream; call it when that has ended")
+    options = Options(scaling, sliding_window, softcap, s_aux)
+    return run.attend(module.layer_idx, query[0], key[0], value[0], options)[None], None
+
+
+AttentionInterface.register(NAME, _attention)
+
+
+@contextmanager
+def hooked(model: Any) -> Iterator[None]:
+    """The model's attention is ours inside; ValueError where the model does not let it."""
+    before = model.config._attn_implementation
+    model.set_attn_implementation(NAME)
+    try:
+        if model.config._attn_implementation != NAME:
+            raise ValueError("its attention does not go through transformers' AttentionInterface")
+        yield
+    finally:
+        model.set_attn_implementation(before)
+
+
+@contextmanager
+def running(work: Pass) -> Iterator[None]:
+    """Attention layers that are called inside do the work of this pass."""
+    token = _PASS.set(work)
+    try:
+        yield
+    finally:
+        _PASS.reset(token)
+
+
+class Extend:
+    """Prompts side by side: what is not in their pages yet is written there, and reads all before it."""
+
+    def __init__(self, cache: BranchingCache, sequences: list[Sequence]) -> None:
+        self.cache, self.sequences = cache, sequences
+        device = cache.pages(0)[0].device
+        at = [(s.pages[i // PAGE], i % PAGE) for s in sequences for i in range(s.shared, s.length)]
+        self._page, self._offset = torch.tensor(at, device=device).T
+        self._tables = [torch.tensor(s.pages, device=device) for s in sequences]
+
+    def positions(self) -> list[int]:
+        return [i for s in self.sequences for i in range(s.shared, s.length)]
+
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, options: Options) -> Tensor:
+        keys, values = self.cache.pages(layer)
+        keys[self._page, :, self._offset] = key.transpose(0, 1)
+        values[self._page, :, self._offset] = value.transpose(0, 1)
+        out = torch.empty_like(query.transpose(0, 1), memory_format=torch.contiguous_format)
+        start = 0
+        for sequence, table in zip(self.sequences, self._tables, strict=True):
+            new = slice(start, start + sequence.length - sequence.shared)
+            start = new.stop
+            own, of_own = key[:, new], value[:, new]
+            if sequence.shared:
+                pages = table[: BranchingCache.pages_for(sequence.length)]
+                own, of_own = (x[pages].transpose(0, 1).flatten(1, 2)[:, : sequence.length] for x in (keys, values))
+            out[new] = _causal(query[:, new], own, of_own, options).transpose(0, 1)
+        return out
+
+
+def _causal(query: Tensor, key: Tensor, value: Tensor, options: Options) -> Tensor:
+    """query [Hq, S, D] of the last S of T tokens, key and value [Hkv, T, D] -> [Hq, S, D]."""
+    new, length, group = query.shape[1], key.shape[1], len(query) // len(key)
+    plain = options.softcap is None and options.sinks is None
+    if plain and new == length and (options.window or length) >= length:
+        key, value = (x.repeat_interleave(group, 0)[None] for x in (key, value))
+        return scaled_dot_product_attention(query[None], key, value, is_causal=True, scale=options.scale)[0]
+    at = torch.arange(length, device=query.device)
+    parts = []
+    for first in range(length - new, length, QUERIES):
+        last = min(first + QUERIES, length)
+        low = max(0, first + 1 - (options.window or length))
+        behind = at[first:last, None] - at[low:last]
+        seen = (behind >= 0) & (behind < (options.window or length))
+        rows = query[:, first - length + new : last - length + new]
+        past = key[:, low:last], value[:, low:last]
+        parts.append(masked_attention(rows, *past, seen, options.scale, options.softcap, options.sinks))
+    return torch.cat(parts, 1)
+
+
+class Decode:
+    """One new token for each row: it joins the row's tail and reads that and the prefix of its prompt."""
+
+    def __init__(self, cache: BranchingCache, tree: Tree) -> None:
+        self.cache, self.tree = cache, tree
+
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, options: Options) -> Tensor:
+        query, key, value = (x.transpose(0, 1)[:, None] for x in (query, key, value))
+        return ops.tree_attention(
+            query,
+            *self.cache.pages(layer),
+            *self.cache.tails(layer),
+            self.tree,
+            key=key,
+            value=value,
+            **options._asdict(),
+        )[:, 0]

@@ -1,0 +1,265 @@
+"""A model on the branching cache, behind the verbs that the engine needs of any decoder.
+
+    decoder.open(k, room)                  # until close(): k branches a prompt, of at most `room` tokens
+    n = decoder.fits(waiting)              # how many of the waiting prompts can join now
+    decoder.join(prompts)                  # prefill; they come after the prompts that are there
+    frontier = decoder.fork()              # row b becomes rows b*k .. b*k + k-1
+    frontier = decoder.append(tokens)      # one token a row
+    frontier = decoder.keep(rows)          # these branches go on, the others are not looked at again
+    decoder.commit(rows)                   # the winners join their prefixes; prompts without one leave
+"""
+
+from __future__ import annotations
+
+import inspect
+import os
+from contextlib import ExitStack
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from pyengine.attention import Decode, Extend, Pass, hooked, running
+from pyengine.cache import BranchingCache, Sequence
+from pyengine.errors import InputError
+from pyengine.reference import Tree
+from pyengine.scorers.base import Hidden
+
+PREFILL_TOKENS = 4096  # in one pass, or one prompt if that is longer
+HOST_SHARE, GPU_SHARE = 0.25, 0.8  # of the memory that is free, where no budget is given
+
+
+class Frontier(NamedTuple):
+    """Next-token logits [N, V] and hidden states {layer: [N, D]} at the last token of each row.
+
+    After a prompt or a token every row carries them, so no score ever misses its last token.
+    """
+
+    logits: Tensor
+    hidden: Hidden
+
+    def rows(self, index: Tensor) -> Frontier:
+        """The rows of `index`, in its order."""
+        return Frontier(self.logits[index], {layer: h[index] for layer, h in self.hidden.items()})
+
+    def then(self, other: Frontier) -> Frontier:
+        """These rows, and then the other's."""
+        hidden = {layer: torch.cat([h, other.hidden[layer]]) for layer, h in self.hidden.items()}
+        return Frontier(torch.cat([self.logits, other.logits]), hidden)
+
+
+class Prompt(NamedTuple):
+    """A prompt that wants to join: its tokens, and how many more may be committed to it."""
+
+    ids: list[int]
+    growth: int
+
+
+class Decoder(Protocol):
+    """What the engine needs of a decoder; see the module's docstring."""
+
+    layers: tuple[int, ...]  # hidden states that every frontier carries
+
+    def open(self, k: int, room: int) -> None: ...
+    def close(self) -> None: ...
+    def fits(self, waiting: list[Prompt]) -> int: ...
+    def join(self, prompts: list[Prompt]) -> None: ...
+    def fork(self) -> Frontier: ...
+    def append(self, tokens: Tensor) -> Frontier: ...
+    def keep(self, rows: Tensor) -> Frontier: ...
+    def commit(self, rows: Tensor) -> None: ...
+
+
+class BranchingDecoder:
+    """Each prefix is kept and read once for all its branches; branches cost their tails.
+
+    layers: the hidden states that every frontier carries. max_rows: most branches at once. budget: bytes of keys and
+    values; None is a share of the memory that is free.
+    """
+
+    def __init__(self, model: Any, layers: tuple[int, ...], max_rows: int, budget: float | None = None) -> None:
+        self.model, self.layers, self.max_rows = model, layers, max_rows
+        self.cache = BranchingCache(_layer_shapes(model), budget or _free_memory(model.device), model.dtype, model.device)
+        self._keep_some = "logits_to_keep" in inspect.signature(model.forward).parameters
+        self._hook = ExitStack()
+        self._k = 1
+        self._sequences: list[Sequence] = []
+        self._at = Frontier(torch.empty(0), {})  # of the sequences
+        # Of the branches while a block is on its way:
+        self._branches = self._at
+        self._owner: list[int] = []  # the sequence of each row
+        self._slot: list[int] = []
+        self._tail_len = 0
+        self._tree: Tree | None = None
+        self._positions = torch.empty(0)
+
+    def open(self, k: int, room: int) -> None:
+        most = min(max(self.max_rows, k), self.cache.most_slots(room))
+        if most < k:
+            raise InputError(
+                f"{k} branches of {room} tokens need {k * room * self.cache.token_bytes / 1e9:.3g} GB of cache for "
+                "their tails alone: give the engine more memory (cache_gb), or take fewer branches or shorter ones"
+            )
+        self._k = k
+        self.cache.open(most // k * k, room)
+        self._hook.enter_context(hooked(self.model))
+
+    def close(self) -> None:
+        for sequence in self._sequences:
+            self.cache.release(sequence)
+        self._sequences, self._tree = [], None
+        self._hook.close()
+
+    def fits(self, waiting: list[Prompt]) -> int:
+        prompts, pages = self.cache.slots // self._k - len(self._sequences), self.cache.pages_free
+        for count, prompt in enumerate(waiting):
+            needed = self.cache.pages_for(len(prompt.ids) + prompt.growth)
+            if needed > self.cache.capacity:
+                raise InputError(
+                    f"a prompt of {len(prompt.ids)} tokens that may grow by {prompt.growth} needs {needed} pages of "
+                    f"cache, there are {self.cache.capacity}: give the engine more memory (cache_gb)"
+                )
+            pages -= needed
+            if count >= prompts or pages < 0:
+                return count
+        return len(waiting)
+
+    @torch.inference_mode()
+    def join(self, prompts: list[Prompt]) -> None:
+        start = 0
+        while start < len(prompts):
+            stop, tokens = start, 0
+            pack: list[Sequence] = []
+            try:
+                while stop < len(prompts) and (not pack or tokens + len(prompts[stop].ids) <= PREFILL_TOKENS):
+                    pack.append(self.cache.add(*prompts[stop]))
+                    tokens += pack[-1].length - pack[-1].shared
+                    stop += 1
+                found = self._prefill(pack, [p.ids for p in prompts[start:stop]])
+            except BaseException:
+                for sequence in reversed(pack):
+                    self.cache.discard(sequence)
+                raise
+            self._at = self._at.then(found) if self._sequences else found
+            self._sequences += pack
+            start = stop
+
+    def _prefill(self, pack: list[Sequence], ids: list[list[int]]) -> Frontier:
+        work = Extend(self.cache, pack)
+        tokens = [token for s, all_ids in zip(pack, ids, strict=True) for token in all_ids[s.shared :]]
+        last, end = [], 0
+        for sequence in pack:
+            end += sequence.length - sequence.shared
+            last.append(end - 1)
+        device = self.model.device
+        where = torch.tensor(last, device=device)
+        return self._forward(
+            work, torch.tensor(tokens, device=device), torch.tensor(work.positions(), device=device), where
+        )
+
+    def fork(self) -> Frontier:
+        n = len(self._sequences)
+        self._owner = [i for i in range(n) for _ in range(self._k)]
+        self._slot = list(range(n * self._k))
+        self._tail_len = 0
+        self._branches = self._at
+        if self._k > 1:
+            index = torch.arange(n, device=self.model.device).repeat_interleave(self._k)
+            self._branches = self._at.rows(index)
+        self._plant()
+        return self._branches
+
+    def _plant(self) -> None:
+        """The tree of the branches that are left, and the position of their next token."""
+        device, n = self.model.device, len(self._sequences)
+        longest = max(len(s.pages) for s in self._sequences)
+        pages = [s.pages + [0] * (longest - len(s.pages)) for s in self._sequences]
+        lengths = [s.length for s in self._sequences]
+        counts = [0] * (n + 1)
+        for owner in self._owner:
+            counts[owner + 1] += 1
+        for i in range(n):
+            counts[i + 1] += counts[i]
+        tables = (pages, lengths, counts, self._slot, self._tail_len)
+        self._tree = Tree(*(torch.tensor(x, dtype=torch.int32, device=device) for x in tables))
+        self._positions = torch.tensor([lengths[i] + self._tail_len for i in self._owner], device=device)
+
+    @torch.inference_mode()
+    def append(self, tokens: Tensor) -> Frontier:
+        assert self._tree is not None
+        self._tail_len += 1
+        self._tree.tail_len.add_(1)
+        self._branches = self._forward(Decode(self.cache, self._tree), tokens, self._positions)
+        self._positions = self._positions + 1
+        return self._branches
+
+    def keep(self, rows: Tensor) -> Frontier:
+        kept = rows.tolist()
+        self._owner = [self._owner[row] for row in kept]
+        self._slot = [self._slot[row] for row in kept]
+        self._branches = self._branches.rows(rows)
+        self._plant()
+        return self._branches
+
+    def rollback(self) -> Frontier:
+        """As after `fork`: nothing of the block is left."""
+        return self.fork()
+
+    @torch.inference_mode()
+    def commit(self, rows: Tensor) -> None:
+        kept = rows.tolist()
+        winners = [(self._sequences[self._owner[row]], self._slot[row]) for row in kept]
+        self.cache.commit(winners, self._tail_len)
+        stay = [sequence for sequence, _ in winners]
+        for sequence in self._sequences:
+            if sequence not in stay:
+                self.cache.release(sequence)
+        self._sequences = stay
+        self._at = self._branches.rows(rows)
+
+    def _forward(self, work: Pass, ids: Tensor, positions: Tensor, rows: Tensor | None = None) -> Frontier:
+        """The frontier of packed tokens [T], or of some of them."""
+        keep = {"logits_to_keep": rows} if rows is not None and self._keep_some else {}
+        with running(work):
+            output = self.model(
+                input_ids=ids[None],
+                position_ids=positions[None],
+                use_cache=False,
+                output_hidden_states=bool(self.layers),
+                **keep,
+            )
+        logits = output.logits[0]
+        hidden = {layer: output.hidden_states[layer][0] for layer in self.layers}
+        if rows is not None:
+            logits = logits if keep else logits[rows]
+            hidden = {layer: h[rows] for layer, h in hidden.items()}
+        return Frontier(logits, hidden)
+
+
+def _layer_shapes(model: Any) -> list[tuple[int, int]]:
+    """(key heads, width) of each layer, as one pass over one token shows them."""
+    found: dict[int, tuple[int, int]] = {}
+
+    class Look:
+        def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, options: object) -> Tensor:
+            if value.shape != key.shape:
+                raise ValueError("its values are not shaped like its keys")
+            found[layer] = (key.shape[0], key.shape[2])
+            return query.transpose(0, 1)
+
+    device = model.device
+    with torch.inference_mode(), hooked(model), running(Look()):
+        model(
+            input_ids=torch.zeros(1, 1, dtype=torch.long, device=device),
+            position_ids=torch.zeros(1, 1, dtype=torch.long, device=device),
+            use_cache=False,
+        )
+    if sorted(found) != list(range(len(found))) or not found:
+        raise ValueError("its attention layers are not numbered one by one")
+    return [found[i] for i in range(len(found))]
+
+
+def _free_memory(device: torch.device) -> float:
+    if device.type == "cuda":
+        return GPU_SHARE * torch.cuda.mem_get_info(device)[0]
+    return HOST_SHARE * os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

@@ -1,0 +1,258 @@
+"""tree_attention: K branches of a prompt read its cached prefix once."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+import pyengine._C as _C
+from pyengine.ops.common import (
+    DTYPE_CODE,
+    FORCED_GPU,
+    check_float,
+    fail,
+    instruction_set,
+    launched,
+    library,
+    traced,
+    triton_kernels,
+    unit_strides,
+)
+from pyengine.reference import Tree
+
+OP = "tree_attention"
+TILE, TOKENS = 64, 16  # csrc/cpu/tree_attention.h kTileTokens, kTokens
+
+library.define(
+    "tree_attention(Tensor query, Tensor? key, Tensor? value, Tensor prefix_key, Tensor prefix_value, "
+    "Tensor(a!) tail_key, Tensor(b!) tail_value, Tensor pages, Tensor prefix_len, Tensor first_row, Tensor slot, "
+    "Tensor tail_len, float scale, int window, float softcap, Tensor? sinks) -> Tensor"
+)
+
+
+def tree_attention(
+    query: Tensor,
+    prefix_key: Tensor,
+    prefix_value: Tensor,
+    tail_key: Tensor,
+    tail_value: Tensor,
+    tree: Tree,
+    *,
+    key: Tensor | None = None,
+    value: Tensor | None = None,
+    scale: float | None = None,
+    window: int | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+) -> Tensor:
+    """Causal attention of the S newest tokens of N branches over their prompts' prefixes and their own tails.
+
+    Row n of prompt b has the sequence prefix b + tail n; its queries are the last S tokens of the tail. The rows
+    of a prompt share one read of the prefix, so that time and bytes grow with P + N * tail_len and not with
+    N * P (Hydragen, bifurcated attention).
+
+    Args:
+        query: [N, S, Hq, D], fp32, bf16 or fp16; rows are grouped by prompt. Query head h reads key head
+            h // (Hq / Hkv) (GQA).
+        prefix_key, prefix_value: [pages, Hkv, page, D], read only. What lies beyond a prefix is never read into a
+            result.
+        tail_key, tail_value: [slots, Hkv, room, D].
+        tree: pages, lengths and slots; int32 on the device of the tensors.
+        key, value: [N, S, Hkv, D] of the new tokens, written to the tails first, at tail_len - S; None: they are
+            there already.
+        scale: of the logits; None is D^-1/2.
+        window: a token sees itself and the window - 1 tokens before it; None is all.
+        softcap: softcap * tanh(logit / softcap), before the mask (Gemma 2).
+        sinks: [Hq], a logit of each head that takes weight and has no value (gpt-oss).
+
+    Returns:
+        [N, S, Hq, D] of the query's dtype, contiguous. A row's bits on a CPU do not depend on the other rows or the
+        threads. NaN in a visible key or value gives NaN; +inf logits give NaN, as a softmax does.
+
+    The CPU kernel wants keys stored with tokens side by side and values with D side by side (`cache.py` does), D a
+    multiple of 16, pages of a multiple of 64 tokens; anything else is served by torch's
+    scaled_dot_product_attention over a gathered copy of the prefix.
+
+    Raises:
+        ValueError: a shape, dtype or parameter is out of range; the message names it.
+    """
+    rows, tokens, heads, width = query.shape
+    kv_heads = prefix_key.shape[1]
+    check_float(OP, query, "query")
+    stores = (prefix_key, prefix_value, tail_key, tail_value)
+    for name, store in zip(("prefix_key", "prefix_value", "tail_key", "tail_value"), stores, strict=True):
+        if store.dim() != 4 or store.shape[1] != kv_heads or store.shape[3] != width:
+            fail(OP, f"{name} must have shape [*, {kv_heads}, *, {width}], got {list(store.shape)}")
+        if store.dtype != query.dtype or store.device != query.device:
+            fail(OP, f"{name} is {store.dtype} on {store.device}, query {query.dtype} on {query.device}")
+    if heads % kv_heads:
+        fail(OP, f"{heads} query heads do not divide by {kv_heads} key heads")
+    if tree.slot.shape != (rows,) or len(tree.first_row) != len(tree.prefix_len) + 1:
+        fail(OP, f"tree has slots {list(tree.slot.shape)} and {len(tree.prefix_len)} prompts for {rows} rows")
+    if (key is None) != (value is None):
+        fail(OP, "give both key and value, or neither")
+    for name, new in (("key", key), ("value", value)):
+        if new is not None and (new.shape != (rows, tokens, kv_heads, width) or new.dtype != query.dtype):
+            wanted = f"{query.dtype} [{rows}, {tokens}, {kv_heads}, {width}]"
+            fail(OP, f"{name} must be {wanted}, got {new.dtype} {list(new.shape)}")
+    if window is not None and window < 1:
+        fail(OP, f"window must be at least 1, got {window}")
+    if softcap is not None and not softcap > 0:
+        fail(OP, f"softcap must be positive, got {softcap}")
+    if sinks is not None:
+        if sinks.shape != (heads,):
+            fail(OP, f"sinks must have shape [{heads}], got {list(sinks.shape)}")
+        sinks = sinks.float().contiguous()
+    scale = width**-0.5 if scale is None else scale
+    numbers = (scale, window or 0, softcap or 0.0)
+    if query.device.type == "cpu" and not traced(query):
+        return _tree_attention_cpu(query, key, value, *stores, *tree, *numbers, sinks)
+    return torch.ops.pyengine.tree_attention(query, key, value, *stores, *tree, *numbers, sinks)
+
+
+def kernel_serves(prefix_key: Tensor, prefix_value: Tensor, tail_key: Tensor, tail_value: Tensor) -> bool:
+    """Whether the CPU kernel can read tensors of this layout."""
+    return (
+        prefix_key.stride(2) == tail_key.stride(2) == 1
+        and prefix_value.stride(3) == tail_value.stride(3) == 1
+        and prefix_key.shape[3] % TOKENS == 0
+        and prefix_key.shape[2] % TILE == 0
+        and tail_key.shape[2] % TOKENS == 0
+    )
+
+
+def _tree_attention_cpu(
+    query: Tensor,
+    key: Tensor | None,
+    value: Tensor | None,
+    prefix_key: Tensor,
+    prefix_value: Tensor,
+    tail_key: Tensor,
+    tail_value: Tensor,
+    pages: Tensor,
+    prefix_len: Tensor,
+    first_row: Tensor,
+    slot: Tensor,
+    tail_len: Tensor,
+    scale: float,
+    window: int,
+    softcap: float,
+    sinks: Tensor | None,
+) -> Tensor:
+    stores = (prefix_key, prefix_value, tail_key, tail_value)
+    if not kernel_serves(*stores):
+        tree = Tree(pages, prefix_len, first_row, slot, tail_len)
+        return _by_sdpa(query, key, value, stores, tree, scale, window, softcap, sinks)
+    isa = instruction_set()
+    launched(OP, isa)
+    rows, tokens, heads, width = query.shape
+    out = query.new_empty(rows, tokens, heads, width)
+    _C.tree_attention(
+        (len(prefix_len), rows, tokens, heads, prefix_key.shape[1], width, prefix_key.shape[2]),
+        DTYPE_CODE[query.dtype],
+        *unit_strides(query, key, value),
+        stores,
+        (pages, prefix_len, first_row, slot),
+        int(tail_len),
+        scale,
+        softcap,
+        window,
+        sinks,
+        out,
+        torch.get_num_threads(),
+        isa,
+    )
+    return out
+
+
+def _by_sdpa(
+    query: Tensor,
+    key: Tensor | None,
+    value: Tensor | None,
+    stores: tuple[Tensor, Tensor, Tensor, Tensor],
+    tree: Tree,
+    scale: float,
+    window: int,
+    softcap: float,
+    sinks: Tensor | None,
+) -> Tensor:
+    """Prompt by prompt: the prefix is gathered once, all tails follow it under a mask, query heads are folded."""
+    launched(OP, "sdpa")
+    tail, tokens, slot = int(tree.tail_len), query.shape[1], tree.slot.long()
+    if key is not None and value is not None:
+        stores[2][slot, :, tail - tokens : tail] = key.transpose(1, 2)
+        stores[3][slot, :, tail - tokens : tail] = value.transpose(1, 2)
+    out = torch.empty_like(query, memory_format=torch.contiguous_format)
+    step = torch.arange(tail, device=query.device)
+    behind = step[-tokens:, None] - step  # [S, tail]
+    seen_tail = (behind >= 0) & (behind < (window or tail + 1))
+    bounds = tree.first_row.tolist()
+    for b, length in enumerate(tree.prefix_len.tolist()):
+        rows = slice(bounds[b], bounds[b + 1])
+        n = bounds[b + 1] - bounds[b]
+        k, v = (
+            torch.cat(
+                [
+                    prefix[tree.pages[b].long()].transpose(0, 1).flatten(1, 2)[:, :length],
+                    own[slot[rows], :, :tail].transpose(0, 1).flatten(1, 2),
+                ],
+                1,
+            )
+            for prefix, own in ((stores[0], stores[2]), (stores[1], stores[3]))
+        )
+        ahead = length + step[-tokens:, None] - torch.arange(length, device=query.device)
+        seen_prefix = ahead < (window or length + tail + 1)
+        same = torch.eye(n, dtype=torch.bool, device=query.device)
+        own_tail = (same[:, None, :, None] & seen_tail[None, :, None]).flatten(2)  # [n, S, n * tail]
+        seen = torch.cat([seen_prefix.expand(n, -1, -1), own_tail], -1).flatten(0, 1)  # [n * S, T]
+        q = query[rows].flatten(0, 1).transpose(0, 1)
+        mixed = masked_attention(q, k, v, seen, scale, softcap or None, sinks)
+        out[rows] = mixed.transpose(0, 1).unflatten(0, (n, tokens))
+    return out
+
+
+def masked_attention(
+    query: Tensor, key: Tensor, value: Tensor, seen: Tensor, scale: float | None, softcap: float | None, sinks: Tensor | None
+) -> Tensor:
+    """query [Hq, S, D], key and value [Hkv, T, D], seen bool [S, T] -> [Hq, S, D], through torch alone.
+
+    The query heads of a key head are folded into its rows: several times faster than SDPA's enable_gqa on a CPU.
+    """
+    heads, group = len(key), len(query) // len(key)
+    folded = query.unflatten(0, (heads, group)).transpose(1, 2).flatten(1, 2)  # [Hkv, S * G, D]
+    seen = seen[:, None].expand(-1, group, -1).flatten(0, 1)
+    if softcap is None and sinks is None:
+        mixed = scaled_dot_product_attention(folded[None], key[None], value[None], attn_mask=seen, scale=scale)[0]
+    else:
+        logits = folded.float() @ key.float().transpose(1, 2) * (scale or query.shape[-1] ** -0.5)
+        if softcap is not None:
+            logits = softcap * torch.tanh(logits / softcap)
+        logits = logits.masked_fill(~seen, -torch.inf)
+        if sinks is not None:
+            sink = sinks.float().view(heads, 1, group).expand(-1, query.shape[1], -1).flatten(1)
+            logits = torch.cat([logits, sink[:, :, None]], -1)
+        mixed = (torch.softmax(logits, -1)[..., : key.shape[1]] @ value.float()).to(query.dtype)
+    return mixed.unflatten(1, (-1, group)).transpose(1, 2).flatten(0, 1)
+
+
+def _tree_attention_gpu(query: Tensor, key: Tensor | None, value: Tensor | None, *rest: Any) -> Tensor:
+    """rest: stores, tree, scale, window, softcap, sinks."""
+    kernels = None if FORCED_GPU == "reference" else triton_kernels(OP)
+    page = rest[0].shape[2]
+    if kernels is None or page % TILE:
+        stores, (scale, window, softcap, sinks) = rest[:4], rest[9:]
+        return _by_sdpa(query, key, value, stores, Tree(*rest[4:9]), scale, window, softcap, sinks)
+    launched(OP, "triton")
+    return kernels.tree_attention(*unit_strides(query, key, value), *rest)
+
+
+def _tree_attention_fake(query: Tensor, *_: object) -> Tensor:
+    return query.new_empty(query.shape)
+
+
+library.impl("tree_attention", _tree_attention_cpu, "CPU")
+library.impl("tree_attention", _tree_attention_gpu, "CUDA")
+torch.library.register_fake("pyengine::tree_attention", _tree_attention_fake, lib=library)

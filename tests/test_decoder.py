@@ -1,0 +1,344 @@
+"""Every decoder against a recompute, what leaves no trace, and the choice between them."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import transformers
+
+from pyengine import Engine, InputError, SamplingParams
+from pyengine.cache import PAGE
+from pyengine.decoder import BranchingDecoder, Prompt
+from pyengine.fallback import TESTED, RecomputeDecoder, ReplicatedDecoder, choose_decoder
+
+BUDGET = 8e6  # bytes
+LAYERS = (1, -1)
+
+
+def prompts(*lengths, vocab=300):
+    generator = torch.Generator().manual_seed(sum(lengths))
+    return [Prompt(torch.randint(1, vocab, (n,), generator=generator).tolist(), 24) for n in lengths]
+
+
+def load(directory):
+    return transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
+
+
+def poison(decoder):
+    """NaN wherever nobody has written: what is read from there shows."""
+    for pair in (*decoder.cache._pages, *decoder.cache._tail_memory):
+        for store in pair:
+            store.fill_(float("nan"))
+
+
+@torch.inference_mode()
+def walk(decoder, starting=(11, 3, 6), joining=()):
+    """Blocks with ragged commits, prompts that leave, others that join; every frontier on the way."""
+    seen = []
+    generator = torch.Generator().manual_seed(0)
+
+    def block(steps):
+        seen.append(decoder.fork())
+        for _ in range(steps):
+            seen.append(decoder.append(torch.randint(1, 300, (len(seen[-1].logits),), generator=generator)))
+
+    decoder.open(3, 8)
+    try:
+        decoder.join(prompts(*starting))
+        block(6)
+        decoder.commit(torch.tensor([2, 3, 7]))
+        block(2)
+        seen.append(decoder.keep(torch.tensor([0, 4, 5, 8])))
+        seen.append(decoder.append(torch.tensor([5, 6, 7, 8])))
+        decoder.commit(torch.tensor([2, 0]))  # one prompt leaves, the others change places
+        if joining:
+            decoder.join(prompts(*joining))
+        block(5)
+        decoder.commit(torch.tensor([4, 1]))
+        block(8)
+    finally:
+        decoder.close()
+    return seen
+
+
+def assert_same(found, want, atol=2e-4):
+    for a, b in zip(found, want, strict=True):
+        torch.testing.assert_close(a.logits, b.logits, atol=atol, rtol=1e-4)
+        for layer in a.hidden:
+            torch.testing.assert_close(a.hidden[layer], b.hidden[layer], atol=atol, rtol=1e-4)
+
+
+@pytest.mark.parametrize("kind", [BranchingDecoder, ReplicatedDecoder])
+def test_every_branch_equals_a_recompute(model_dir, kind):
+    """Sliding windows of 8 are crossed inside the prompt and inside blocks."""
+    model = load(model_dir)
+    decoder = kind(model, LAYERS, 64) if kind is ReplicatedDecoder else kind(model, LAYERS, 64, BUDGET)
+    if kind is BranchingDecoder:
+        poison(decoder)
+    before = model.config._attn_implementation
+    assert_same(walk(decoder), walk(RecomputeDecoder(model, LAYERS)))
+    assert model.config._attn_implementation == before
+
+
+def test_all_tested_architectures_are_tested(model_dirs):
+    types = {transformers.AutoConfig.from_pretrained(path).model_type for path in model_dirs.values()}
+    assert types == TESTED
+
+
+@torch.inference_mode()
+def test_prompts_longer_than_a_page_join_while_others_decode(model_dirs):
+    """A recompute takes no newcomers, so each prompt is walked through alone."""
+    model = load(model_dirs["llama"])
+    decoder = BranchingDecoder(model, LAYERS, 64, BUDGET)
+    poison(decoder)
+    alone = RecomputeDecoder(model, LAYERS)
+    tokens = torch.tensor([[1, 2, 3], [4, 5, 6]])
+    first, second = prompts(70), prompts(65)
+
+    def two_blocks(each, before=(), after=()):
+        each.open(3, 8)
+        each.join(list(before))
+        each.fork()
+        each.append(tokens[0][: 3 * len(before)])
+        each.commit(torch.arange(len(before)) * 3 + 1)
+        each.join(list(after))
+        return each
+
+    two_blocks(decoder, first, second).fork()
+    found = decoder.append(tokens.flatten())
+    decoder.close()
+    two_blocks(alone, first).fork()
+    assert_same([found.rows(torch.arange(3))], [alone.append(tokens[0])])
+    alone.close()
+    alone.open(3, 8)
+    alone.join(second)
+    alone.fork()
+    assert_same([found.rows(torch.arange(3, 6))], [alone.append(tokens[1])])
+
+
+@torch.inference_mode()
+def test_a_shared_system_prompt_is_prefilled_once(model_dirs):
+    model = load(model_dirs["llama"])
+    decoder, seen = BranchingDecoder(model, (), 64, BUDGET), []
+    forward = decoder._forward
+    decoder._forward = lambda work, ids, *rest: seen.append(len(ids)) or forward(work, ids, *rest)
+    system = prompts(PAGE + 5)[0].ids
+    mine, yours = Prompt([*system, 5, 6, 7], 4), Prompt([*system, 8, 9], 4)
+    decoder.open(2, 4)
+    decoder.join([mine, yours])  # in one pass: yours reads what mine writes
+    assert seen == [PAGE + 8 + 7]
+    assert decoder.cache.pages_in_use == 3
+    both = decoder.fork()
+    decoder.close()
+    decoder.open(1, 4)
+    decoder.join([yours])
+    assert seen[1:] == [7]
+    torch.testing.assert_close(decoder.fork().logits, both.logits[2:3], atol=2e-5, rtol=1e-5)
+    decoder.close()
+    recompute = RecomputeDecoder(model, ())
+    recompute.open(1, 4)
+    torch.testing.assert_close(recompute.prefill([mine.ids, yours.ids]).logits, both.logits[::2], atol=2e-5, rtol=1e-5)
+
+
+@torch.inference_mode()
+def test_a_prompt_that_is_cached_whole_still_has_a_token_to_read(model_dirs):
+    model = load(model_dirs["llama"])
+    decoder = BranchingDecoder(model, (), 64, BUDGET)
+    found = []
+    for _ in range(2):
+        decoder.open(1, 4)
+        decoder.join(prompts(PAGE))
+        found.append(decoder.fork().logits)
+        decoder.close()
+    torch.testing.assert_close(*found, atol=2e-5, rtol=1e-5)
+
+
+@torch.inference_mode()
+def test_rollback_leaves_no_trace(model_dirs):
+    model = load(model_dirs["mistral"])
+    decoder = BranchingDecoder(model, LAYERS, 64, BUDGET)
+    decoder.open(2, 8)
+    decoder.join(prompts(9, 20))
+    tokens = torch.tensor([3, 4, 5, 6])
+    want = [decoder.fork(), decoder.append(tokens), decoder.append(tokens)]
+    decoder.append(tokens)
+    found = [decoder.rollback(), decoder.append(tokens), decoder.append(tokens)]
+    for a, b in zip(found, want, strict=True):
+        assert torch.equal(a.logits, b.logits)
+    decoder.close()
+
+
+@torch.inference_mode()
+def test_permuting_prompts_and_branches_permutes_the_frontier(model_dirs):
+    model = load(model_dirs["qwen2"])
+    decoder = BranchingDecoder(model, LAYERS, 64, BUDGET)
+    tokens = torch.arange(12).view(3, 4) + 7
+
+    def run(order, branches):
+        decoder.open(4, 4)
+        decoder.join([prompts(5, 90, 33)[i] for i in order])
+        decoder.fork()
+        found = decoder.append(tokens[order][:, branches].flatten())
+        decoder.commit(torch.tensor([branches.index(2) + 4 * i for i in range(3)]))
+        found = found.then(decoder.fork()).then(decoder.append(tokens[order][:, branches].flatten()))
+        decoder.close()
+        return found.logits.view(3, 3, 4, -1)
+
+    straight, turned = run([0, 1, 2], [0, 1, 2, 3]), run([2, 0, 1], [3, 1, 0, 2])
+    torch.testing.assert_close(turned[0], straight[0, [2, 0, 1]][:, [3, 1, 0, 2]], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(turned[2], straight[2, [2, 0, 1]][:, [3, 1, 0, 2]], atol=1e-5, rtol=1e-5)
+
+
+@torch.inference_mode()
+def test_what_fails_while_joining_leaves_nothing_behind(model_dirs):
+    model = load(model_dirs["llama"])
+    decoder = BranchingDecoder(model, (), 64, BUDGET)
+    decoder.open(1, 4)
+
+    def fall(*_):
+        raise RuntimeError("no memory")
+
+    forward, decoder._forward = decoder._forward, fall
+    with pytest.raises(RuntimeError, match="no memory"):
+        decoder.join(prompts(70, 70))
+    decoder._forward = forward
+    assert decoder.cache.pages_in_use == 0
+    assert not decoder.cache._named, "pages that were never filled may not be shared"
+    decoder.cache.check_integrity()
+    decoder.close()
+
+
+def test_what_does_not_fit_is_said_or_waits(model_dirs):
+    model = load(model_dirs["llama"])
+    decoder = BranchingDecoder(model, (), 64, 1.0e6)  # 2 * 2 * 16 * 4 * 3 = 768 bytes a token: 15 pages, 325 of tails
+    assert decoder.cache.capacity == 15
+    with pytest.raises(InputError, match=r"100 branches of 16 tokens need .* GB of cache.*cache_gb"):
+        decoder.open(100, 16)
+    decoder.open(5, 16)
+    assert decoder.cache.slots == 20, "fewer prompts at once than max_rows asks for"
+    waiting = [Prompt([1] * 200, 100)] * 5
+    assert decoder.fits(waiting) == 3
+    with pytest.raises(InputError, match=r"200 tokens that may grow by 1000 needs 19 pages .* there are 15"):
+        decoder.fits([Prompt([1] * 200, 1000)])
+    decoder.close()
+    with pytest.raises(InputError, match="too small"):
+        BranchingDecoder(model, (), 64, 1000)
+
+
+def test_ten_thousand_blocks_end_with_no_page_in_use(model_dirs, monkeypatch):
+    """The books alone: the model is not run."""
+    decoder = BranchingDecoder(load(model_dirs["llama"]), (), 64, BUDGET)
+    zeros = torch.zeros
+
+    def skip(work, ids, positions, rows=None):
+        from pyengine.decoder import Frontier
+
+        return Frontier(zeros(len(ids) if rows is None else len(rows), 1), {})
+
+    monkeypatch.setattr(decoder, "_forward", skip)
+    generator = torch.Generator().manual_seed(0)
+    blocks = 0
+    while blocks < 10_000:
+        decoder.open(3, 4)
+        decoder.join(prompts(*torch.randint(1, 200, (4,), generator=generator).tolist()))
+        live = 4
+        while live:
+            decoder.fork()
+            for _ in range(3):
+                decoder.append(zeros(3 * live, dtype=torch.long))
+            stay = [i for i in range(live) if torch.rand((), generator=generator) < 0.8]
+            grown = [s.length + 3 <= PAGE * len(s.pages) for s in decoder._sequences]
+            stay = [i for i in stay if grown[i]]
+            decoder.commit(torch.tensor([3 * i + 1 for i in stay], dtype=torch.long))
+            live = len(stay)
+            blocks += 1
+        decoder.cache.check_integrity()
+        decoder.close()
+    assert decoder.cache.pages_in_use == 0
+    decoder.cache.check_integrity()
+
+
+def test_a_lent_model_says_so(model_dirs):
+    model = load(model_dirs["llama"])
+    decoder = BranchingDecoder(model, (), 64, BUDGET)
+    decoder.open(1, 4)
+    with pytest.raises(RuntimeError, match="lent to a running Engine"):
+        model(input_ids=torch.ones(1, 3, dtype=torch.long))
+    decoder.close()
+    model(input_ids=torch.ones(1, 3, dtype=torch.long))
+
+
+def tiny(config):
+    torch.manual_seed(0)
+    return transformers.AutoModelForCausalLM.from_config(config).eval()
+
+
+def rope(kind, **extra):
+    sizes = {"vocab_size": 320, "hidden_size": 48, "intermediate_size": 64, "num_hidden_layers": 2}
+    parameters = {"rope_type": kind, "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 16}
+    return tiny(transformers.LlamaConfig(**sizes, num_attention_heads=4, rope_parameters=parameters | extra))
+
+
+def test_longrope_is_recomputed_so_that_a_prompt_does_not_feel_its_neighbours(model_dirs, caplog):
+    model = rope("longrope", short_factor=[1.0] * 6, long_factor=[4.0] * 6)
+    engine = Engine(model, transformers.AutoTokenizer.from_pretrained(model_dirs["llama"]))
+    assert "longrope" in caplog.text
+    short, long, sampling = "77", "7" * 30, SamplingParams(max_tokens=8, seed=1)
+    assert len(engine.encode(short)) + 8 < 16 < len(engine.encode(long))
+    both = engine.generate([short, long], sampling=sampling)
+    for prompt, result in zip((short, long), both, strict=True):
+        assert result.logp_base == pytest.approx(engine.generate(prompt, sampling=sampling)[0].logp_base, abs=1e-4)
+
+
+def test_dynamic_rope_is_refused():
+    with pytest.raises(InputError, match="dynamic RoPE"):
+        choose_decoder(rope("dynamic"), (), 64, BUDGET)
+
+
+def test_unknown_architecture_that_branches_is_accepted():
+    config = transformers.OlmoConfig(
+        vocab_size=128, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4
+    )
+    assert isinstance(choose_decoder(tiny(config), (), 64, BUDGET), BranchingDecoder)
+
+
+SMALL = {"vocab_size": 128, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+
+
+@pytest.mark.parametrize(
+    ("config", "reason"),
+    [
+        (transformers.BloomConfig(**SMALL), "AttentionInterface"),
+        (transformers.FalconConfig(**SMALL), "AttentionInterface"),
+        (transformers.GPTJConfig(vocab_size=128, n_embd=32, n_layer=2, n_head=4, rotary_dim=4), "AttentionInterface"),
+        (
+            transformers.Llama4TextConfig(
+                **SMALL, intermediate_size=64, intermediate_size_mlp=64, num_key_value_heads=2, head_dim=8,
+                num_local_experts=2, attention_chunk_size=16,
+            ),
+            "chunked",
+        ),
+    ],
+    ids=["bloom", "falcon", "gptj", "llama4"],
+)
+def test_architectures_without_a_hook_copy_their_prefix(config, reason, caplog):
+    decoder = choose_decoder(tiny(config), (), 64, BUDGET)
+    assert isinstance(decoder, ReplicatedDecoder)
+    assert reason in caplog.text
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        transformers.MambaConfig(vocab_size=320, hidden_size=32, num_hidden_layers=2, state_size=8),
+        transformers.OpenAIGPTConfig(vocab_size=320, n_embd=32, n_layer=2, n_head=4, n_positions=96),
+    ],
+    ids=["recurrent state", "no cache"],
+)
+def test_model_whose_cache_cannot_branch_is_recomputed(config, model_dirs, caplog):
+    model = tiny(config)
+    assert isinstance(choose_decoder(model, (), 64, BUDGET), RecomputeDecoder)
+    assert "cannot be branched" in caplog.text
+    tokenizer = transformers.AutoTokenizer.from_pretrained(model_dirs["llama"])
+    result = Engine(model, tokenizer).generate("the quick")[0]
+    assert result.tokens

@@ -1,0 +1,223 @@
+"""tree_attention: the kernel and the fallback against the reference, and what must not change a row."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from dataclasses import dataclass
+
+import pytest
+import torch
+
+from pyengine import ops, reference
+
+PAGE = 64
+TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 8e-3, torch.float16: 1e-3}  # relative to values of size 1
+
+
+@dataclass
+class Problem:
+    """Everything that `tree_attention` takes; what no row may read is NaN."""
+
+    query: torch.Tensor
+    stores: tuple[torch.Tensor, ...]
+    tree: ops.Tree
+    key: torch.Tensor
+    value: torch.Tensor
+
+    def __call__(self, op=ops.tree_attention, **options):
+        return op(self.query, *self.stores, self.tree, **options)
+
+    def appending(self, **options):
+        return self(key=self.key, value=self.value, **options)
+
+
+def problem(
+    lengths=(150, 64, 5), branches=(3, 1, 2), tokens=1, tail=7, heads=(6, 2), width=32, dtype=torch.float32, kernel=True
+):
+    """kernel: keys with tokens side by side, as the CPU kernel reads them; else with width side by side."""
+    g = torch.Generator().manual_seed(sum(lengths) + 10 * tail + tokens)
+    most, rows = max(-(-n // PAGE) for n in lengths), sum(branches)
+    count, slots, room = most * len(lengths) + 2, rows + 2, -(-tail // 16) * 16
+    shuffled = torch.randperm(count, generator=g)[: most * len(lengths)].view(len(lengths), most)
+    slot = torch.randperm(slots, generator=g)[:rows]
+
+    def store(at, inner, dense):
+        out = torch.full((at, heads[1], width, inner) if dense else (at, heads[1], inner, width), math.nan, dtype=dtype)
+        return out.transpose(2, 3) if dense else out
+
+    stores = tuple(store(n, i, dense) for n, i in ((count, PAGE), (slots, room)) for dense in (kernel, False))
+    for store_ in stores[:2]:
+        for table, length in zip(shuffled, lengths, strict=True):
+            for start in range(0, length, PAGE):
+                n = min(PAGE, length - start)
+                store_[table[start // PAGE], :, :n] = torch.randn(heads[1], n, width, generator=g).to(dtype)
+    for store_ in stores[2:]:
+        store_[slot, :, :tail] = torch.randn(rows, heads[1], tail, width, generator=g).to(dtype)
+    tree = ops.Tree(
+        shuffled.int(),
+        torch.tensor(lengths, dtype=torch.int32),
+        torch.tensor([0, *itertools.accumulate(branches)], dtype=torch.int32),
+        slot.int(),
+        torch.tensor(tail, dtype=torch.int32),
+    )
+    query = 2 * torch.randn(rows, tokens, heads[0], width, generator=g)
+    new = [s[slot, :, tail - tokens : tail].transpose(1, 2).clone() for s in stores[2:]]
+    return Problem(query.to(dtype), stores, tree, *new)
+
+
+SHAPES = {
+    "decode": {},
+    "long, several splits": {"lengths": (1300, 520), "branches": (4, 2)},
+    "new tokens": {"tokens": 5},
+    "a whole tail of new tokens": {"tokens": 70, "tail": 70, "lengths": (70, 200), "branches": (2, 2)},
+    "no prefix": {"lengths": (0, 3), "branches": (1, 2)},
+    "MHA": {"heads": (4, 4)},
+    "MQA, width 80": {"heads": (5, 1), "width": 80},
+    "width 256": {"width": 256, "lengths": (90,), "branches": (5,)},
+    "more rows than a unit": {"branches": (40, 1, 2), "heads": (8, 2)},
+    "a prompt without branches": {"branches": (2, 0, 1)},
+}
+OPTIONS = {
+    "plain": {},
+    "window": {"window": 40},
+    "window shorter than the tail": {"window": 3},
+    "softcap": {"softcap": 3.0},
+    "sinks": {"sinks": True},
+    "all": {"window": 100, "softcap": 5.0, "sinks": True, "scale": 0.3},
+}
+
+
+def with_sinks(options, p):
+    sinks = torch.linspace(-1, 4, p.query.shape[2]) if options.get("sinks") else None
+    return options | {"sinks": sinks}
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_the_kernel_and_the_fallback_equal_the_reference(shape, options, isa):
+    for kernel in (True, False):
+        p = problem(**SHAPES[shape], kernel=kernel)
+        chosen = with_sinks(OPTIONS[options], p)
+        before = ops.LAUNCHES.copy()
+        found = p(**chosen)
+        assert ops.LAUNCHES - before == {f"tree_attention/{isa if kernel else 'sdpa'}": 1}
+        torch.testing.assert_close(found, p(reference.tree_attention, **chosen), atol=5e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("kernel", [True, False])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_is_rounded_once(dtype, kernel, isa):
+    p = problem(dtype=dtype, kernel=kernel, tokens=2)
+    want = p(reference.tree_attention).float()
+    assert (p().float() - want).abs().max() <= (TOLERANCE[dtype] if kernel else 3 * TOLERANCE[dtype])
+
+
+def test_fp16_rounds_as_torch_does():
+    """One key: the output is the value itself, over the whole range of the type."""
+    p = problem(lengths=(0,), branches=(1,), tail=1, heads=(1, 1), width=256, dtype=torch.float16)
+    bits = torch.arange(2**16, dtype=torch.int32).to(torch.int16).view(torch.float16).view(-1, 256)
+    for row in bits:
+        p.stores[3][int(p.tree.slot[0]), 0, 0] = row
+        want = torch.where(row.isfinite(), row, torch.nan)  # inf * 1 / 1 is inf; NaN stays NaN
+        found = p()[0, 0, 0]
+        assert torch.equal(found[row.isfinite()], want[row.isfinite()])
+        assert (found[row.isnan()]).isnan().all()
+
+
+@pytest.mark.parametrize("kernel", [True, False])
+def test_new_keys_and_values_join_the_tails(kernel, isa):
+    p = problem(tokens=3, kernel=kernel)
+    want = p()
+    for store in p.stores[2:]:
+        store[p.tree.slot.long(), :, 4:7] = math.nan
+    assert torch.equal(p.appending(), want)
+    for store, new in zip(p.stores[2:], (p.key, p.value), strict=True):
+        assert torch.equal(store[p.tree.slot.long(), :, 4:7], new.transpose(1, 2))
+    untouched = sorted(set(range(len(p.stores[2]))) - set(p.tree.slot.tolist()))
+    assert p.stores[2][untouched].isnan().all()
+    assert p.stores[3][untouched].isnan().all()
+
+
+def only(p, b):
+    """Prompt b alone."""
+    rows = slice(*p.tree.first_row[b : b + 2].tolist())
+    tree = ops.Tree(
+        p.tree.pages[b : b + 1],
+        p.tree.prefix_len[b : b + 1],
+        torch.tensor([0, rows.stop - rows.start], dtype=torch.int32),
+        p.tree.slot[rows].contiguous(),
+        p.tree.tail_len,
+    )
+    return Problem(p.query[rows], p.stores, tree, p.key[rows], p.value[rows]), rows
+
+
+def test_a_row_depends_on_nothing_but_itself(isa):
+    """Bit for bit: alone, with its branches in another order, or on several threads."""
+    p = problem(lengths=(1300, 70, 600), branches=(5, 2, 3), heads=(8, 2), width=64)
+    want, before = p(), torch.get_num_threads()
+    for b in range(3):
+        alone, rows = only(p, b)
+        assert torch.equal(alone(), want[rows])
+        order = torch.randperm(rows.stop - rows.start, generator=torch.Generator().manual_seed(b))
+        alone.query, alone.tree = alone.query[order], alone.tree._replace(slot=alone.tree.slot[order])
+        assert torch.equal(alone(), want[rows][order])
+    torch.set_num_threads(3)
+    try:
+        assert torch.equal(p(), want)
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_a_strided_query_as_the_models_give_it():
+    p = problem(tokens=1)
+    heads_first = p.query[:, 0].transpose(0, 1).contiguous()  # [Hq, N, D]
+    want = p()
+    p.query = heads_first.transpose(0, 1)[:, None]
+    assert torch.equal(p(), want)
+
+
+def test_a_nan_in_a_visible_key_shows():
+    p = problem()
+    p.stores[2][int(p.tree.slot[0]), 0, 2] = math.nan
+    found = p()
+    assert found[0, :, :3].isnan().all()
+    assert found[1:].isfinite().all()
+    assert found[0, :, 3:].isfinite().all()
+
+
+def test_opcheck_and_fullgraph():
+    p = problem()
+    arguments = (p.query, p.key, p.value, *p.stores, *p.tree, 0.2, 0, 0.0, None)
+    torch.library.opcheck(torch.ops.pyengine.tree_attention, arguments, test_utils=("test_schema", "test_faketensor"))
+    compiled = torch.compile(lambda: p.appending(), fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(), p.appending())
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"window": 0}, "window must be at least 1"),
+        ({"softcap": -1.0}, "softcap must be positive"),
+        ({"sinks": torch.zeros(5)}, r"sinks must have shape \[6\]"),
+        ({"key": torch.zeros(6, 1, 2, 32)}, "both key and value"),
+        ({"key": torch.zeros(6, 1, 2, 31), "value": torch.zeros(6, 1, 2, 32)}, "key must be torch.float32"),
+    ],
+)
+def test_bad_arguments_are_named(change, message):
+    with pytest.raises(ValueError, match=f"tree_attention: .*{message}"):
+        problem()(**change)
+
+
+def test_stores_that_do_not_fit_are_named():
+    p = problem()
+    p.query = p.query.double()
+    with pytest.raises(ValueError, match="query must be float32"):
+        p()
+    p = problem()
+    p.stores = (*p.stores[:3], p.stores[3].half())
+    with pytest.raises(ValueError, match="tail_value is torch.float16"):
+        p()
+    p = problem(heads=(5, 2))
+    with pytest.raises(ValueError, match="5 query heads"):
+        p()
