@@ -181,7 +181,7 @@ class BranchingCache:
                 steps.append(step)
             sequence.length += length
         device = self._pages[0][0].device
-        page, offset, slot_of, step_of = torch.tensor([pages, offsets, slots, steps], device=device)
+        page, offset, slot_of, step_of = torch.tensor([pages, offsets, slots, steps], dtype=torch.long, device=device)
         for stacks, tails in zip(self._pages, self._tails, strict=True):
             for stack, tail in zip(stacks, tails, strict=True):
                 stack[:, page, :, offset] = tail[:, slot_of, :, step_of]

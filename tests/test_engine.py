@@ -147,8 +147,8 @@ def test_candidates_that_end_early_stop_at_their_eos(engine):
 def test_ended_branches_cost_nothing_more(engine, monkeypatch):
     """Most reviews end long before the longest; their rows leave the cache while the others go on."""
     seen = []
-    append = engine._cache_type.append
-    monkeypatch.setattr(engine._cache_type, "append", lambda self, t: seen.append(len(t)) or append(self, t))
+    append = engine._decoder.append
+    monkeypatch.setattr(engine._decoder, "append", lambda t: seen.append(len(t)) or append(t))
     engine.set_scorer(reviews.sentiment)
     results = engine.generate(reviews.prompts(8), BestOfK(8), SamplingParams(max_tokens=128, seed=0))
     drawn = sum(len(c.tokens) for r in results for c in r.blocks[0].candidates)
