@@ -12,9 +12,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from pyengine.kernels.product import upcast
+
 LOG2E = 1.4426950408889634
 SPLIT = 256  # tokens of a prefix that one program reads
-TILE = 64  # of them at a time; divides a page
+TILE = 32  # of them at a time; divides a page
 COLUMNS = 16  # tokens of a tail at a time: the least that tensor cores take
 MOST_ROWS = 64  # at a time
 
@@ -45,9 +47,12 @@ def append_kernel(
 
 
 @triton.jit
-def attend(query, key, value, seen, factor, softcap, top, total, mixed, CAPPED: tl.constexpr, PRECISION: tl.constexpr):
+def attend(query, key, value, seen, factor, softcap, top, total, mixed, CAPPED: tl.constexpr, UPCAST: tl.constexpr):
     """The running softmax of rows [R, D], in log2 units, after more keys [D, T] and values [T, D]."""
-    logits = tl.dot(query, key, input_precision=PRECISION) * factor
+    if UPCAST:
+        query, key, value = query.to(tl.float32), key.to(tl.float32), value.to(tl.float32)
+    # Three TF32 products keep fp32 inputs at fp32 precision on tensor cores; other types ignore it.
+    logits = tl.dot(query, key, input_precision="tf32x3") * factor
     if CAPPED:  # factor is 2 scale log2(e) / softcap: tanh y = 1 - 2 / (1 + 2^(2 y log2(e)))
         logits = (1 - 2 / (1 + tl.exp2(logits))) * softcap
     logits = tl.where(seen, logits, float("-inf"))
@@ -55,7 +60,7 @@ def attend(query, key, value, seen, factor, softcap, top, total, mixed, CAPPED: 
     shift = tl.where(now == float("-inf"), 0.0, now)
     weight = tl.exp2(logits - shift[:, None])
     scale = tl.exp2(top - shift)
-    added = tl.dot(weight.to(value.dtype), value, input_precision=PRECISION)
+    added = tl.dot(weight.to(value.dtype), value, input_precision="tf32x3")
     return now, total * scale + tl.sum(weight, 1), mixed * scale[:, None] + added
 
 
@@ -109,7 +114,7 @@ def tree_attention_kernel(
     COLUMNS: tl.constexpr,
     WINDOWED: tl.constexpr,
     CAPPED: tl.constexpr,
-    PRECISION: tl.constexpr,
+    UPCAST: tl.constexpr,
 ):
     split, kv_head, prompt = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     splits, heads = tl.num_programs(0) - 1, tl.num_programs(1) * GROUP
@@ -150,7 +155,7 @@ def tree_attention_kernel(
                 seen = kept[None, :] & there[:, None]
                 if WINDOWED:
                     seen &= at[None, :] > (length + place - window)[:, None]
-                top, total, mixed = attend(q, k, v, seen, factor, softcap, top, total, mixed, CAPPED, PRECISION)
+                top, total, mixed = attend(q, k, v, seen, factor, softcap, top, total, mixed, CAPPED, UPCAST)
         else:
             for b in range(start_row // each, tl.cdiv(tl.minimum(start_row + ROWS, count), each)):
                 own = tl.load(slot + first + b).to(tl.int64)
@@ -172,7 +177,7 @@ def tree_attention_kernel(
                     seen = (branch == first + b)[:, None] & there[:, None] & (at[None, :] <= place[:, None])
                     if WINDOWED:
                         seen &= at[None, :] > (place - window)[:, None]
-                    top, total, mixed = attend(q, k, v, seen, factor, softcap, top, total, mixed, CAPPED, PRECISION)
+                    top, total, mixed = attend(q, k, v, seen, factor, softcap, top, total, mixed, CAPPED, UPCAST)
         to = split.to(tl.int64) * rows_in_all + (branch.to(tl.int64) * TOKENS + token) * heads + head
         tl.store(tops + to, top, mask=there)
         tl.store(totals + to, total, mask=there)
@@ -209,11 +214,10 @@ def merge_kernel(
         whole += tl.exp2(sink - most)
     mixed = tl.zeros([WIDTH], tl.float32)
     for p in range(parts):
-        from_here = tl.load(tops + p * rows_in_all + row)
-        weight = tl.exp2(from_here - most)
-        seen = from_here > float("-inf")
-        x = tl.load(sums + (p * rows_in_all + row) * width + d, mask=(d < width) & seen, other=0.0)
-        mixed += tl.where(seen, weight, 0.0) * x
+        here = tl.load(tops + p * rows_in_all + row)
+        if here > float("-inf"):  # a split that saw nothing wrote no sums worth reading
+            x = tl.load(sums + (p * rows_in_all + row) * width + d, mask=d < width, other=0.0)
+            mixed += tl.exp2(here - most) * x
     tl.store(out + row * width + d, (mixed / whole).to(out.dtype.element_ty), mask=d < width)
 
 
@@ -292,16 +296,16 @@ def tree_attention(
         totals,
         TOKENS=tokens,
         GROUP=group,
-        ROWS=max(16, min(MOST_ROWS, branch_rows)),
+        ROWS=max(16, min(MOST_ROWS if query.dtype.itemsize == 2 else MOST_ROWS // 4, branch_rows)),
         WIDTH=padded,
         PAGE=prefix_key.shape[2],
         SPLIT=SPLIT,
-        TILE=TILE if padded <= 128 else TILE // 2,
+        TILE=TILE,
         COLUMNS=COLUMNS,
         WINDOWED=window > 0,
         CAPPED=softcap > 0,
-        PRECISION="ieee" if query.dtype == torch.float32 else "tf32",
-        num_warps=4,
+        UPCAST=upcast(query),
+        num_warps=8,  # with 4 the sums and addresses of 64 rows spill
         num_stages=2,
     )
     merge_kernel[(in_all,)](
