@@ -18,7 +18,7 @@ import torch
 
 from pyengine import ops
 
-TESTS = ("tilt", "tilt_gumbel", "pool")
+TESTS = ("tilt", "tilt_gumbel", "team")
 VOCABS = (128_256, 151_936)
 BATCHES = (1, 8, 64)
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}

@@ -5,7 +5,7 @@
 #include <cstring>
 
 #include "dispatch.h"
-#include "pool.h"
+#include "team.h"
 
 namespace pyengine {
 namespace {

@@ -5,7 +5,7 @@
 #include <vector>
 
 #include "dispatch.h"
-#include "pool.h"
+#include "team.h"
 
 namespace pyengine {
 namespace {

@@ -6,7 +6,7 @@
 #include <algorithm>
 
 #include "dispatch.h"
-#include "pool.h"
+#include "team.h"
 #include "tilt_row.h"
 
 namespace pyengine {

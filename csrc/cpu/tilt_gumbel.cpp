@@ -3,7 +3,7 @@
 // them without a logarithm.
 #include <algorithm>
 
-#include "pool.h"
+#include "team.h"
 #include "tilt_row.h"
 
 namespace pyengine {

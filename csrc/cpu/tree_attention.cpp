@@ -8,7 +8,7 @@
 #include <vector>
 
 #include "dispatch.h"
-#include "pool.h"
+#include "team.h"
 
 namespace pyengine {
 namespace {
