@@ -95,11 +95,14 @@ struct Worker {
         }
   }
 
+  int64_t bytes_at(const Store& store, int64_t at) const {
+    return (at * store.stride_at + unit.head * store.stride_head) * int64_t(size_of(a.type));
+  }
+
   // Tokens [from, to) of what `inner` rows of a store hold, in fp32: in place, or in `tile`.
   const float* read(const Store& store, int64_t at, int64_t inner, int cols, int64_t& stride, float* scratch) {
     const size_t size = size_of(a.type);
-    const char* data =
-        store.data + (at * store.stride_at + unit.head * store.stride_head) * int64_t(size);
+    const char* data = store.data + bytes_at(store, at);
     stride = store.stride_inner;
     if (a.type == DType::f32) return reinterpret_cast<const float*>(data);
     for (int64_t i = 0; i < inner; ++i)
@@ -111,15 +114,16 @@ struct Worker {
   // Rows [first, first + n) of the unit see a tile of at most kTileTokens; row i the tokens [from, to)[i].
   template <class Range>
   void attend(int first, int n, const Store& keys, const Store& values, int64_t at, int64_t start, int count,
-              const Range& visible) {
+              int64_t next, const Range& visible) {
     const int cols = (count + kTokens - 1) / kTokens * kTokens, width = int(a.width);
     Store key = keys, value = values;
     key.data += start * int64_t(size_of(a.type));
     value.data += start * values.stride_inner * int64_t(size_of(a.type));
     int64_t key_stride, value_stride;
+    const int tile_bytes = width * kTileTokens * int(size_of(a.type));
     const float* k = read(key, at, width, cols, key_stride, tile.data());
     kernels.multiply(&query[size_t(first * width)], width, n, width, k, key_stride, cols, nullptr, logits.data(),
-                     kTileTokens);
+                     kTileTokens, next < 0 ? nullptr : keys.data + bytes_at(keys, next), tile_bytes);
     int low = count, high = 0;
     for (int i = 0; i < n; ++i) {
       const auto [from, to] = visible(i);
@@ -131,7 +135,8 @@ struct Worker {
     // Only tokens that some row sees: what lies beyond may be NaN, and 0 * NaN would not be 0.
     const float* v = read(value, at, count, width, value_stride, tile.data() + a.width * kTileTokens);
     kernels.multiply(&logits[size_t(low)], kTileTokens, n, high - low, v + low * value_stride, value_stride, width,
-                     alpha.data(), sums + int64_t(first) * width, width);
+                     alpha.data(), sums + int64_t(first) * width, width,
+                     next < 0 ? nullptr : values.data + bytes_at(values, next), tile_bytes);
   }
 
   void attend_prefix() {
@@ -148,7 +153,7 @@ struct Worker {
       };
       if (visible(0).first == count) continue;
       attend(0, rows, a.prefix_key, a.prefix_value, pages[start / a.page_tokens], start % a.page_tokens, count,
-             visible);
+             start + kTileTokens < end ? pages[(start + kTileTokens) / a.page_tokens] : -1, visible);
     }
   }
 
@@ -164,7 +169,7 @@ struct Worker {
                                      int(std::clamp<int64_t>(at + 1 - start, 0, count)));
         };
         attend((n - unit.first) * branch_rows(), branch_rows(), a.tail_key, a.tail_value, a.slot[n], start, count,
-               visible);
+               -1, visible);
       }
     }
   }
@@ -172,9 +177,8 @@ struct Worker {
   // The new tokens of row n join its tail.
   void append(int64_t n) {
     const int64_t size = int64_t(size_of(a.type));
-    char* const key = a.tail_key.data + (a.slot[n] * a.tail_key.stride_at + unit.head * a.tail_key.stride_head) * size;
-    char* const value =
-        a.tail_value.data + (a.slot[n] * a.tail_value.stride_at + unit.head * a.tail_value.stride_head) * size;
+    char* const key = a.tail_key.data + bytes_at(a.tail_key, a.slot[n]);
+    char* const value = a.tail_value.data + bytes_at(a.tail_value, a.slot[n]);
     const auto from = [&](const RowView& x, int64_t s) {
       return x.data + (n * x.stride_row + s * x.stride_token + unit.head * x.stride_head) * size;
     };
