@@ -239,11 +239,12 @@ void select_block(int64_t batch, int64_t candidates, int64_t heads, py::handle s
   pyengine::select_block(args, kernels, threads);
 }
 
-// stores: prefix keys, prefix values, tail keys, tail values. tree: pages, prefix_len, first_row, slot, int32.
+// stores: prefix keys, prefix values, tail keys, tail values. tree: pages, prefix_len, first_row, slot,
+// int32.
 void tree_attention(std::array<int64_t, 7> shape, int type, py::handle query, py::handle new_key,
                     py::handle new_value, std::array<py::handle, 4> stores, std::array<py::handle, 4> tree,
-                    int64_t tail_len, float scale, float softcap, int64_t window, py::handle sinks, py::handle out,
-                    int threads, const char* isa) {
+                    int64_t tail_len, float scale, float softcap, int64_t window, py::handle sinks,
+                    py::handle out, int threads, const char* isa) {
   const View q(query), k(new_key), v(new_value);
   const auto rows = [](const View& x) {
     return pyengine::RowView{x.as<char>(), x.stride[0], x.stride[1], x.stride[2]};

@@ -94,7 +94,7 @@ class Extend:
 
     def __init__(self, cache: BranchingCache, sequences: list[Sequence]) -> None:
         self.cache, self.sequences = cache, sequences
-        device = cache.pages(0)[0].device
+        device = cache.layers[0][0].device
         at = [(s.pages[i // PAGE], i % PAGE) for s in sequences for i in range(s.shared, s.length)]
         self._page, self._offset = torch.tensor(at, device=device).T
         self._tables = [torch.tensor(s.pages, device=device) for s in sequences]
@@ -103,7 +103,7 @@ class Extend:
         return [i for s in self.sequences for i in range(s.shared, s.length)]
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, options: Options) -> Tensor:
-        keys, values = self.cache.pages(layer)
+        keys, values = self.cache.layers[layer][:2]
         keys[self._page, :, self._offset] = key.transpose(0, 1)
         values[self._page, :, self._offset] = value.transpose(0, 1)
         out = torch.empty_like(query.transpose(0, 1), memory_format=torch.contiguous_format)
@@ -148,11 +148,5 @@ class Decode:
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, options: Options) -> Tensor:
         query, key, value = (x.transpose(0, 1)[:, None] for x in (query, key, value))
         return ops.tree_attention(
-            query,
-            *self.cache.pages(layer),
-            *self.cache.tails(layer),
-            self.tree,
-            key=key,
-            value=value,
-            **options._asdict(),
+            query, *self.cache.layers[layer], self.tree, key=key, value=value, **options._asdict()
         )[:, 0]

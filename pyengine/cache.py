@@ -53,6 +53,9 @@ class BranchingCache:
             least = max(PAGE / (1 - TAIL_SHARE), STEP / TAIL_SHARE) * self.token_bytes
             raise InputError(f"a cache of {budget / 1e9:.3g} GB is too small: one page and tail take {least / 1e9:.3g}")
         self.slots = self.room = 0
+        # Of each layer: keys and values of the prefixes [pages, Hkv, PAGE, D] and of the tails [slots, Hkv, room, D].
+        # Made once, since slicing four tensors for every layer and token costs 2 % of a small model's step.
+        self.layers: list[tuple[Tensor, ...]] = []
         self._transposed = device.type == "cpu"
         shapes = sorted(set(layers))
         self._of_layer = [(shapes.index(shape), layers[:i].count(shape)) for i, shape in enumerate(layers)]
@@ -89,24 +92,12 @@ class BranchingCache:
             key = keys[:, :size].view(-1, slots, heads, *inner)
             value = values[:, :size].view(-1, slots, heads, room, width)
             self._tails.append((key.transpose(-1, -2) if self._transposed else key, value))
+        stacks = (self._pages, self._tails)
+        self.layers = [tuple(x[i] for stack in stacks for x in stack[shape]) for shape, i in self._of_layer]
 
     def most_slots(self, room: int) -> int:
         """How many tails of `room` tokens there can be."""
         return self.tail_capacity // (-(-room // STEP) * STEP)
-
-    # What a layer reads and writes
-
-    def pages(self, layer: int) -> tuple[Tensor, Tensor]:
-        """Keys and values [pages, Hkv, PAGE, D]."""
-        shape, index = self._of_layer[layer]
-        key, value = self._pages[shape]
-        return key[index], value[index]
-
-    def tails(self, layer: int) -> tuple[Tensor, Tensor]:
-        """Keys and values [slots, Hkv, room, D]."""
-        shape, index = self._of_layer[layer]
-        key, value = self._tails[shape]
-        return key[index], value[index]
 
     # Sequences
 

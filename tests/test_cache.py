@@ -16,7 +16,9 @@ TOKEN = sum(2 * heads * width * 4 for heads, width in LAYERS)
 
 def make(pages=8, tails=64):
     budget = max(pages * PAGE / 0.75, tails / 0.25) * TOKEN
-    return BranchingCache(LAYERS, budget, torch.float32, torch.device("cpu"))
+    cache = BranchingCache(LAYERS, budget, torch.float32, torch.device("cpu"))
+    cache.open(1, 16)
+    return cache
 
 
 def tokens(n, start=0):
@@ -27,13 +29,13 @@ def fill(cache, sequence):
     """Each token's keys and values are its position, over all layers, heads and widths."""
     for at in range(sequence.shared, sequence.length):
         for layer in range(len(LAYERS)):
-            for store in cache.pages(layer):
+            for store in cache.layers[layer][:2]:
                 store[sequence.pages[at // PAGE], :, at % PAGE] = at
 
 
 def held(cache, sequence, layer=0, which=0):
     """What a sequence holds, one number a token; asserts that heads and widths agree."""
-    pages = cache.pages(layer)[which][sequence.pages].transpose(0, 1).flatten(1, 2)[:, : sequence.length]
+    pages = cache.layers[layer][:2][which][sequence.pages].transpose(0, 1).flatten(1, 2)[:, : sequence.length]
     assert (pages == pages[:1, :, :1]).all()
     return pages[0, :, 0].tolist()
 
@@ -117,7 +119,7 @@ def test_a_fork_shares_whole_pages_and_copies_the_last():
     assert two.pages[1] != one.pages[1]
     cache.open(4, 16)
     for layer in range(len(LAYERS)):
-        for store in cache.tails(layer):
+        for store in cache.layers[layer][2:]:
             store[2, :, :5], store[3, :, :5] = 1000, 2000
     cache.commit([(one, 2), (two, 3)], 5)
     for layer in range(len(LAYERS)):
@@ -142,14 +144,14 @@ def test_a_commit_crosses_a_page_and_moves_nothing_else():
     fill(cache, two)
     cache.open(4, 16)
     for layer in range(len(LAYERS)):
-        for store in cache.tails(layer):
+        for store in cache.layers[layer][2:]:
             store[1, :, :16] = torch.arange(100.0, 116.0)[None, :, None]
     cache.commit([(one, 1)], 9)
     for layer in range(len(LAYERS)):
         for which in (0, 1):
             assert held(cache, one, layer, which) == [*range(PAGE - 3), *range(100, 109)]
             assert held(cache, two, layer, which) == [0, 1, 2, 3, 4]
-            written = cache.pages(layer)[which].isfinite().any(-1).any(1).sum()
+            written = cache.layers[layer][:2][which].isfinite().any(-1).any(1).sum()
             assert written == PAGE - 3 + 9 + 5
 
 
@@ -159,7 +161,7 @@ def test_tails_are_as_many_as_fit():
     slots = cache.most_slots(17)
     cache.open(slots, 17)
     assert cache.room == 32
-    assert cache.tails(1)[0].shape == (slots, 1, 32, 32)
+    assert cache.layers[1][2].shape == (slots, 1, 32, 32)
     with pytest.raises(ValueError, match="do not fit"):
         cache.open(slots + 1, 17)
 

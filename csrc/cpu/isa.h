@@ -1,6 +1,6 @@
 // What every file that is compiled once for each instruction set needs: its tables' names, fp32
-// copies of bf16 and fp16, tanh. PYENGINE_ISA names the instruction set. Nothing in such a file may instantiate a
-// std:: template, or the linker could keep the AVX-512 copy of it for everybody.
+// copies of bf16 and fp16, tanh. PYENGINE_ISA names the instruction set. Nothing in such a file may
+// instantiate a std:: template, or the linker could keep the AVX-512 copy of it for everybody.
 #pragma once
 
 #include "../algebra.h"

@@ -3,6 +3,7 @@
 #include <dlfcn.h>
 #include <pthread.h>
 
+#include <algorithm>
 #include <atomic>
 #include <chrono>
 #include <exception>
@@ -12,18 +13,18 @@ namespace {
 
 using Clock = std::chrono::steady_clock;
 
-// The team meets at the end of a job. A worker that has lost its core to another process arrives a slice of the
-// scheduler late, 1 to 4 ms; the next jobs of this caller then run on it alone: 32, and twice as many each time that
-// it happens again. A team that merely slept wakes in 50 us.
-constexpr auto kHeldUp = std::chrono::microseconds(500);
-constexpr int kShortestRest = 32, kLongestRest = 512;
+// The team meets at the end of a job. A worker that has lost its core to another process arrives a slice of
+// the scheduler late, 1 to 4 ms. If the caller waits for longer than it worked, it works alone for a while,
+// and twice as long each time that it happens again. A team that merely slept wakes in 50 us.
+constexpr Clock::duration kHeldUp = std::chrono::microseconds(500);
+constexpr Clock::duration kShortestRest = std::chrono::milliseconds(20), kLongestRest = 16 * kShortestRest;
 
 struct Job {
   int64_t rows;
   void (*body)(void*, int64_t);
   void* context;
   pthread_t caller = pthread_self();
-  Clock::time_point done{};  // when the caller found no row left
+  Clock::time_point start = Clock::now(), done{};  // when the caller found no row left
   std::atomic<int64_t> next{0};
   std::atomic<bool> failed{false};
   std::exception_ptr error{};
@@ -39,8 +40,8 @@ struct Job {
   }
 };
 
-// What a compiler makes of `#pragma omp parallel`, in whichever OpenMP library torch has loaded: GCC's, LLVM's and
-// Intel's all have it. Linking one here would bring a second library and a second team.
+// What a compiler makes of `#pragma omp parallel`, in whichever OpenMP library torch has loaded: GCC's,
+// LLVM's and Intel's all have it. Linking one here would bring a second library and a second team.
 using Parallel = void (*)(void (*)(void*), void*, unsigned threads, unsigned flags);
 
 Parallel torchs_team() {
@@ -55,18 +56,21 @@ const int registered = pthread_atfork(nullptr, nullptr, [] { orphan.store(true);
 
 void run_rows(int64_t rows, int threads, void (*body)(void*, int64_t), void* context) {
   (void)registered;
-  static thread_local int rest = kShortestRest, resting = 0;  // jobs: of the next rest, and left of this one
+  static thread_local Clock::duration rest = kShortestRest;
+  static thread_local Clock::time_point until{};  // rests
   Job job{rows, body, context};
   const Parallel parallel = torchs_team();
-  if (resting > 0 || !parallel || orphan.load(std::memory_order_relaxed)) {
-    resting -= resting > 0;
+  if (job.start < until || !parallel || orphan.load(std::memory_order_relaxed)) {
     job.work();
   } else {
     parallel([](void* mine) { static_cast<Job*>(mine)->work(); }, &job, unsigned(threads), 0);
-    if (Clock::now() - job.done > kHeldUp)
-      resting = rest = rest < kLongestRest ? 2 * rest : rest;
-    else if (rest > kShortestRest)
-      --rest;
+    const Clock::time_point now = Clock::now();
+    if (now - job.done > std::max(kHeldUp, job.done - job.start)) {
+      until = now + rest;
+      rest = std::min(2 * rest, kLongestRest);
+    } else {
+      rest = std::max(rest - rest / 64, kShortestRest);
+    }
   }
   if (job.error) std::rethrow_exception(job.error);
 }

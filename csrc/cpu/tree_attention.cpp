@@ -13,16 +13,16 @@
 namespace pyengine {
 namespace {
 
-// A prefix is split at fixed tokens, so that the sums do not depend on the batch or the threads: 512 tokens of
-// 64 floats are 256 kB of keys and values, several times what waking a worker costs.
-constexpr int kSplitTokens = 512;
+// A prefix is split at fixed tokens, so that the sums do not depend on the batch or the threads: 1,024 tokens
+// of 64 floats are 512 kB of keys and values, several times what waking a worker costs.
+constexpr int kSplitTokens = 1024;
 // Query rows of one unit: 96 rows of 128 floats, their sums and their weights stay in a level-2 cache.
 constexpr int kUnitRows = 96;
 // Multiplications below which one thread is quicker than two: about 50 us.
 constexpr double kWorthwhile = 2e6;
 
-// The work of one thread at a time: the branches [first, last) of a prompt, one key-value head, one split of the
-// prefix. The units of the same rows and head are neighbours; the one that ends last merges them all.
+// The work of one thread at a time: the branches [first, last) of a prompt, one key-value head, one split of
+// the prefix. The units of the same rows and head are neighbours; the one that ends last merges them all.
 struct Unit {
   int32_t prompt, first, last, head;
   int32_t split, splits;  // the last split also does the tails
@@ -42,7 +42,9 @@ int64_t rows_of(const TreeArgs& a, const Unit& unit) {
   return int64_t(unit.last - unit.first) * a.tokens * (a.heads / a.kv_heads);
 }
 
-int64_t partial_size(const TreeArgs& a, int64_t rows) { return rows * (a.width + 2); }
+int64_t partial_size(const TreeArgs& a, int64_t rows) {
+  return rows * (a.width + int64_t(sizeof(RowSoftmax) / sizeof(float)));
+}
 
 void make_plan(const TreeArgs& a, Plan& plan) {
   const int64_t branch_rows = a.tokens * (a.heads / a.kv_heads);
@@ -100,7 +102,8 @@ struct Worker {
   }
 
   // Tokens [from, to) of what `inner` rows of a store hold, in fp32: in place, or in `tile`.
-  const float* read(const Store& store, int64_t at, int64_t inner, int cols, int64_t& stride, float* scratch) {
+  const float* read(const Store& store, int64_t at, int64_t inner, int cols, int64_t& stride,
+                    float* scratch) {
     const size_t size = size_of(a.type);
     const char* data = store.data + bytes_at(store, at);
     stride = store.stride_inner;
@@ -122,8 +125,9 @@ struct Worker {
     int64_t key_stride, value_stride;
     const int tile_bytes = width * kTileTokens * int(size_of(a.type));
     const float* k = read(key, at, width, cols, key_stride, tile.data());
-    kernels.multiply(&query[size_t(first * width)], width, n, width, k, key_stride, cols, nullptr, logits.data(),
-                     kTileTokens, next < 0 ? nullptr : keys.data + bytes_at(keys, next), tile_bytes);
+    kernels.multiply(&query[size_t(first * width)], width, n, width, k, key_stride, cols, nullptr,
+                     logits.data(), kTileTokens, next < 0 ? nullptr : keys.data + bytes_at(keys, next),
+                     tile_bytes);
     int low = count, high = 0;
     for (int i = 0; i < n; ++i) {
       const auto [from, to] = visible(i);
@@ -134,8 +138,8 @@ struct Worker {
     if (low >= high) return;
     // Only tokens that some row sees: what lies beyond may be NaN, and 0 * NaN would not be 0.
     const float* v = read(value, at, count, width, value_stride, tile.data() + a.width * kTileTokens);
-    kernels.multiply(&logits[size_t(low)], kTileTokens, n, high - low, v + low * value_stride, value_stride, width,
-                     alpha.data(), sums + int64_t(first) * width, width,
+    kernels.multiply(&logits[size_t(low)], kTileTokens, n, high - low, v + low * value_stride, value_stride,
+                     width, alpha.data(), sums + int64_t(first) * width, width,
                      next < 0 ? nullptr : values.data + bytes_at(values, next), tile_bytes);
   }
 
@@ -152,8 +156,8 @@ struct Worker {
         return std::pair<int, int>(int(std::clamp<int64_t>(seen - start, 0, count)), count);
       };
       if (visible(0).first == count) continue;
-      attend(0, rows, a.prefix_key, a.prefix_value, pages[start / a.page_tokens], start % a.page_tokens, count,
-             start + kTileTokens < end ? pages[(start + kTileTokens) / a.page_tokens] : -1, visible);
+      attend(0, rows, a.prefix_key, a.prefix_value, pages[start / a.page_tokens], start % a.page_tokens,
+             count, start + kTileTokens < end ? pages[(start + kTileTokens) / a.page_tokens] : -1, visible);
     }
   }
 
@@ -168,8 +172,8 @@ struct Worker {
           return std::pair<int, int>(int(std::clamp<int64_t>(seen - start, 0, count)),
                                      int(std::clamp<int64_t>(at + 1 - start, 0, count)));
         };
-        attend((n - unit.first) * branch_rows(), branch_rows(), a.tail_key, a.tail_value, a.slot[n], start, count,
-               -1, visible);
+        attend((n - unit.first) * branch_rows(), branch_rows(), a.tail_key, a.tail_value, a.slot[n], start,
+               count, -1, visible);
       }
     }
   }
@@ -204,7 +208,8 @@ uint16_t f16_bits(float x) {
   const uint32_t sign = bits >> 16 & 0x8000, magnitude = bits & 0x7fffffff;
   if (magnitude > 0x7f800000) return uint16_t(sign | 0x7e00);
   if (magnitude >= 0x477ff000) return uint16_t(sign | 0x7c00);  // rounds to 2^16 or beyond
-  if (magnitude < 0x38800000) return uint16_t(sign | uint32_t(std::lrint(std::abs(x) * 0x1p24f)));  // subnormal
+  if (magnitude < 0x38800000)
+    return uint16_t(sign | uint32_t(std::lrint(std::abs(x) * 0x1p24f)));  // subnormal
   return uint16_t(sign | (magnitude - (112u << 23) + 0xfff + (magnitude >> 13 & 1)) >> 13);
 }
 
@@ -217,12 +222,13 @@ void narrow(const float* from, int64_t n, DType type, char* to) {
 }
 
 // All units of a group are done: their sums become the rows' output, in the order of the splits.
-void merge_units(const TreeArgs& a, const Unit* first, int64_t count, const std::vector<float>& partials) {
+void merge_units(const TreeArgs& a, const TreeKernels& kernels, const Unit* first, int64_t count,
+                 const std::vector<float>& partials) {
   const int64_t rows = rows_of(a, *first), group = a.heads / a.kv_heads;
   std::vector<float> out(size_t(a.width));
   for (int64_t r = 0; r < rows; ++r) {
     const int64_t head = first->head * group + r % group, token = r / group;  // from the first branch on
-    const auto softmax_of = [&](int64_t u) {
+    const auto softmax_of = [&](int64_t u) -> const RowSoftmax& {
       const float* const sums = &partials[size_t(first[u].partial)];
       return reinterpret_cast<const RowSoftmax*>(sums + rows * a.width)[r];
     };
@@ -231,9 +237,10 @@ void merge_units(const TreeArgs& a, const Unit* first, int64_t count, const std:
     if (a.sinks) sum = std::exp2(a.sinks[head] * kLog2E - top);
     std::fill(out.begin(), out.end(), 0.0f);
     for (int64_t u = 0; u < count; ++u) {
-      const RowSoftmax seen = softmax_of(u);
-      const float scale = seen.top == -INFINITY ? (seen.sum == 0 ? 0.0f : seen.sum) : std::exp2(seen.top - top);
-      sum += seen.sum * scale;
+      const float part = kernels.sum(softmax_of(u)), its_top = softmax_of(u).top;
+      const float scale =
+          its_top == -INFINITY ? part : std::exp2(its_top - top);  // saw nothing, 0, or only NaN
+      sum += part * scale;
       const float* const from = &partials[size_t(first[u].partial + r * a.width)];
       for (int64_t d = 0; d < a.width; ++d) out[size_t(d)] += from[d] * scale;
     }
@@ -246,7 +253,8 @@ void merge_units(const TreeArgs& a, const Unit* first, int64_t count, const std:
 double work_of(const TreeArgs& a) {
   double keys = double(a.rows) * double(a.tail_len);
   for (int64_t b = 0; b < a.prompts; ++b)
-    keys += double(a.first_row[b + 1] - a.first_row[b]) * double(a.window ? std::min<int64_t>(a.prefix_len[b], a.window) : a.prefix_len[b]);
+    keys += double(a.first_row[b + 1] - a.first_row[b]) *
+            double(a.window ? std::min<int64_t>(a.prefix_len[b], a.window) : a.prefix_len[b]);
   return keys * double(a.tokens * a.heads * a.width);
 }
 
@@ -270,7 +278,7 @@ void tree_attention(const TreeArgs& args, const TreeKernels& kernels, int thread
     float* const sums = &shared.partials[size_t(unit.partial)];
     RowSoftmax* const softmax = reinterpret_cast<RowSoftmax*>(sums + rows * width);
     std::fill(sums, sums + rows * width, 0.0f);
-    std::fill(softmax, softmax + rows, RowSoftmax{-INFINITY, 0.0f});
+    std::fill(softmax, softmax + rows, RowSoftmax{-INFINITY, {}});
     Worker worker{args, kernels, unit, sums, softmax, query, logits, tile, alpha};
     worker.read_query();
     worker.attend_prefix();
@@ -280,9 +288,10 @@ void tree_attention(const TreeArgs& args, const TreeKernels& kernels, int thread
       int64_t first = i;
       while (first > 0 && shared.units[size_t(first - 1)].group == unit.group) --first;
       int64_t count = 1;
-      while (first + count < int64_t(shared.units.size()) && shared.units[size_t(first + count)].group == unit.group)
+      while (first + count < int64_t(shared.units.size()) &&
+             shared.units[size_t(first + count)].group == unit.group)
         ++count;
-      merge_units(args, &shared.units[size_t(first)], count, shared.partials);
+      merge_units(args, kernels, &shared.units[size_t(first)], count, shared.partials);
     }
   });
 }

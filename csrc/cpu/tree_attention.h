@@ -7,8 +7,8 @@
 
 namespace pyengine {
 
-// Keys are stored [width, tokens] with tokens side by side, values [tokens, width] with width side by side, so
-// that both products of attention run over whole vectors. kTileTokens divides a page; a tail's room is a
+// Keys are stored [width, tokens] with tokens side by side, values [tokens, width] with width side by side,
+// so that both products of attention run over whole vectors. kTileTokens divides a page; a tail's room is a
 // multiple of kTokens. All pointers are borrowed for the call; strides are in elements.
 constexpr int kTileTokens = 64, kTokens = 16;
 
@@ -39,21 +39,23 @@ struct TreeArgs {
   char* out;             // [rows, tokens, heads, width], contiguous
 };
 
-// What one row has seen so far, in log2 units: the largest logit and the sum of 2^(logit - top).
+// What one row has seen so far, in log2 units: the largest logit, and the sum of 2^(logit - top), spread over
+// the lanes of one vector.
 struct RowSoftmax {
-  float top, sum;
+  float top, sum[kTokens];
 };
 
 struct TreeKernels {
   const char* name;
-  // c[r][.] = alpha[r] * c[r][.] + sum_i a[r][i] * b[i][.]; without alpha c starts at 0. cols is a multiple of
-  // kTokens. A row's bits depend on its own numbers only. Meanwhile `bytes` from `next` on are fetched into the
-  // level-2 cache: a page is too short for the hardware to see it coming.
+  // c[r][.] = alpha[r] * c[r][.] + sum_i a[r][i] * b[i][.]; without alpha c starts at 0. cols is a multiple
+  // of kTokens. A row's bits depend on its own numbers only. Meanwhile `bytes` from `next` on are fetched
+  // into the level-2 cache: a page is too short for the hardware to see it coming.
   void (*multiply)(const float* a, int64_t lda, int rows, int depth, const float* b, int64_t ldb, int cols,
                    const float* alpha, float* c, int64_t ldc, const char* next, int bytes);
   // Turns the logits s[from .. to) into weights 2^(s - top), all others of `cols` into 0, and returns by how
   // much earlier sums are to be scaled. With a softcap: s = softcap * tanh(s), in log2 units.
   float (*weights)(float* s, int cols, int from, int to, float softcap, RowSoftmax& row);
+  float (*sum)(const RowSoftmax& row);
   void (*widen)(const void* from, DType type, int n, float* to);
 };
 

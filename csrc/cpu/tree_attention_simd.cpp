@@ -5,8 +5,9 @@
 namespace {
 
 using pyengine::RowSoftmax;
+static_assert(kLanes <= pyengine::kTokens, "a row's sum is one vector");
 
-constexpr int kVecs = 4;  // of a row, in flight
+constexpr int kVecs = 4;                     // of a row, in flight
 constexpr int kRows = kLanes == 16 ? 6 : 3;  // 24 sums of 32 registers, or 12 of 16
 
 // Memory that is wanted next: so many cache lines of it are asked for at each step of a product.
@@ -19,7 +20,8 @@ template <int R, int N>
 void multiply_block(const float* a, int64_t lda, int depth, const float* b, int64_t ldb, const float* alpha,
                     float* c, int64_t ldc, Ahead& ahead) {
   Vec sum[R][N];
-  for (int r = 0; r < R; ++r) PYENGINE_EACH sum[r][u] = alpha ? load(c + r * ldc + u * kLanes) * alpha[r] : Vec{};
+  for (int r = 0; r < R; ++r)
+    PYENGINE_EACH sum[r][u] = alpha ? load(c + r * ldc + u * kLanes) * alpha[r] : Vec{};
   const char* line = ahead.next;
   for (int i = 0; i < depth; ++i) {
     for (int l = 0; l < ahead.lines; ++l, line += 64) __builtin_prefetch(line, 0, 2);
@@ -58,36 +60,70 @@ void multiply(const float* a, int64_t lda, int rows, int depth, const float* b, 
   }
 }
 
-float weights(float* s, int cols, int from, int to, float softcap, RowSoftmax& row) {
+// One bit a lane of tokens [from, to) among those that begin at i.
+uint32_t lanes_between(int i, int from, int to) {
+  const uint32_t up_to = to >= i + kLanes ? ~0u : to <= i ? 0u : (1u << (to - i)) - 1;
+  const uint32_t before = from <= i ? 0u : from >= i + kLanes ? ~0u : (1u << (from - i)) - 1;
+  return up_to & ~before;
+}
+
+// N vectors at once: a row's exponentials overlap, and the next row's do not wait for its maximum.
+template <int N>
+float weights_of(float* s, int cols, int from, int to, float softcap, RowSoftmax& row) {
   Vec top = splat(row.top);
-  for (int i = 0; i < cols; i += kLanes) {
-    Vec x = load(s + i);
-    if (softcap != 0) x = tanh(x) * softcap;
-    const uint32_t up_to = to >= i + kLanes ? ~0u : to <= i ? 0u : (1u << (to - i)) - 1;
-    const uint32_t before = from <= i ? 0u : from >= i + kLanes ? ~0u : (1u << (from - i)) - 1;
-    x = select(up_to & ~before, x, splat(-INFINITY));
-    top = max(x, top);  // drops NaN, which then shows in the sum
-    store(s + i, x);
+  const bool whole = from <= 0 && to >= cols && softcap == 0;
+  for (int i = 0; i < cols; i += N * kLanes) {
+    if (whole) {
+      PYENGINE_EACH top = max(load(s + i + u * kLanes), top);  // drops NaN, which then shows in the sum
+      continue;
+    }
+    PYENGINE_EACH {
+      const int at = i + u * kLanes;
+      Vec x = load(s + at);
+      if (softcap != 0) x = tanh(x) * softcap;
+      x = select(lanes_between(at, from, to), x, splat(-INFINITY));
+      top = max(x, top);
+      store(s + at, x);
+    }
   }
   const float before = row.top, now = max_lane(top), shift = now == -INFINITY ? 0.0f : now;
-  Vec sum = {};
-  for (int i = 0; i < cols; i += kLanes) {
-    Vec x[1] = {load(s + i) - shift};
+  float scale = 1;
+  Vec sum[N];
+  PYENGINE_EACH sum[u] = u == 0 ? load(row.sum) : Vec{};
+  if (now != before) {
+    Vec x[1] = {splat(before - shift)};
     exp2_in_place<true>(x);
-    sum += x[0];
-    store(s + i, x[0]);
+    scale = x[0][0];
+    sum[0] *= scale;
+    row.top = now;
   }
-  Vec scale[1] = {splat(before - shift)};
-  exp2_in_place<true>(scale);
-  row.top = now;
-  row.sum = row.sum * scale[0][0] + sum_lanes(sum);
-  return scale[0][0];
+  for (int i = 0; i < cols; i += N * kLanes) {
+    Vec x[N];
+    PYENGINE_EACH x[u] = load(s + i + u * kLanes) - shift;
+    exp2_in_place<true>(x);
+    PYENGINE_EACH {
+      sum[u] += x[u];
+      store(s + i + u * kLanes, x[u]);
+    }
+  }
+  for (int u = 1; u < N; ++u) sum[0] += sum[u];
+  store(row.sum, sum[0]);
+  return scale;
 }
+
+float weights(float* s, int cols, int from, int to, float softcap, RowSoftmax& row) {
+  const auto kernel = cols % (4 * kLanes) == 0   ? weights_of<4>
+                      : cols % (2 * kLanes) == 0 ? weights_of<2>
+                                                 : weights_of<1>;
+  return kernel(s, cols, from, to, softcap, row);
+}
+
+float sum_of(const RowSoftmax& row) { return sum_lanes(load(row.sum)); }
 
 }  // namespace
 
 namespace pyengine {
 extern const TreeKernels PYENGINE_PASTE(tree_kernels_, PYENGINE_ISA);
-const TreeKernels PYENGINE_PASTE(tree_kernels_,
-                                 PYENGINE_ISA) = {PYENGINE_STRING(PYENGINE_ISA), multiply, weights, widen};
+const TreeKernels PYENGINE_PASTE(tree_kernels_, PYENGINE_ISA) = {PYENGINE_STRING(PYENGINE_ISA), multiply,
+                                                                 weights, sum_of, widen};
 }  // namespace pyengine
