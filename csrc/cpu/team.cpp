@@ -2,6 +2,7 @@
 
 #include <dlfcn.h>
 #include <pthread.h>
+#include <time.h>
 
 #include <algorithm>
 #include <atomic>
@@ -17,7 +18,13 @@ using Clock = std::chrono::steady_clock;
 // the scheduler late, 1 to 4 ms. If the caller waits for longer than it worked, it works alone for a while,
 // and twice as long each time that it happens again. A team that merely slept wakes in 50 us.
 constexpr Clock::duration kHeldUp = std::chrono::microseconds(500);
-constexpr Clock::duration kShortestRest = std::chrono::milliseconds(20), kLongestRest = 16 * kShortestRest;
+constexpr Clock::duration kShortestRest = std::chrono::milliseconds(50), kLongestRest = 64 * kShortestRest;
+
+Clock::duration own_time() {
+  timespec t;
+  clock_gettime(CLOCK_THREAD_CPUTIME_ID, &t);
+  return std::chrono::seconds(t.tv_sec) + std::chrono::nanoseconds(t.tv_nsec);
+}
 
 struct Job {
   int64_t rows;
@@ -25,6 +32,7 @@ struct Job {
   void* context;
   pthread_t caller = pthread_self();
   Clock::time_point start = Clock::now(), done{};  // when the caller found no row left
+  Clock::duration worked = own_time(), lost{};     // its time on a core, and off it, until then
   std::atomic<int64_t> next{0};
   std::atomic<bool> failed{false};
   std::exception_ptr error{};
@@ -36,7 +44,10 @@ struct Job {
       next.store(rows, std::memory_order_relaxed);
       if (!failed.exchange(true)) error = std::current_exception();
     }
-    if (pthread_equal(pthread_self(), caller)) done = Clock::now();
+    if (!pthread_equal(pthread_self(), caller)) return;
+    done = Clock::now();
+    worked = own_time() - worked;
+    lost = done - start - worked;
   }
 };
 
@@ -65,7 +76,7 @@ void run_rows(int64_t rows, int threads, void (*body)(void*, int64_t), void* con
   } else {
     parallel([](void* mine) { static_cast<Job*>(mine)->work(); }, &job, unsigned(threads), 0);
     const Clock::time_point now = Clock::now();
-    if (now - job.done > std::max(kHeldUp, job.done - job.start)) {
+    if (now - job.done > std::max(kHeldUp, job.worked) || job.lost > kHeldUp) {
       until = now + rest;
       rest = std::min(2 * rest, kLongestRest);
     } else {
