@@ -35,7 +35,10 @@ def replicated(query, stores, tree):
     return tuple(
         torch.cat(
             [
-                pages[tree.pages[0].long()].transpose(0, 1).flatten(1, 2)[None, :, :prefix].expand(len(query), -1, -1, -1),
+                pages[tree.pages[0].long()]
+                .transpose(0, 1)
+                .flatten(1, 2)[None, :, :prefix]
+                .expand(len(query), -1, -1, -1),
                 tails[tree.slot.long(), :, :TAIL],
             ],
             2,

@@ -148,5 +148,5 @@ class Decode:
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, options: Options) -> Tensor:
         query, key, value = (x.transpose(0, 1)[:, None] for x in (query, key, value))
         return ops.tree_attention(
-            query, *self.cache.layers[layer], self.tree, key=key, value=value, **options._asdict()
+            query, *self.cache.layers[layer], tree=self.tree, key=key, value=value, **options._asdict()
         )[:, 0]

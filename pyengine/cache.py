@@ -15,6 +15,7 @@ import hashlib
 from collections import Counter, OrderedDict
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -55,7 +56,7 @@ class BranchingCache:
         self.slots = self.room = 0
         # Of each layer: keys and values of the prefixes [pages, Hkv, PAGE, D] and of the tails [slots, Hkv, room, D].
         # Made once, since slicing four tensors for every layer and token costs 2 % of a small model's step.
-        self.layers: list[tuple[Tensor, ...]] = []
+        self.layers: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
         self._transposed = device.type == "cpu"
         shapes = sorted(set(layers))
         self._of_layer = [(shapes.index(shape), layers[:i].count(shape)) for i, shape in enumerate(layers)]
@@ -63,13 +64,13 @@ class BranchingCache:
         self._tails: list[tuple[Tensor, Tensor]] = []
         self._tail_memory: list[tuple[Tensor, Tensor]] = []
         for heads, width in shapes:
-            n, new = layers.count((heads, width)), {"dtype": dtype, "device": device}
-            first, second = (PAGE, width), (width, PAGE)
-            key = torch.empty(n, self.capacity, heads, *(second if self._transposed else first), **new)
-            value = torch.empty(n, self.capacity, heads, *first, **new)
+            empty = partial(torch.empty, dtype=dtype, device=device)
+            n = layers.count((heads, width))
+            inner = (width, PAGE) if self._transposed else (PAGE, width)
+            key, value = empty(n, self.capacity, heads, *inner), empty(n, self.capacity, heads, PAGE, width)
             self._pages.append((key.transpose(-1, -2) if self._transposed else key, value))
-            flat = (n, self.tail_capacity * heads * width)
-            self._tail_memory.append((torch.empty(flat, **new), torch.empty(flat, **new)))
+            size = self.tail_capacity * heads * width
+            self._tail_memory.append((empty(n, size), empty(n, size)))
         self._shapes = shapes
         self._free = list(range(self.capacity))  # the last one goes first: it is the warmest
         self._owners: Counter[int] = Counter()  # page -> sequences
@@ -92,8 +93,10 @@ class BranchingCache:
             key = keys[:, :size].view(-1, slots, heads, *inner)
             value = values[:, :size].view(-1, slots, heads, room, width)
             self._tails.append((key.transpose(-1, -2) if self._transposed else key, value))
-        stacks = (self._pages, self._tails)
-        self.layers = [tuple(x[i] for stack in stacks for x in stack[shape]) for shape, i in self._of_layer]
+        self.layers = []
+        for shape, i in self._of_layer:
+            (keys, values), (tail_keys, tail_values) = self._pages[shape], self._tails[shape]
+            self.layers.append((keys[i], values[i], tail_keys[i], tail_values[i]))
 
     def most_slots(self, room: int) -> int:
         """How many tails of `room` tokens there can be."""

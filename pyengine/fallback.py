@@ -20,9 +20,7 @@ from pyengine.scorers.base import Hidden
 log = logging.getLogger("pyengine")
 
 # Architectures whose branching the test suite holds against a full recompute, sliding windows crossed.
-TESTED = frozenset(
-    {"llama", "qwen2", "qwen3", "mistral", "gemma2", "gemma3_text", "gpt2", "phi3", "olmo2", "gpt_oss"}
-)
+TESTED = frozenset({"llama", "qwen2", "qwen3", "mistral", "gemma2", "gemma3_text", "gpt2", "phi3", "olmo2", "gpt_oss"})
 
 
 def _layers_of(output: Any, layers: tuple[int, ...]) -> Hidden:

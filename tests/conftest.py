@@ -45,7 +45,11 @@ ARCHITECTURES = {
     "gemma3": lambda: transformers.Gemma3TextConfig(**SMALL, head_dim=16, sliding_window=8, sliding_window_pattern=2),
     "olmo2": lambda: transformers.Olmo2Config(**SMALL),
     "gpt-oss": lambda: transformers.GptOssConfig(
-        **SMALL, head_dim=16, sliding_window=8, num_local_experts=2, num_experts_per_tok=1,
+        **SMALL,
+        head_dim=16,
+        sliding_window=8,
+        num_local_experts=2,
+        num_experts_per_tok=1,
     ),
 }
 

@@ -6,9 +6,10 @@ import pytest
 import torch
 import transformers
 
+import pyengine.decoder as decoder_module
 from pyengine import Engine, InputError, SamplingParams
 from pyengine.cache import PAGE
-from pyengine.decoder import BranchingDecoder, Prompt
+from pyengine.decoder import BranchingDecoder, Prompt, quick_products
 from pyengine.fallback import TESTED, RecomputeDecoder, ReplicatedDecoder, choose_decoder
 
 BUDGET = 8e6  # bytes
@@ -267,6 +268,22 @@ def test_a_lent_model_says_so(model_dirs):
         model(input_ids=torch.ones(1, 3, dtype=torch.long))
     decoder.close()
     model(input_ids=torch.ones(1, 3, dtype=torch.long))
+    assert not [name for name, module in model.named_modules() if "forward" in vars(module)]
+
+
+@torch.inference_mode()
+def test_products_that_go_to_onednn_are_the_same_products(model_dirs, monkeypatch):
+    """Whoever made this machine's CPU."""
+    monkeypatch.setattr(decoder_module, "_made_by_intel", lambda: False)
+    layer = torch.nn.Sequential(torch.nn.Linear(48, 33), torch.nn.Linear(33, 20, bias=False))
+    x = torch.randn(1, 7, 48)
+    want = layer(x)
+    with quick_products(layer):
+        assert "forward" in vars(layer[0])
+        torch.testing.assert_close(layer(x), want, atol=1e-6, rtol=1e-5)
+        layer[0].bias.zero_()
+        assert (layer(x) - want).abs().max() > 1e-3, "weights are read when they are used"
+    assert "forward" not in vars(layer[0])
 
 
 def tiny(config):
@@ -314,8 +331,13 @@ SMALL = {"vocab_size": 128, "hidden_size": 32, "num_hidden_layers": 2, "num_atte
         (transformers.GPTJConfig(vocab_size=128, n_embd=32, n_layer=2, n_head=4, rotary_dim=4), "AttentionInterface"),
         (
             transformers.Llama4TextConfig(
-                **SMALL, intermediate_size=64, intermediate_size_mlp=64, num_key_value_heads=2, head_dim=8,
-                num_local_experts=2, attention_chunk_size=16,
+                **SMALL,
+                intermediate_size=64,
+                intermediate_size_mlp=64,
+                num_key_value_heads=2,
+                head_dim=8,
+                num_local_experts=2,
+                attention_chunk_size=16,
             ),
             "chunked",
         ),

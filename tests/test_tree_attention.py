@@ -216,7 +216,7 @@ def test_stores_that_do_not_fit_are_named():
         p()
     p = problem()
     p.stores = (*p.stores[:3], p.stores[3].half())
-    with pytest.raises(ValueError, match="tail_value is torch.float16"):
+    with pytest.raises(ValueError, match=r"tail_value is torch\.float16"):
         p()
     p = problem(heads=(5, 2))
     with pytest.raises(ValueError, match="5 query heads"):

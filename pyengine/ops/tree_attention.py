@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -79,10 +79,45 @@ def tree_attention(
     Raises:
         ValueError: a shape, dtype or parameter is out of range; the message names it.
     """
-    rows, tokens, heads, width = query.shape
-    kv_heads = prefix_key.shape[1]
-    check_float(OP, query, "query")
     stores = (prefix_key, prefix_value, tail_key, tail_value)
+    width, dtype = query.shape[3], query.dtype
+    check_float(OP, query, "query")
+    new = (query.shape[0], query.shape[1], prefix_key.shape[1], width)
+    # One look at what fits, as a model's layers call it: finding out what does not is left to `_complain`.
+    if not (
+        query.shape[2] % new[2] == 0
+        and all(x.dtype == dtype and x.shape[1::2] == new[2:] and x.device == query.device for x in stores)
+        and tree.slot.shape[0] == new[0]
+        and tree.first_row.shape[0] == tree.prefix_len.shape[0] + 1
+        and (key is None) == (value is None)
+        and (key is None or (key.shape == value.shape == new and key.dtype == value.dtype == dtype))  # type: ignore[union-attr]
+        and (window is None or window >= 1)
+        and (softcap is None or softcap > 0)
+        and (sinks is None or sinks.shape == query.shape[2:3])
+    ):
+        _complain(query, stores, tree, key, value, window, softcap, sinks)
+    if sinks is not None:
+        sinks = sinks.float().contiguous()
+    scale = width**-0.5 if scale is None else scale
+    numbers = (scale, window or 0, softcap or 0.0)
+    if query.device.type == "cpu" and not traced(query):
+        return _tree_attention_cpu(query, key, value, *stores, *tree, *numbers, sinks)
+    return torch.ops.pyengine.tree_attention(query, key, value, *stores, *tree, *numbers, sinks)
+
+
+def _complain(
+    query: Tensor,
+    stores: tuple[Tensor, ...],
+    tree: Tree,
+    key: Tensor | None,
+    value: Tensor | None,
+    window: int | None,
+    softcap: float | None,
+    sinks: Tensor | None,
+) -> NoReturn:
+    """Name the argument that does not fit."""
+    rows, tokens, heads, width = query.shape
+    kv_heads = stores[0].shape[1]
     for name, store in zip(("prefix_key", "prefix_value", "tail_key", "tail_value"), stores, strict=True):
         if store.dim() != 4 or store.shape[1] != kv_heads or store.shape[3] != width:
             fail(OP, f"{name} must have shape [*, {kv_heads}, *, {width}], got {list(store.shape)}")
@@ -90,8 +125,6 @@ def tree_attention(
             fail(OP, f"{name} is {store.dtype} on {store.device}, query {query.dtype} on {query.device}")
     if heads % kv_heads:
         fail(OP, f"{heads} query heads do not divide by {kv_heads} key heads")
-    if tree.slot.shape != (rows,) or len(tree.first_row) != len(tree.prefix_len) + 1:
-        fail(OP, f"tree has slots {list(tree.slot.shape)} and {len(tree.prefix_len)} prompts for {rows} rows")
     if (key is None) != (value is None):
         fail(OP, "give both key and value, or neither")
     for name, new in (("key", key), ("value", value)):
@@ -102,15 +135,9 @@ def tree_attention(
         fail(OP, f"window must be at least 1, got {window}")
     if softcap is not None and not softcap > 0:
         fail(OP, f"softcap must be positive, got {softcap}")
-    if sinks is not None:
-        if sinks.shape != (heads,):
-            fail(OP, f"sinks must have shape [{heads}], got {list(sinks.shape)}")
-        sinks = sinks.float().contiguous()
-    scale = width**-0.5 if scale is None else scale
-    numbers = (scale, window or 0, softcap or 0.0)
-    if query.device.type == "cpu" and not traced(query):
-        return _tree_attention_cpu(query, key, value, *stores, *tree, *numbers, sinks)
-    return torch.ops.pyengine.tree_attention(query, key, value, *stores, *tree, *numbers, sinks)
+    if sinks is not None and sinks.shape != (heads,):
+        fail(OP, f"sinks must have shape [{heads}], got {list(sinks.shape)}")
+    fail(OP, f"tree has slots {list(tree.slot.shape)} and {len(tree.prefix_len)} prompts for {rows} rows")
 
 
 def kernel_serves(prefix_key: Tensor, prefix_value: Tensor, tail_key: Tensor, tail_value: Tensor) -> bool:
@@ -215,7 +242,13 @@ def _by_sdpa(
 
 
 def masked_attention(
-    query: Tensor, key: Tensor, value: Tensor, seen: Tensor, scale: float | None, softcap: float | None, sinks: Tensor | None
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    seen: Tensor,
+    scale: float | None,
+    softcap: float | None,
+    sinks: Tensor | None,
 ) -> Tensor:
     """query [Hq, S, D], key and value [Hkv, T, D], seen bool [S, T] -> [Hq, S, D], through torch alone.
 
