@@ -140,13 +140,13 @@ def _causal(query: Tensor, key: Tensor, value: Tensor, options: Options) -> Tens
 
 
 class Decode:
-    """One new token for each row: it joins the row's tail and reads that and the prefix of its prompt."""
+    """`new` tokens for each row: they join the row's tail and read that and the prefix of its prompt."""
 
-    def __init__(self, cache: BranchingCache, tree: Tree) -> None:
-        self.cache, self.tree = cache, tree
+    def __init__(self, cache: BranchingCache, tree: Tree, new: int = 1) -> None:
+        self.cache, self.tree, self.new = cache, tree, new
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, options: Options) -> Tensor:
-        query, key, value = (x.transpose(0, 1)[:, None] for x in (query, key, value))
-        return ops.tree_attention(
-            query, *self.cache.layers[layer], tree=self.tree, key=key, value=value, **options._asdict()
-        )[:, 0]
+        query, key, value = (x.transpose(0, 1).unflatten(0, (-1, self.new)) for x in (query, key, value))
+        stores = self.cache.layers[layer]
+        mixed = ops.tree_attention(query, *stores, tree=self.tree, key=key, value=value, **options._asdict())
+        return mixed.flatten(0, 1)

@@ -190,13 +190,23 @@ class BranchingDecoder:
         self._tree = Tree(*(torch.tensor(x, dtype=torch.int32, device=device) for x in tables))
         self._positions = torch.tensor([lengths[i] + self._tail_len for i in self._owner], device=device)
 
-    @torch.inference_mode()
     def append(self, tokens: Tensor) -> Frontier:
+        return self.extend(tokens[:, None])
+
+    @torch.inference_mode()
+    def extend(self, tokens: Tensor, last: Tensor | None = None) -> Frontier:
+        """S tokens a row [N, S] in one pass; the frontier is at token last[n] of each row, by default the last."""
         assert self._tree is not None
-        self._tail_len += 1
-        self._tree.tail_len.add_(1)
-        self._branches = self._forward(Decode(self.cache, self._tree), tokens, self._positions)
-        self._positions = self._positions + 1
+        rows, new = tokens.shape
+        self._tail_len += new
+        self._tree.tail_len.add_(new)
+        step = torch.arange(new, device=tokens.device)
+        where = None
+        if new > 1:
+            where = torch.arange(0, rows * new, new, device=tokens.device) + (new - 1 if last is None else last)
+        positions = (self._positions[:, None] + step).flatten()
+        self._branches = self._forward(Decode(self.cache, self._tree, new), tokens.flatten(), positions, where)
+        self._positions = self._positions + new
         return self._branches
 
     def keep(self, rows: Tensor) -> Frontier:
@@ -225,15 +235,19 @@ class BranchingDecoder:
 
     def _forward(self, work: Pass, ids: Tensor, positions: Tensor, rows: Tensor | None = None) -> Frontier:
         """The frontier of packed tokens [T], or of some of them."""
-        keep = {"logits_to_keep": rows} if rows is not None and self._keep_some else {}
         with running(work):
-            output = self.model(
-                input_ids=ids[None],
-                position_ids=positions[None],
-                use_cache=False,
-                output_hidden_states=bool(self.layers),
-                **keep,
-            )
+            return self._read(ids[None], positions[None], rows)
+
+    def _read(self, ids: Tensor, positions: Tensor, rows: Tensor | None) -> Frontier:
+        """One call of the model."""
+        keep = {"logits_to_keep": rows} if rows is not None and self._keep_some else {}
+        output = self.model(
+            input_ids=ids,
+            position_ids=positions,
+            use_cache=False,
+            output_hidden_states=bool(self.layers),
+            **keep,
+        )
         logits = output.logits[0]
         hidden = {layer: output.hidden_states[layer][0] for layer in self.layers}
         if rows is not None:

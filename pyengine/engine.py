@@ -22,6 +22,7 @@ from pyengine.checkpoint import load_checkpoint
 from pyengine.decoder import Frontier, Prompt
 from pyengine.errors import InputError, first_line
 from pyengine.fallback import choose_decoder
+from pyengine.reader import reader_of
 from pyengine.results import Block, Candidate, Event, FinishReason, Result, SamplingParams
 from pyengine.scorers import Candidates, Hidden, Part, Policy, ScorerLike, parts_of
 from pyengine.strategies import BASE, BestOfK, Blockwise, Strategy, Tokenwise
@@ -108,7 +109,8 @@ class Engine:
         self.eos = frozenset(eos if isinstance(eos, list) else [] if eos is None else [eos])
         self._busy = False
         self.parts: list[Part] = []
-        self._decoder = choose_decoder(model, (), max_rows, None if cache_gb is None else cache_gb * 1e9)
+        self._budget = None if cache_gb is None else cache_gb * 1e9
+        self._decoder = choose_decoder(model, (), max_rows, self._budget)
         self.set_scorer(scorer)
 
     @classmethod
@@ -147,6 +149,10 @@ class Engine:
         self.parts = parts
         self._layers = tuple(sorted({layer for part in parts for layer in part.scorer.layers}))
         self._decoder.layers = self._layers
+        readers = {
+            i: reader_of(part.scorer, self.tokenizer, self.max_rows, self._budget) for i, part in enumerate(parts)
+        }
+        self._readers = {i: reader for i, reader in readers.items() if reader is not None}
 
     def generate(
         self,
@@ -250,29 +256,36 @@ class Engine:
         """The loop: waiting prompts join, every prefix forks into k branches, one of them is committed."""
         if self._busy:
             raise InputError("this engine is decoding: end or close the stream that is open before another call")
-        k, decoder, live = strategy.k, self._decoder, list[_Request]()
+        k, live = strategy.k, list[_Request]()
+        # Reward models with a cache of their own follow the base model block by block; for k = 1 nothing is selected.
+        decoders = [self._decoder, *(self._readers.values() if k > 1 else ())]
         longest = max(r.limit for r in waiting)
         whole = strategy.block_tokens is None  # nothing is ever committed to a prefix
         self._busy = True
         try:
-            decoder.open(k, min(strategy.block_tokens or longest, longest))
+            for decoder in decoders:
+                decoder.open(k, min(strategy.block_tokens or longest, longest))
             while waiting or live:
                 prompts = [Prompt(r.prompt_ids, 0 if whole else r.limit) for r in waiting]
-                joining = [waiting.popleft() for _ in range(decoder.fits(prompts))]
+                joining = [waiting.popleft() for _ in range(min(d.fits(prompts) for d in decoders))]
                 if joining:
-                    decoder.join(prompts[: len(joining)])
+                    for decoder in decoders:
+                        decoder.join(prompts[: len(joining)])
                     live += joining
-                tail = self._propose(decoder.fork(), live, strategy, tick)
+                tail = self._propose(self._decoder.fork(), live, strategy, tick)
                 winners = [i * k + c for i, c in enumerate(self._select(tail, live, strategy))]
                 self._score_ended(tail, live, winners, k)
                 commits = [self._commit(r, tail, row, strategy) for r, row in zip(live, winners, strict=True)]
                 on = [i for i, r in enumerate(live) if r.finish_reason is None]
                 live = [live[i] for i in on]
-                kept = [tail.slots.index(winners[i]) for i in on]
-                decoder.commit(torch.tensor(kept, dtype=torch.long, device=self.policy.device))
+                kept = [winners[i] for i in on]
+                for decoder in decoders:  # the base model's may have dropped ended rows on the way
+                    rows = [tail.slots.index(row) for row in kept] if decoder is self._decoder else kept
+                    decoder.commit(torch.tensor(rows, dtype=torch.long, device=self.policy.device))
                 yield from commits
         finally:
-            decoder.close()
+            for decoder in decoders:
+                decoder.close()
             self._busy = False
 
     def _propose(self, frontier: Frontier, live: list[_Request], strategy: Strategy, tick: _Tick) -> _Tail:
@@ -349,7 +362,15 @@ class Engine:
             previous={layer: h[index] for layer, h in tail.previous.items()},
             decode=lambda tokens: self._texts([live[row // k].prompt_ids for row in rows], tokens),
         )
-        return torch.stack([p.scorer.score(candidates).to(self.policy.device) for p in self.parts], -1)
+        scores = []
+        for i, part in enumerate(self.parts):
+            if k > 1 and i in self._readers:
+                spoken = [[token for token in tokens if token not in self.eos] for tokens in tail.tokens]
+                found = self._readers[i].score(spoken)[index.to(self.policy.device)]
+            else:
+                found = part.scorer.score(candidates)
+            scores.append(found.to(self.policy.device))
+        return torch.stack(scores, -1)
 
     def _select(self, tail: _Tail, live: list[_Request], strategy: Strategy) -> list[int]:
         """The branch that each request keeps; records the block with all its candidates."""

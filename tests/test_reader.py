@@ -1,0 +1,100 @@
+"""Reward models with a branching cache of their own: the same scores as reading every candidate from its start."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import transformers
+
+from pyengine import BestOfK, Blockwise, Engine, RewardModel, SamplingParams, Tokenwise
+from pyengine.reader import reader_of
+from pyengine.scorers import Scorer
+
+BUDGET = 8e6
+SIZES = {
+    "vocab_size": 320,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_labels": 1,
+    "pad_token_id": 0,
+}
+
+
+def reward_model(tokenizer, config=None, name="judge"):
+    torch.manual_seed(3)
+    config = config or transformers.LlamaConfig(**SIZES, num_key_value_heads=2)
+    model = transformers.AutoModelForSequenceClassification.from_config(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.mul_(4)
+    return RewardModel(model, tokenizer, name)
+
+
+class Recomputed(Scorer):
+    """The same model, over all tokens of every candidate, the special ones left out."""
+
+    def __init__(self, inner, engine):
+        self.inner, self.engine, self.name = inner, engine, inner.name
+
+    def score(self, candidates):
+        ids = [self.engine.encode(p) for p in candidates.prompts]
+        texts = [a + [t for t in b if t != 0] for a, b in zip(ids, candidates.tokens, strict=True)]
+        return torch.stack([self.inner.model(input_ids=torch.tensor([text])).logits[0, 0] for text in texts])
+
+
+@pytest.fixture
+def engine(model_dirs):
+    return Engine.from_pretrained(model_dirs["llama"], cache_gb=0.01)
+
+
+PROMPTS = ["the quick brown fox", "pack my box", "sphinx of quartz " * 9]
+
+
+@pytest.mark.parametrize("strategy", [Blockwise(4, 5), BestOfK(3), Blockwise(3, 4, selection="softmax", beta=0.5)])
+def test_scores_equal_a_recompute(engine, strategy):
+    judge = reward_model(engine.tokenizer)
+    sampling = [SamplingParams(max_tokens=n, seed=n, temperature=0.7) for n in (17, 9, 12)]
+    engine.set_scorer([(2.0, judge)])
+    assert len(engine._readers) == 1
+    read = []
+    reader = engine._readers[0]
+    original = reader._read
+    reader._read = lambda ids, *rest: read.append(ids.numel()) or original(ids, *rest)
+    found = engine.generate(PROMPTS, strategy, sampling)
+    engine.set_scorer([(2.0, Recomputed(judge, engine))])
+    assert not engine._readers
+    want = engine.generate(PROMPTS, strategy, sampling)
+    for a, b in zip(found, want, strict=True):
+        assert a.tokens == b.tokens
+        assert a.reward == pytest.approx(b.reward, abs=1e-3)
+        for mine, theirs in zip(a.blocks, b.blocks, strict=True):
+            assert mine.chosen == theirs.chosen
+            for one, other in zip(mine.candidates, theirs.candidates, strict=True):
+                assert one.utility == pytest.approx(other.utility, abs=1e-3)
+    prompts = sum(len(engine.encode(prompt)) for prompt in PROMPTS)
+    candidates = sum(len(c.tokens) for r in found for block in r.blocks for c in block.candidates)
+    assert read[0] == prompts, "each prompt is read once"
+    assert sum(read[1:]) >= candidates - len([1 for r in found for block in r.blocks for _ in block.candidates])
+    assert reader.cache.pages_in_use == 0
+    reader.cache.check_integrity()
+
+
+def test_one_branch_is_scored_as_text_at_its_end(engine):
+    engine.set_scorer(reward_model(engine.tokenizer))
+    result = engine.generate("the quick", Tokenwise(0.0), SamplingParams(max_tokens=4, seed=1))[0]
+    assert result.reward is not None
+
+
+def test_another_tokenizer_reads_text(engine):
+    other = transformers.AutoTokenizer.from_pretrained(engine.tokenizer.name_or_path)
+    other.add_tokens(["sphinx of"])
+    assert reader_of(reward_model(other), engine.tokenizer, 8, BUDGET) is None
+
+
+def test_a_model_that_reads_both_ways_reads_text(engine, caplog):
+    config = transformers.BertConfig(**SIZES, max_position_embeddings=64)
+    assert reader_of(reward_model(engine.tokenizer, config), engine.tokenizer, 8, BUDGET) is None
+    assert "reads every candidate from its start" in caplog.text
