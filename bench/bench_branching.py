@@ -37,10 +37,10 @@ def models():
     return make(**SIZES), make(**SIZES)
 
 
-def make(**sizes):
+def make(dtype=torch.float32, **sizes):
     torch.manual_seed(0)
     config = transformers.LlamaConfig(**sizes, eos_token_id=None, bos_token_id=None, pad_token_id=0)
-    return transformers.LlamaForCausalLM(config).eval()
+    return transformers.AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
 
 
 def prompt_of(model, length):
@@ -48,23 +48,28 @@ def prompt_of(model, length):
     return torch.randint(1, model.config.vocab_size, (length,), generator=generator)
 
 
+def probe_of(model):
+    probe = torch.randn(1, model.config.hidden_size, generator=torch.Generator().manual_seed(1))
+    return probe.to(device=model.device, dtype=model.dtype)
+
+
 class Ours:
     """The engine's loop without its bookkeeping for people: fork, draw, append, select, commit."""
 
-    def __init__(self, model, prompt, k, tokens):
+    def __init__(self, model, prompt, k, tokens, blocks=8):
         self.k, self.tokens = k, tokens
-        self.probe = torch.randn(1, model.config.hidden_size, generator=torch.Generator().manual_seed(1))
+        self.probe = probe_of(model)
+        self.seed = torch.arange(k, device=model.device)
         self.decoder = BranchingDecoder(model, (-1,), k, budget=2e9)
         self.decoder.open(k, tokens)
-        self.decoder.join([Prompt(prompt.tolist(), 64 * tokens)])
+        self.decoder.join([Prompt(prompt.tolist(), blocks * tokens)])
         self.position = 0
 
     @torch.inference_mode()
     def block(self):
         frontier, drawn = self.decoder.fork(), []
         for step in range(self.tokens):
-            seed = torch.arange(self.k)
-            drawn.append(ops.tilt_sample(frontier.logits, seed=seed, position=self.position + step).token)
+            drawn.append(ops.tilt_sample(frontier.logits, seed=self.seed, position=self.position + step).token)
             frontier = self.decoder.append(drawn[-1])
         picked = ops.select_block(hidden=frontier.hidden[-1][None], probe=self.probe).index
         self.decoder.commit(picked)
@@ -86,7 +91,7 @@ class Forked:
 
     def __init__(self, model, prompt, k, tokens):
         self.model, self.k, self.tokens = model, k, tokens
-        self.probe = torch.randn(1, model.config.hidden_size, generator=torch.Generator().manual_seed(1))
+        self.probe = probe_of(model)
         self.cache = DynamicCache(config=model.config)
         with torch.inference_mode():
             output = model(prompt[None], past_key_values=self.cache, logits_to_keep=1)
@@ -111,7 +116,7 @@ class Generated:
 
     def __init__(self, model, prompt, k, tokens):
         self.model, self.ids, self.k, self.tokens = model, prompt[None], k, tokens
-        self.probe = torch.randn(1, model.config.hidden_size, generator=torch.Generator().manual_seed(1))
+        self.probe = probe_of(model)
 
     @torch.inference_mode()
     def block(self):
@@ -161,7 +166,8 @@ def medians(makers, rounds, extra):
 
 
 @pytest.mark.parametrize(
-    ("prefix", "branches"), [(1024, 8), (4096, 8), (256, 8), (2048, 8), (1024, 1), (1024, 2), (1024, 4), (1024, 16)]
+    ("prefix", "branches"),
+    [(1024, 8), (4096, 8), (256, 8), (2048, 8), (2048, 16), (1024, 1), (1024, 2), (1024, 4), (1024, 16)],
 )
 def test_peers(rows, models, prefix, branches):
     model, peer = models

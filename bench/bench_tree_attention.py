@@ -12,33 +12,37 @@ HEADS, KEY_HEADS, WIDTH, TAIL, PAGE = 32, 8, 128, 16, 64  # Llama 3.1 8B
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
-def problem(prefix, branches, dtype, kernel=True, heads=HEADS, key_heads=KEY_HEADS, width=WIDTH):
-    """(query, prefix and tail stores, tree), as `pyengine.cache` lays them out."""
+def problem(
+    prefix, branches, dtype, kernel=True, heads=HEADS, key_heads=KEY_HEADS, width=WIDTH, prompts=1, device="cpu"
+):
+    """(query, prefix and tail stores, tree) of prompts * branches rows, as `pyengine.cache` lays them out."""
     torch.manual_seed(0)
-    pages, room = -(-prefix // PAGE), 16
+    each, rows = -(-prefix // PAGE), prompts * branches
 
     def store(count, inner, dense):
         shape = (count, key_heads, width, inner) if dense else (count, key_heads, inner, width)
-        out = torch.randn(shape).to(dtype)
+        out = torch.randn(shape, device=device).to(dtype)
         return out.transpose(2, 3) if dense else out
 
-    stores = tuple(store(n, i, dense) for n, i in ((pages, PAGE), (branches, room)) for dense in (kernel, False))
-    table = torch.randperm(pages)
-    whole = (table[None], torch.tensor([prefix]), torch.tensor([0, branches]), torch.arange(branches))
-    tree = ops.Tree(*(x.int() for x in (*whole, torch.tensor(TAIL))))
-    return torch.randn(branches, 1, heads, width).to(dtype), stores, tree
+    stores = tuple(store(n, i, dense) for n, i in ((prompts * each, PAGE), (rows, TAIL)) for dense in (kernel, False))
+    tree = (
+        torch.randperm(prompts * each).view(prompts, each),
+        torch.full((prompts,), prefix),
+        torch.arange(0, rows + 1, branches),
+        torch.arange(rows),
+        torch.tensor(TAIL),
+    )
+    tree = ops.Tree(*(x.to(device=device, dtype=torch.int32) for x in tree))
+    return torch.randn(rows, 1, heads, width, device=device).to(dtype), stores, tree
 
 
 def replicated(query, stores, tree):
-    """Every branch's keys and values in one piece, [K, Hkv, P + S, D], as a cache that copies them holds them."""
-    prefix = int(tree.prefix_len[0])
+    """Every branch's keys and values in one piece, [B * K, Hkv, P + S, D], as a cache that copies them holds them."""
+    prefix, branches = int(tree.prefix_len[0]), len(query) // len(tree.prefix_len)
     return tuple(
         torch.cat(
             [
-                pages[tree.pages[0].long()]
-                .transpose(0, 1)
-                .flatten(1, 2)[None, :, :prefix]
-                .expand(len(query), -1, -1, -1),
+                pages[tree.pages.long()].transpose(1, 2).flatten(2, 3)[:, :, :prefix].repeat_interleave(branches, 0),
                 tails[tree.slot.long(), :, :TAIL],
             ],
             2,
@@ -48,14 +52,14 @@ def replicated(query, stores, tree):
 
 
 def by_enable_gqa(query, key, value):
-    return scaled_dot_product_attention(query.transpose(1, 2), key, value, enable_gqa=True)
+    return scaled_dot_product_attention(query.transpose(1, 2), key, value, enable_gqa=True).transpose(1, 2)
 
 
 def by_folding(query, key, value):
     """The query heads of a key head as rows of one query."""
     rows, _, heads, width = query.shape
     folded = query.view(rows, key.shape[1], heads // key.shape[1], width)
-    return scaled_dot_product_attention(folded, key, value)
+    return scaled_dot_product_attention(folded, key, value).view(query.shape)
 
 
 @pytest.mark.parametrize("threads", [1, 2])
@@ -98,5 +102,5 @@ def test_smoke(benchmark):
     query, stores, tree = problem(200, 3, torch.float32, heads=4, key_heads=2, width=32)
     key, value = replicated(query, stores, tree)
     found = benchmark.pedantic(ops.tree_attention, (query, *stores, tree), rounds=1)
-    torch.testing.assert_close(found, by_enable_gqa(query, key, value).transpose(1, 2), atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(found.view(3, 2, 2, 32), by_folding(query, key, value), atol=1e-5, rtol=1e-5)
+    for peer in (by_enable_gqa, by_folding):
+        torch.testing.assert_close(found, peer(query, key, value), atol=1e-5, rtol=1e-5)

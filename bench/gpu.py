@@ -14,8 +14,10 @@ from __future__ import annotations
 import sys
 from functools import partial
 
+import bench_branching
 import bench_linear_preference
 import bench_tilt
+import bench_tree_attention as bench_tree
 import rig as harness
 import torch
 from bench_linear_logprob import trl
@@ -301,6 +303,44 @@ def select_block(rig: Rig):
     yield rig.against(row, moved=hidden.numel() * hidden.element_size())
 
 
+def tree_attention(rig: Rig):
+    """A decode step of one layer of Llama 3.1 8B, against SDPA over keys and values copied for each branch."""
+    small = {"heads": 4, "key_heads": 2, "width": 32} if rig.small else {}
+    heads, key_heads, width = small.values() if small else (bench_tree.HEADS, bench_tree.KEY_HEADS, bench_tree.WIDTH)
+    for prompts, prefix, branches in ((2, 130, 3),) if rig.small else ((8, 2048, 16), (8, 8192, 16), (1, 2048, 16)):
+        layout = {"prompts": prompts, "device": rig.device, "kernel": not rig.gpu} | small
+        query, stores, tree = bench_tree.problem(prefix, branches, rig.dtype, **layout)
+        key, value = bench_tree.replicated(query, stores, tree)
+        runs = {
+            "pyengine": partial(ops.tree_attention, query, *stores, tree),
+            "SDPA, enable_gqa": partial(bench_tree.by_enable_gqa, query, key, value),
+            "SDPA, folded": partial(bench_tree.by_folding, query, key, value),
+        }
+        sizes = {"prompts": prompts, "prefix": prefix, "branches": branches}
+        row = rig.race("tree_attention", runs, compare=lambda result: result, **sizes)
+        tokens = prompts * (prefix + branches * bench_tree.TAIL)
+        flops = 4 * prompts * branches * heads * width * (prefix + bench_tree.TAIL)
+        moved = 2 * tokens * key_heads * width * rig.dtype.itemsize
+        rig.against(row, moved, flops, 0.7 if prompts == 8 else None)
+        speedup(row, "SDPA", 4)
+        yield row
+
+
+def decode(rig: Rig):
+    """A decode step of an 8 B Llama with random weights, launched anew: K branches of one prompt, K = 1 first."""
+    sizes = {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32}
+    sizes |= {"num_key_value_heads": 8, "vocab_size": 128_256, "max_position_embeddings": 16_384}
+    sizes = bench_branching.SIZES | {"hidden_size": 192, "num_hidden_layers": 2} if rig.small else sizes
+    with rig.device:
+        model = bench_branching.make(**sizes, dtype=rig.dtype)
+    prefix = 100 if rig.small else 2048
+    for branches in (1, 16):
+        ours = bench_branching.Ours(model, bench_branching.prompt_of(model, prefix), branches, 16, blocks=256)
+        row = rig.race("a block of 16 tokens", {"pyengine": ours.block}, 5, prefix=prefix, branches=branches)
+        ours.close()
+        yield row | {"ms_a_step": row["ms"]["pyengine"] / 16}
+
+
 def graph(rig: Rig):
     """A captured tilt_sample: what a replay takes, and that it draws by the position of its time."""
     if not rig.gpu:
@@ -335,10 +375,12 @@ SECTIONS = {
     "linear_logprob": linear_logprob,
     "linear_preference": linear_preference,
     "head_tilt": head_tilt,
+    "tree_attention": tree_attention,
     "filters": filters,
     "logits_logprob": logits_logprob,
     "select_block": select_block,
     "graph": graph,
+    "decode": decode,
     "tiles": tiles,
     "tilt, V = 151,936": partial(tilt, vocab=151_936),
 }

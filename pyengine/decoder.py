@@ -62,6 +62,7 @@ class Decoder(Protocol):
     """What the engine needs of a decoder; see the module's docstring."""
 
     layers: tuple[int, ...]  # hidden states that every frontier carries
+    waits: bool  # reading what a step drew would hold it up; rows that have ended may then go on for nothing
 
     def open(self, k: int, room: int) -> None: ...
     def close(self) -> None: ...
@@ -85,6 +86,9 @@ class BranchingDecoder:
         self.cache = BranchingCache(
             _layer_shapes(model), budget or _free_memory(model.device), model.dtype, model.device
         )
+        self.waits = model.device.type != "cpu"
+        config = model.config.get_text_config(decoder=True)
+        self._last_position = (getattr(config, "max_position_embeddings", None) or 2**31) - 1
         self._keep_some = "logits_to_keep" in inspect.signature(model.forward).parameters
         self._hook = ExitStack()
         self._k = 1
@@ -204,7 +208,8 @@ class BranchingDecoder:
         where = None
         if new > 1:
             where = torch.arange(0, rows * new, new, device=tokens.device) + (new - 1 if last is None else last)
-        positions = (self._positions[:, None] + step).flatten()
+        # Only rows that have ended can come to the end of the context.
+        positions = (self._positions[:, None] + step).flatten().clamp(max=self._last_position)
         self._branches = self._forward(Decode(self.cache, self._tree, new), tokens.flatten(), positions, where)
         self._positions = self._positions + new
         return self._branches

@@ -19,12 +19,13 @@ from transformers import AutoModelForCausalLM
 
 from pyengine import ledger, ops
 from pyengine.checkpoint import load_checkpoint
-from pyengine.decoder import Frontier, Prompt
+from pyengine.decoder import Prompt
 from pyengine.errors import InputError, first_line
 from pyengine.fallback import choose_decoder
+from pyengine.proposal import Row, Tail, propose
 from pyengine.reader import reader_of
 from pyengine.results import Block, Candidate, Event, FinishReason, Result, SamplingParams
-from pyengine.scorers import Candidates, Hidden, Part, Policy, ScorerLike, parts_of
+from pyengine.scorers import Candidates, Part, Policy, ScorerLike, parts_of
 from pyengine.strategies import BASE, BestOfK, Blockwise, Strategy, Tokenwise
 
 
@@ -47,20 +48,6 @@ class _Request:
     committed: int = 0  # blocks
     scores: list[float] | None = None  # of the whole response, one for each part of the scorer
     finish_reason: FinishReason | None = None
-
-
-@dataclass
-class _Tail:
-    """What one propose step drew: N rows (request-major, then branch) of at most M tokens."""
-
-    tokens: list[list[int]]
-    logp_base: list[list[float]]
-    logp_policy: list[list[float]]
-    kl: list[float]  # summed over the row's tokens
-    finish_reason: list[FinishReason | None]
-    slots: list[int]  # the row that each of the decoder's rows belongs to, once ended rows were dropped
-    hidden: Hidden  # at each row's last token
-    previous: Hidden  # at the token before
 
 
 _Tick = Callable[[], object]
@@ -272,7 +259,7 @@ class Engine:
                     for decoder in decoders:
                         decoder.join(prompts[: len(joining)])
                     live += joining
-                tail = self._propose(self._decoder.fork(), live, strategy, tick)
+                tail = self._propose(live, strategy, tick)
                 winners = [i * k + c for i, c in enumerate(self._select(tail, live, strategy))]
                 self._score_ended(tail, live, winners, k)
                 commits = [self._commit(r, tail, row, strategy) for r, row in zip(live, winners, strict=True)]
@@ -288,71 +275,29 @@ class Engine:
                 decoder.close()
             self._busy = False
 
-    def _propose(self, frontier: Frontier, live: list[_Request], strategy: Strategy, tick: _Tick) -> _Tail:
+    def _propose(self, live: list[_Request], strategy: Strategy, tick: _Tick) -> Tail:
         """Draw k branches of up to block_tokens tokens for each live request."""
-        k, device = strategy.k, self.policy.device
-        rows = [r for r in live for _ in range(k)]
-        room = [r.limit - len(r.tokens) for r in rows]
-        context_room = [(self.context or math.inf) - len(r.prompt_ids) - len(r.tokens) for r in rows]
+        k = strategy.k
+        rows = []
+        for r in live:
+            done = len(r.tokens)
+            room, context = r.limit - done, (self.context or math.inf) - len(r.prompt_ids) - done
+            rows += [Row(r.params, _mix(r.seed, [j]) if j else r.seed, done, room, context) for j in range(k)]
         # k = 1 is the base policy whatever the strategy: token by token, so that it matches to the bit.
-        steps = 1 if k == 1 else min(max(room), strategy.block_tokens or max(room))
-        columns: dict[str, Any] = {
-            name: torch.tensor([getattr(r.params, name) for r in rows], device=device)
-            for name in ("temperature", "top_k", "top_p", "min_p")
-        }
-        columns["seed"] = torch.tensor([_mix(r.seed, [j]) if j else r.seed for r in live for j in range(k)]).to(device)
-        columns["position"] = torch.tensor([len(r.tokens) for r in rows], device=device)
+        longest = max(row.room for row in rows)
+        steps = 1 if k == 1 else min(longest, strategy.block_tokens or longest)
         weight = strategy.weight if isinstance(strategy, Tokenwise) else 0.0
-        weights = torch.tensor([weight * part.weight for part in self.parts], device=device) if weight else None
-
-        n = len(rows)
-        slots = list(range(n))  # the tail row that each of the decoder's rows belongs to
-        tail = _Tail([[] for _ in rows], [[] for _ in rows], [[] for _ in rows], [0.0] * n, [None] * n, slots, {}, {})
-        for step in range(steps):
-            tick()
-            before = frontier.hidden
-            values = torch.stack([p.scorer.values(before) for p in self.parts]) if weight else None
-            drawn = ops.tilt_sample(frontier.logits, values, weights, **columns)
-            tokens, valid = drawn.token.tolist(), drawn.valid.tolist()
-            logp_base, logp_policy, kl = drawn.logp_base.tolist(), drawn.logp_policy.tolist(), drawn.kl.tolist()
-            drew = [(c, i) for c, i in enumerate(slots) if tail.finish_reason[i] is None]
-            for c, i in drew:
-                if not valid[c]:
-                    raise InputError(
-                        f"prompt {rows[i].index}: {self.policy.name} or its scorer gave NaN or infinite logits at "
-                        f"token {len(rows[i].tokens) + step}; check the checkpoint, dtype and temperature"
-                    )
-                tail.tokens[i].append(tokens[c])
-                tail.logp_base[i].append(logp_base[c])
-                tail.logp_policy[i].append(logp_policy[c])
-                tail.kl[i] += kl[c]
-                if tokens[c] in self.eos:
-                    tail.finish_reason[i] = "stop"
-                elif step + 1 >= room[i]:
-                    tail.finish_reason[i] = "length"
-            going = [c for c, i in drew if tail.finish_reason[i] is None]
-            if not going and not self._layers:
-                break  # nobody reads the hidden state of the last tokens
-            frontier = self._decoder.append(drawn.token)
-            if self._layers:
-                moved = torch.tensor(drew, device=device).T
-                tail.previous = _replace(tail.previous, before, *moved)
-                tail.hidden = _replace(tail.hidden, frontier.hidden, *moved)
-            if not going:
-                break
-            columns["position"] = columns["position"] + 1
-            # Ended branches are never read again: they go once they are half of the rows, or before the model
-            # would be asked for a position beyond its context.
-            full = any(tail.finish_reason[i] and step + 1 >= context_room[i] for i in slots)
-            if step + 1 < steps and (full or 2 * len(going) <= len(slots)):  # else the block's commit drops them
-                index = torch.tensor(going, device=device)
-                frontier = self._decoder.keep(index)
-                columns = {name: column[index] for name, column in columns.items()}
-                slots = [slots[c] for c in going]
-        tail.slots = slots
+        tilt = [(weight * part.weight, part) for part in self.parts] if weight else []
+        tail = propose(self._decoder, rows, steps, self.eos, tilt, tick)
+        for i, step in tail.bad.items():
+            request = live[i // k]
+            raise InputError(
+                f"prompt {request.index}: {self.policy.name} or its scorer gave NaN or infinite logits at "
+                f"token {len(request.tokens) + step}; check the checkpoint, dtype and temperature"
+            )
         return tail
 
-    def _score(self, tail: _Tail, live: list[_Request], rows: list[int], k: int) -> Tensor:
+    def _score(self, tail: Tail, live: list[_Request], rows: list[int], k: int) -> Tensor:
         """Scores [len(rows), R] of the prefixes that end with the given rows of the tail."""
         index = torch.tensor(rows, device=self.policy.device)
         candidates = Candidates(
@@ -372,7 +317,7 @@ class Engine:
             scores.append(found.to(self.policy.device))
         return torch.stack(scores, -1)
 
-    def _select(self, tail: _Tail, live: list[_Request], strategy: Strategy) -> list[int]:
+    def _select(self, tail: Tail, live: list[_Request], strategy: Strategy) -> list[int]:
         """The branch that each request keeps; records the block with all its candidates."""
         k = strategy.k
         if isinstance(strategy, Tokenwise) or k == 1:
@@ -407,7 +352,7 @@ class Engine:
                 request.scores = row_scores[chosen[i]]
         return chosen
 
-    def _score_ended(self, tail: _Tail, live: list[_Request], winners: list[int], k: int) -> None:
+    def _score_ended(self, tail: Tail, live: list[_Request], winners: list[int], k: int) -> None:
         """Score the responses that end here and that no selection has scored (k = 1)."""
         ended = [i for i, row in enumerate(winners) if tail.finish_reason[row] and live[i].scores is None]
         if ended and self.parts:
@@ -415,7 +360,7 @@ class Engine:
             for i, row_scores in zip(ended, scores, strict=True):
                 live[i].scores = row_scores
 
-    def _commit(self, request: _Request, tail: _Tail, row: int, strategy: Strategy) -> _Commit:
+    def _commit(self, request: _Request, tail: Tail, row: int, strategy: Strategy) -> _Commit:
         """Append the winning row to the request."""
         request.tokens += tail.tokens[row]
         request.logp_base += tail.logp_base[row]
@@ -461,10 +406,3 @@ def _mix(seed: int, words: Sequence[int]) -> int:
     for word in (seed, *words):
         digest.update(word.to_bytes(8, "little", signed=True))
     return int.from_bytes(digest.digest(), "little", signed=True)
-
-
-def _replace(old: Hidden, new: Hidden, source: Tensor, target: Tensor) -> Hidden:
-    """`old` with its rows `target` taken from the rows `source` of `new`."""
-    if not old:
-        return dict(new)
-    return {layer: h.index_copy(0, target, new[layer][source]) for layer, h in old.items()}

@@ -30,6 +30,8 @@ def _layers_of(output: Any, layers: tuple[int, ...]) -> Hidden:
 class _Grouped:
     """What both share: a group of prompts joins when nobody is there."""
 
+    waits = False
+
     def __init__(self, model: Any, layers: tuple[int, ...], max_rows: int) -> None:
         self.model, self.layers, self.max_rows = model, layers, max_rows
         self._k = 1

@@ -8,8 +8,8 @@ import sys
 from pathlib import Path
 
 SCRIPT = Path(__file__).parent.parent / "bench" / "gpu.py"
-SECTIONS = ["floors", "tilt", "linear_logprob", "linear_preference", "head_tilt", "filters"]
-SECTIONS += ["logits_logprob", "select_block", "graph", "tiles", "tilt, V = 151,936"]
+SECTIONS = ["floors", "tilt", "linear_logprob", "linear_preference", "head_tilt", "tree_attention", "filters"]
+SECTIONS += ["logits_logprob", "select_block", "graph", "decode", "tiles", "tilt, V = 151,936"]
 
 
 def walk(out, *arguments):

@@ -144,6 +144,21 @@ def test_candidates_that_end_early_stop_at_their_eos(engine):
         assert result.tokens == [t for b in result.blocks for t in b.candidates[b.chosen].tokens]
 
 
+@pytest.mark.parametrize("strategy", [Blockwise(4, 16), BestOfK(4), Tokenwise(1.5)])
+def test_a_block_that_is_read_at_its_end_is_the_same_block(engine, monkeypatch, strategy):
+    """As on a GPU: no step looks at what was drawn, and rows that have ended go on for nothing."""
+    prompts = ["Review of the Harbour, a bakery:", "Review of the Kestrel, a desk lamp:"]
+    sampling = [SamplingParams(seed=i, max_tokens=n) for i, n in ((3, 200), (4, 60))]  # beyond the context
+    engine.set_scorer(pyengine.embedded("prefix"))
+    want = engine.generate(prompts, strategy, sampling)
+    monkeypatch.setattr(engine._decoder, "waits", True)
+    for found, result in zip(engine.generate(prompts, strategy, sampling), want, strict=True):
+        assert found.tokens == result.tokens
+        assert found.logp_policy == pytest.approx(result.logp_policy, abs=1e-4)
+        assert found.rewards == pytest.approx(result.rewards, abs=1e-3)
+        assert [block.chosen for block in found.blocks] == [block.chosen for block in result.blocks]
+
+
 def test_ended_branches_cost_nothing_more(engine, monkeypatch):
     """Most reviews end long before the longest; their rows leave the cache while the others go on."""
     seen = []
