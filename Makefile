@@ -30,10 +30,11 @@ format: $(READY)
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(CXX_SOURCES)
 
-# Timings with peers side by side, about half an hour on a quiet machine; writes bench/results/*.json.
+# Timings with peers side by side, about half an hour on a quiet machine; writes bench/results/*.json and the plots.
 bench: $(READY)
 	$(PIP) -c constraints.txt --no-build-isolation -e '.[bench]'
 	$(BIN)/pytest bench
+	$(BIN)/python bench/plots.py
 
 # Record what each CUDA kernel takes of a GPU; needs nvcc, no GPU.
 cuda-resources: $(READY)

@@ -124,8 +124,12 @@ def _causal(query: Tensor, key: Tensor, value: Tensor, options: Options) -> Tens
     new, length, group = query.shape[1], key.shape[1], len(query) // len(key)
     plain = options.softcap is None and options.sinks is None
     if plain and new == length and (options.window or length) >= length:
-        key, value = (x.repeat_interleave(group, 0)[None] for x in (key, value))
-        return scaled_dot_product_attention(query[None], key, value, is_causal=True, scale=options.scale)[0]
+        shared = query.is_cuda and group > 1  # on a CPU a copy for each query head is quicker
+        if not shared:
+            key, value = (x.repeat_interleave(group, 0) for x in (key, value))
+        return scaled_dot_product_attention(
+            query[None], key[None], value[None], is_causal=True, scale=options.scale, enable_gqa=shared
+        )[0]
     at = torch.arange(length, device=query.device)
     parts = []
     for first in range(length - new, length, QUERIES):

@@ -131,13 +131,17 @@ def quiet_loading() -> None:
         logging.disable_progress_bar()
 
 
-def load_engine(model: str | None, scorer: str | None, device: str, trust_remote_code: bool = False) -> Engine:
+def load_engine(
+    model: str | None, scorer: str | None, device: str, cache_gb: float | None, trust_remote_code: bool
+) -> Engine:
     from pyengine.engine import Engine
 
     quiet_loading()
     path: Any = pyengine.embedded("policy") if model is None else model
     picked = None if scorer is None else make_scorer(scorer)
-    return Engine.from_pretrained(path, scorer=picked, device=device, trust_remote_code=trust_remote_code)
+    return Engine.from_pretrained(
+        path, scorer=picked, device=device, cache_gb=cache_gb, trust_remote_code=trust_remote_code
+    )
 
 
 @app.command()
@@ -160,6 +164,9 @@ def generate(
     min_p: Annotated[float, typer.Option(help="0 is off.")] = 0.0,
     seed: Annotated[int | None, typer.Option(help="Same seed and prompt, same result.")] = None,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    cache_gb: Annotated[
+        float | None, typer.Option(help="GB for keys and values (default: a share of what is free).")
+    ] = None,
     stream: Annotated[bool, typer.Option("--stream", help="Print each token or block as it is committed.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object a line.")] = False,
     trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code", help="Run the model's own code.")] = False,
@@ -179,7 +186,7 @@ def generate(
     found = list(read_prompts(list(prompts or []), input, complain))
     if not found:
         raise InputError(f"no usable prompt in {input}" if input else "no prompt on stdin")
-    engine = load_engine(model, scorer, device, trust_remote_code)
+    engine = load_engine(model, scorer, device, cache_gb, trust_remote_code)
     usable = []
     for where, prompt in found:
         try:

@@ -9,6 +9,7 @@ import warnings
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from transformers import AutoModelForCausalLM
 from pyengine import ledger, ops
 from pyengine.checkpoint import load_checkpoint
 from pyengine.decoder import Prompt
-from pyengine.errors import InputError, first_line
+from pyengine.errors import InputError, first_line, real
 from pyengine.fallback import choose_decoder
 from pyengine.proposal import Row, Tail, propose
 from pyengine.reader import reader_of
@@ -96,7 +97,7 @@ class Engine:
         self.eos = frozenset(eos if isinstance(eos, list) else [] if eos is None else [eos])
         self._busy = False
         self.parts: list[Part] = []
-        self._budget = None if cache_gb is None else cache_gb * 1e9
+        self._budget = None if cache_gb is None else 1e9 * real(cache_gb, "Engine: cache_gb", 0)
         self._decoder = choose_decoder(model, (), max_rows, self._budget)
         self.set_scorer(scorer)
 
@@ -253,7 +254,7 @@ class Engine:
             for decoder in decoders:
                 decoder.open(k, min(strategy.block_tokens or longest, longest))
             while waiting or live:
-                prompts = [Prompt(r.prompt_ids, 0 if whole else r.limit) for r in waiting]
+                prompts = [Prompt(r.prompt_ids, 0 if whole else r.limit) for r in islice(waiting, self.max_rows)]
                 joining = [waiting.popleft() for _ in range(min(d.fits(prompts) for d in decoders))]
                 if joining:
                     for decoder in decoders:

@@ -333,6 +333,22 @@ def test_bfloat16_model(model_dirs):
 
 
 class TestBadInput:
+    @pytest.mark.parametrize(
+        ("cache_gb", "message"),
+        [(math.nan, "cache_gb must be a finite number"), (1e-6, "too small: one page and tail")],
+    )
+    def test_a_cache_that_cannot_be_is_refused(self, model_dirs, cache_gb, message):
+        with pytest.raises(InputError, match=message):
+            Engine.from_pretrained(model_dirs["llama"], cache_gb=cache_gb)
+
+    def test_an_engine_that_is_decoding_says_so(self, engine):
+        stream = engine.stream("Review of the Harbour, a bakery:", sampling=SamplingParams(seed=0, max_tokens=5))
+        next(stream)
+        with pytest.raises(InputError, match="close the stream"):
+            engine.generate("Review of the Kestrel, a desk lamp:")
+        stream.close()
+        assert engine.generate("Review of the Kestrel, a desk lamp:", sampling=SamplingParams(max_tokens=2))
+
     def test_missing_model(self):
         with pytest.raises(InputError, match="no such directory"):
             Engine.from_pretrained("/no/such/model")

@@ -76,7 +76,7 @@ void run_rows(int64_t rows, int threads, void (*body)(void*, int64_t), void* con
   } else {
     parallel([](void* mine) { static_cast<Job*>(mine)->work(); }, &job, unsigned(threads), 0);
     const Clock::time_point now = Clock::now();
-    if (now - job.done > std::max(kHeldUp, job.worked) || job.lost > kHeldUp) {
+    if (std::max(now - job.done, job.lost) > std::max(kHeldUp, job.worked)) {
       until = now + rest;
       rest = std::min(2 * rest, kLongestRest);
     } else {
