@@ -29,7 +29,7 @@ from pyengine.reference import Tree
 from pyengine.scorers.base import Hidden
 
 PREFILL_TOKENS = 4096  # in one pass, or one prompt if that is longer
-HOST_SHARE, GPU_SHARE = 0.25, 0.8  # of the memory that is free, where no budget is given
+HOST_SHARE, GPU_SHARE = 0.25, 0.6  # of the memory that is free, where no budget is given
 
 
 class Frontier(NamedTuple):

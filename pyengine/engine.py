@@ -62,7 +62,8 @@ class Engine:
     f(prompts, completions) -> list[float], or a list of (weight, scorer). max_rows: most sequences
     (prompts times branches) decoded at once, or the branches of one prompt if those are more; other prompts
     wait until some leave. cache_gb: memory for keys and values in GB (1e9 bytes), allocated once; None is a quarter of
-    the host's free memory, or four fifths of a GPU's.
+    the host's free memory, or three fifths of a GPU's. A reward model with a cache of its own takes as much again, or
+    that share of what is left.
 
     Raises InputError, with one line that says what to do, for anything that does not fit.
     """

@@ -51,7 +51,7 @@ def tree_attention(
     """Causal attention of the S newest tokens of N branches over their prompts' prefixes and their own tails.
 
     Row n of prompt b has the sequence prefix b + tail n; its queries are the last S tokens of the tail. The rows
-    of a prompt share one read of the prefix, so that time and bytes grow with P + N * tail_len and not with
+    of a prompt share one read of the prefix, so that the bytes read grow with P + N * tail_len and not with
     N * P (Hydragen, bifurcated attention).
 
     Args:
