@@ -11,6 +11,7 @@ up behind. Fractions are of the rates of this machine, measured first.
 
 from __future__ import annotations
 
+import math
 import sys
 from functools import partial
 
@@ -19,6 +20,7 @@ import bench_linear_preference
 import bench_tilt
 import bench_tree_attention as bench_tree
 import rig as harness
+import roofline
 import torch
 from bench_linear_logprob import trl
 from rig import Rig, Skipped, backends, gpu_only, speedup, under
@@ -26,6 +28,8 @@ from torch.nn.functional import cross_entropy, linear
 
 from pyengine import ops
 from pyengine.ops import common, logit_tiles
+from pyengine.proposal import Row, propose
+from pyengine.results import SamplingParams
 
 LOGPROB, PREFERENCE, HEAD = (
     sys.modules[f"pyengine.ops.{op}"] for op in ("linear_logprob", "linear_preference", "head_tilt")
@@ -326,19 +330,37 @@ def tree_attention(rig: Rig):
         yield row
 
 
+class Replayed(bench_branching.Ours):
+    """The same block through the engine's proposal, whose steps are replayed from a graph."""
+
+    @torch.inference_mode()
+    def block(self):
+        rows = [Row(SamplingParams(), j, self.position, 2**30, math.inf) for j in range(self.k)]
+        tail = propose(self.decoder, rows, self.tokens, (), [], int)
+        self.decoder.commit(ops.select_block(hidden=tail.hidden[-1][None], probe=self.probe).index)
+        self.position += self.tokens
+
+
 def decode(rig: Rig):
-    """A decode step of an 8 B Llama with random weights, launched anew: K branches of one prompt, K = 1 first."""
-    sizes = {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32}
-    sizes |= {"num_key_value_heads": 8, "vocab_size": 128_256, "max_position_embeddings": 16_384}
+    """Blocks of an 8 B Llama with random weights: K branches of one prompt, steps launched anew and replayed."""
+    shape = roofline.MODELS["8B"]
+    sizes = {"hidden_size": shape.hidden, "intermediate_size": shape.intermediate, "num_hidden_layers": shape.layers}
+    sizes |= {"num_attention_heads": shape.heads, "num_key_value_heads": shape.kv_heads, "vocab_size": shape.vocab}
+    sizes |= {"max_position_embeddings": 16_384}
     sizes = bench_branching.SIZES | {"hidden_size": 192, "num_hidden_layers": 2} if rig.small else sizes
     with rig.device:
         model = bench_branching.make(**sizes, dtype=rig.dtype)
-    prefix = 100 if rig.small else 2048
+    prefix, tokens = (100, 16) if rig.small else (2048, 16)
     for branches in (1, 16):
-        ours = bench_branching.Ours(model, bench_branching.prompt_of(model, prefix), branches, 16, blocks=256)
-        row = rig.race("a block of 16 tokens", {"pyengine": ours.block}, 5, prefix=prefix, branches=branches)
-        ours.close()
-        yield row | {"ms_a_step": row["ms"]["pyengine"] / 16}
+        prompt = bench_branching.prompt_of(model, prefix)
+        for name, kind in (("replayed", Replayed), ("launched", bench_branching.Ours)):
+            ours = kind(model, prompt, branches, tokens, blocks=256)
+            row = rig.race(f"a block, {name}", {"pyengine": ours.block}, 5, prefix=prefix, branches=branches)
+            ours.close()
+            keys = prefix + branches * tokens // 2
+            moved = tokens * (shape.weights * shape.bytes + keys * shape.token_bytes)
+            rig.against(row, moved, tokens * 2 * shape.weights * branches, 0.8 if name == "replayed" else None)
+            yield row | {"ms_a_step": row["ms"]["pyengine"] / tokens}
 
 
 def graph(rig: Rig):

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import inspect
 import os
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import cache, partial
 from pathlib import Path
@@ -56,6 +56,16 @@ class Prompt(NamedTuple):
 
     ids: list[int]
     growth: int
+
+
+class Planted(NamedTuple):
+    """A block's tree in tensors that stay where they are, padded to a bucket of prompts, and each row's next position.
+
+    Padded prompts are empty; their rows have slots of their own, so that what they write harms nobody.
+    """
+
+    tree: Tree
+    positions: Tensor
 
 
 class Decoder(Protocol):
@@ -101,6 +111,10 @@ class BranchingDecoder:
         self._tail_len = 0
         self._tree: Tree | None = None
         self._positions = torch.empty(0)
+        # Where the device is not to be waited for: trees by the size of their bucket, and what was captured over them.
+        self.planted: Planted | None = None
+        self._buckets: dict[tuple[int, int], Planted] = {}
+        self.captured: dict[Hashable, Any] = {}
 
     def open(self, k: int, room: int) -> None:
         most = min(max(self.max_rows, k), self.cache.most_slots(room))
@@ -109,8 +123,12 @@ class BranchingDecoder:
                 f"{k} branches of {room} tokens need {k * room * self.cache.token_bytes / 1e9:.3g} GB of cache for "
                 "their tails alone: give the engine more memory (cache_gb), or take fewer branches or shorter ones"
             )
+        before = (self._k, self.cache.slots, self.cache.room)
         self._k = k
         self.cache.open(most // k * k, room)
+        if before != (k, self.cache.slots, self.cache.room):  # other tensors than were captured
+            self.captured.clear()
+            self._buckets.clear()
         self._hook.enter_context(hooked(self.model))
         self._hook.enter_context(quick_products(self.model))
 
@@ -190,9 +208,48 @@ class BranchingDecoder:
             counts[owner + 1] += 1
         for i in range(n):
             counts[i + 1] += counts[i]
-        tables = (pages, lengths, counts, self._slot, self._tail_len)
-        self._tree = Tree(*(torch.tensor(x, dtype=torch.int32, device=device) for x in tables))
-        self._positions = torch.tensor([lengths[i] + self._tail_len for i in self._owner], device=device)
+        positions = [lengths[i] + self._tail_len for i in self._owner]
+        tables: list[Any] = [pages, lengths, counts, self._slot, self._tail_len]
+        if not self.waits:
+            self._tree = Tree(*(torch.tensor(x, dtype=torch.int32, device=device) for x in tables))
+            self._positions = torch.tensor(positions, device=device)
+            return
+        whole = self.planted = self._bucket(n, longest)
+        rows, used = len(self._slot), set(self._slot)
+        spare = [slot for slot in range(self.cache.slots) if slot not in used]
+        empty = len(whole.tree.prefix_len) - n
+        tables[2] = counts + [counts[-1] + self._k * (i + 1) for i in range(empty)]
+        tables[3] = self._slot + spare[: len(whole.tree.slot) - rows]
+        for to, x in zip(whole.tree, tables, strict=True):
+            found = torch.tensor(x, dtype=torch.int32)
+            to.zero_()[tuple(slice(size) for size in found.shape)].copy_(found)
+        whole.positions.zero_()[: len(positions)].copy_(torch.tensor(positions))
+        tree = whole.tree
+        self._tree = Tree(tree.pages[:n], tree.prefix_len[:n], tree.first_row[: n + 1], tree.slot[:rows], tree.tail_len)
+        self._positions = whole.positions[:rows]
+
+    def _bucket(self, prompts: int, pages: int) -> Planted:
+        """The tensors for so many prompts of so many pages; sizes are powers of two, or all slots that there are."""
+        most = self.cache.slots // self._k
+        key = (min(power_of_two(prompts), most), power_of_two(pages))
+        if key not in self._buckets:
+            n, width = key
+            zeros = partial(torch.zeros, dtype=torch.int32, device=self.model.device)
+            tree = Tree(zeros(n, width), zeros(n), zeros(n + 1), zeros(n * self._k), zeros(()))
+            self._buckets[key] = Planted(tree, zeros(n * self._k).long())
+        return self._buckets[key]
+
+    def step(self, tokens: Tensor, planted: Planted) -> Frontier:
+        """One token for each row of a bucket, on the device alone: it may be captured and replayed. Then `settle`."""
+        planted.tree.tail_len.add_(1)
+        positions = planted.positions.clamp(max=self._last_position)
+        frontier = self._forward(Decode(self.cache, planted.tree), tokens, positions)
+        planted.positions.add_(1)
+        return frontier
+
+    def settle(self, steps: int, frontier: Frontier) -> None:
+        """So many steps were made, and this is the frontier of the branches."""
+        self._tail_len, self._branches = steps, frontier
 
     def append(self, tokens: Tensor) -> Frontier:
         return self.extend(tokens[:, None])
@@ -320,6 +377,11 @@ def _layer_shapes(model: Any) -> list[tuple[int, int]]:
     if sorted(found) != list(range(len(found))) or not found:
         raise ValueError("its attention layers are not numbered one by one")
     return [found[i] for i in range(len(found))]
+
+
+def power_of_two(n: int) -> int:
+    """The next power of two, n itself included."""
+    return 1 << max(0, n - 1).bit_length()
 
 
 def _free_memory(device: torch.device) -> float:

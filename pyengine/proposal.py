@@ -6,6 +6,7 @@ reading is free, so that branches which have ended can be dropped on the way.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -14,10 +15,13 @@ import torch
 from torch import Tensor
 
 from pyengine import ops
-from pyengine.decoder import Decoder
+from pyengine.decoder import BranchingDecoder, Decoder, Frontier, Planted, power_of_two
+from pyengine.errors import first_line
 from pyengine.ops import TiltSample
 from pyengine.results import FinishReason, SamplingParams
 from pyengine.scorers import Hidden, Part
+
+log = logging.getLogger("pyengine")
 
 
 class Row(NamedTuple):
@@ -55,18 +59,13 @@ def propose(
 ) -> Tail:
     """Fork the decoder and draw up to `steps` tokens for each row; `tilt` are prefix scorers with their weights."""
     frontier, n = decoder.fork(), len(rows)
+    if isinstance(decoder, BranchingDecoder) and decoder.waits:
+        return _replayed(decoder, frontier, rows, steps, eos, tilt, tick)
     device = frontier.logits.device
-    columns: dict[str, Any] = {
-        name: torch.tensor([getattr(row.params, name) for row in rows], device=device)
-        for name in ("temperature", "top_k", "top_p", "min_p")
-    }
-    columns["seed"] = torch.tensor([row.seed for row in rows]).to(device)
-    columns["position"] = torch.tensor([row.position for row in rows], device=device)
+    columns = _columns(rows, device)
     weights = torch.tensor([weight for weight, _ in tilt], device=device) if tilt else None
-    ends, room = (
-        torch.tensor(sorted(eos), dtype=torch.long, device=device),
-        torch.tensor([row.room for row in rows], device=device),
-    )
+    ends = torch.tensor(sorted(eos), dtype=torch.long, device=device)
+    room = torch.tensor([row.room for row in rows], device=device)
 
     slots = torch.arange(n, device=device)  # the row that each of the decoder's rows belongs to
     alive = torch.ones(n, dtype=torch.bool, device=device)
@@ -80,7 +79,7 @@ def propose(
         drawn.append((slots, ops.tilt_sample(frontier.logits, values, weights, **columns)))
         token = drawn[-1][1].token
         going = alive & ~torch.isin(token, ends) & (step + 1 < room[slots])
-        over = not decoder.waits and not going.any()
+        over = not going.any()
         if over and not before:
             break  # nobody reads the hidden state of the last tokens
         frontier = decoder.append(token)
@@ -91,8 +90,8 @@ def propose(
         if over:
             break
         columns["position"] = columns["position"] + 1
-        if decoder.waits or step + 1 == steps:  # the block's commit drops what has ended
-            continue
+        if step + 1 == steps:
+            break  # the block's commit drops what has ended
         # Ended branches are never read again: they go once they are half of the rows, or before the model would be
         # asked for a position beyond its context.
         full = any(not a and step + 1 >= rows[i].context for a, i in zip(alive.tolist(), slots.tolist(), strict=True))
@@ -104,6 +103,129 @@ def propose(
     tail = _read(drawn, rows, eos)
     tail.slots, tail.hidden, tail.previous = slots.tolist(), hidden, previous
     return tail
+
+
+def _columns(rows: Sequence[Row], device: torch.device) -> dict[str, Any]:
+    """What each row is drawn with, as `tilt_sample` takes it."""
+    columns = {
+        name: torch.tensor([getattr(row.params, name) for row in rows], device=device)
+        for name in ("temperature", "top_k", "top_p", "min_p")
+    }
+    columns["seed"] = torch.tensor([row.seed for row in rows]).to(device)
+    columns["position"] = torch.tensor([row.position for row in rows], device=device)
+    return columns
+
+
+def _replayed(
+    decoder: BranchingDecoder,
+    frontier: Frontier,
+    rows: Sequence[Row],
+    steps: int,
+    eos: Collection[int],
+    tilt: Sequence[tuple[float, Part]],
+    tick: Callable[[], object],
+) -> Tail:
+    """The block where reading would hold the device up: one captured step, replayed; rows that have ended go on."""
+    planted, n = decoder.planted, len(rows)
+    assert planted is not None
+    tilts = tuple((weight, id(part.scorer)) for weight, part in tilt)
+    key = (id(planted), decoder.layers, tilts, tuple(eos), power_of_two(steps))
+    if key not in decoder.captured:
+        decoder.captured[key] = Loop(decoder, planted, frontier, power_of_two(steps), eos, tilt)
+    loop: Loop = decoder.captured[key]
+    loop.start(frontier, rows)
+    for _ in range(steps):
+        tick()
+        loop()
+    decoder.settle(steps, Frontier(loop.logits[:n], {layer: h[:n] for layer, h in loop.hidden.items()}))
+    every = torch.arange(n)
+    fields = [x[:steps, :n].cpu() for x in loop.record]
+    tail = _read([(every, TiltSample(*(x[step] for x in fields))) for step in range(steps)], rows, eos)
+    tail.slots = list(range(n))
+    tail.hidden, tail.previous = ({layer: h[:n] for layer, h in kept.items()} for kept in (loop.last, loop.previous))
+    return tail
+
+
+class Loop:
+    """The step of a bucket of rows over tensors that stay where they are.
+
+    Its first call runs as it is, which compiles and tunes what has to be; the second is captured in a CUDA graph, and
+    all later ones replay that. A model whose pass cannot be captured (some mixtures of experts ask the host where
+    their tokens go) runs as it is every time.
+    """
+
+    def __init__(
+        self,
+        decoder: BranchingDecoder,
+        planted: Planted,
+        frontier: Frontier,
+        steps: int,
+        eos: Collection[int],
+        tilt: Sequence[tuple[float, Part]],
+    ) -> None:
+        n, device = len(planted.positions), frontier.logits.device
+        self.decoder, self.planted, self.tilt = decoder, planted, tilt
+        self.weights = torch.tensor([weight for weight, _ in tilt], device=device) if tilt else None
+        self.ends = torch.tensor(sorted(eos), dtype=torch.long, device=device)
+        self.logits = frontier.logits.new_zeros(n, frontier.logits.shape[1])
+        self.hidden: Hidden = {layer: h.new_zeros(n, h.shape[1]) for layer, h in frontier.hidden.items()}
+        self.last = {layer: torch.zeros_like(h) for layer, h in self.hidden.items()}  # of rows that have not ended
+        self.previous = {layer: torch.zeros_like(h) for layer, h in self.hidden.items()}
+        self.columns = _columns([Row(SamplingParams(), 0, 0, 0, 0.0)] * n, device)
+        self.room = torch.zeros(n, dtype=torch.long, device=device)
+        self.alive = torch.zeros(n, dtype=torch.bool, device=device)
+        self.at = torch.zeros(1, dtype=torch.long, device=device)  # the step
+        types = (torch.long, torch.float32, torch.float32, torch.float32, torch.bool)
+        self.record = TiltSample(*(torch.zeros(steps, n, dtype=dtype, device=device) for dtype in types))
+        self.graph: torch.cuda.CUDAGraph | None = None
+        self.warm = False
+        self.capturable = device.type == "cuda"
+
+    def start(self, frontier: Frontier, rows: Sequence[Row]) -> None:
+        """A block of these rows begins; those that pad the bucket have ended already."""
+        n = len(rows)
+        self.logits[:n] = frontier.logits
+        for layer, h in frontier.hidden.items():
+            self.hidden[layer][:n] = h
+        for name, column in _columns(rows, self.logits.device).items():
+            self.columns[name][:n] = column
+        self.room[:n] = torch.tensor([row.room for row in rows])
+        self.alive.fill_(False)[:n] = True
+        self.at.zero_()
+
+    def __call__(self) -> None:
+        if self.graph is not None:
+            return self.graph.replay()
+        if self.warm and self.capturable:
+            graph = torch.cuda.CUDAGraph()
+            try:
+                with torch.cuda.graph(graph):
+                    self.step()
+            except RuntimeError as error:
+                log.warning("this model's step cannot be captured in a CUDA graph (%s)", first_line(error))
+                self.capturable = False
+            else:
+                self.graph = graph
+                return graph.replay()
+        self.step()
+        self.warm = True
+
+    def step(self) -> None:
+        """Draw, record, append; everything stays on the device."""
+        values = torch.stack([part.scorer.values(self.hidden) for _, part in self.tilt]) if self.tilt else None
+        drawn = ops.tilt_sample(self.logits, values, self.weights, **self.columns)
+        for to, x in zip(self.record, drawn, strict=True):
+            to.index_copy_(0, self.at, x[None])
+        frontier = self.decoder.step(drawn.token, self.planted)
+        for layer, h in frontier.hidden.items():
+            self.previous[layer].copy_(torch.where(self.alive[:, None], self.hidden[layer], self.previous[layer]))
+            self.last[layer].copy_(torch.where(self.alive[:, None], h, self.last[layer]))
+            self.hidden[layer].copy_(h)
+        self.logits.copy_(frontier.logits)
+        self.at.add_(1)
+        ended = (drawn.token[:, None] == self.ends).any(-1) | (self.at >= self.room)
+        self.alive.logical_and_(~ended)
+        self.columns["position"].add_(1)
 
 
 def _kept(old: Hidden, new: Hidden, slots: Tensor, alive: Tensor) -> Hidden:

@@ -30,6 +30,22 @@ FILTERS = [
 ]
 
 
+@pytest.mark.parametrize("strategy", [Blockwise(4, 8), BestOfK(4), Tokenwise(1.5)])
+def test_replayed_steps_equal_launched_ones(strategy, monkeypatch):
+    """Twice with graphs, of which the second replays from its first step on; then without."""
+    prompts = ["Review of the Harbour, a bakery:", "Review of the Kestrel, a desk lamp:"]
+    engine = Engine.from_pretrained(pyengine.embedded("policy"), pyengine.embedded("prefix"), "cuda", cache_gb=0.1)
+    sampling = [SamplingParams(seed=i, max_tokens=60) for i in range(2)]
+    replayed = [engine.generate(prompts, strategy, sampling) for _ in range(2)]
+    assert any(loop.graph is not None for loop in engine._decoder.captured.values())
+    for loop in engine._decoder.captured.values():
+        loop.graph, loop.capturable = None, False
+    launched = engine.generate(prompts, strategy, sampling)
+    for results in replayed:
+        assert [r.tokens for r in results] == [r.tokens for r in launched]
+        assert [r.logp_policy for r in results] == [pytest.approx(r.logp_policy, abs=1e-4) for r in launched]
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_tilt_sample_equals_the_cpu(dtype):
     torch.manual_seed(0)

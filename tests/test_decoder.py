@@ -82,6 +82,16 @@ def test_every_branch_equals_a_recompute(model_dir, kind):
     assert model.config._attn_implementation == before
 
 
+def test_trees_that_stay_where_they_are_give_the_same(model_dirs):
+    """As on a GPU, padded to buckets."""
+    model = load(model_dirs["mistral"])
+    decoder = BranchingDecoder(model, LAYERS, 64, BUDGET)
+    poison(decoder)
+    decoder.waits = True
+    assert_same(walk(decoder), walk(RecomputeDecoder(model, LAYERS)))
+    assert len(decoder._buckets) == 2  # four and two prompts of one page
+
+
 def test_all_tested_architectures_are_tested(model_dirs):
     types = {transformers.AutoConfig.from_pretrained(path).model_type for path in model_dirs.values()}
     assert types == TESTED

@@ -12,7 +12,18 @@ import torch
 import transformers
 
 import pyengine
-from pyengine import BestOfK, Blockwise, Engine, InputError, PrefixScorer, Probe, SamplingParams, Tokenwise, ledger
+from pyengine import (
+    BestOfK,
+    Blockwise,
+    Engine,
+    InputError,
+    PrefixScorer,
+    Probe,
+    SamplingParams,
+    Tokenwise,
+    ledger,
+    proposal,
+)
 from pyengine.worlds import reviews
 
 PROMPTS = ["the quick brown fox", "pack my box", "sphinx", "the lazy dog jumps over five dozen jugs of quartz"]
@@ -157,6 +168,29 @@ def test_a_block_that_is_read_at_its_end_is_the_same_block(engine, monkeypatch, 
         assert found.logp_policy == pytest.approx(result.logp_policy, abs=1e-4)
         assert found.rewards == pytest.approx(result.rewards, abs=1e-3)
         assert [block.chosen for block in found.blocks] == [block.chosen for block in result.blocks]
+
+
+def test_a_step_that_cannot_be_captured_runs_as_it_is(engine, monkeypatch, caplog):
+    """A mixture of experts that asks the host where its tokens go, say."""
+    sampling, strategy = SamplingParams(seed=5, max_tokens=24), Blockwise(2, 8)
+    engine.set_scorer(pyengine.embedded("probe"))
+    want = engine.generate("Review of the Harbour, a bakery:", strategy, sampling)[0]
+    monkeypatch.setattr(engine._decoder, "waits", True)
+    original = proposal.Loop.__init__
+
+    def as_on_a_gpu(self, *arguments):
+        original(self, *arguments)
+        self.capturable = True
+
+    def refuse():
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    monkeypatch.setattr(proposal.Loop, "__init__", as_on_a_gpu)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", object)
+    monkeypatch.setattr(torch.cuda, "graph", lambda graph: refuse())
+    found = engine.generate("Review of the Harbour, a bakery:", strategy, sampling)[0]
+    assert found.tokens == want.tokens
+    assert caplog.text.count("cannot be captured in a CUDA graph (operation not permitted") == 1
 
 
 def test_ended_branches_cost_nothing_more(engine, monkeypatch):
