@@ -182,7 +182,7 @@ def test_two_threads_and_one_as_peers(rows, one_thread, batch, neighbour):
     spin = [sys.executable, "-c", "while True: pass"]
     spinning = subprocess.Popen(spin) if neighbour.startswith("spinning") else None
     try:
-        for _ in range(10):
+        for _ in range(60):  # long enough to see how often a contested team is tried again
             for threads in seconds:
                 for _ in range(max(6, 160 // batch)):
                     if neighbour.startswith("after"):
