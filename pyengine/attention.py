@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any, NamedTuple, Protocol
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -66,17 +67,27 @@ def _attention(
 AttentionInterface.register(NAME, _attention)
 
 
+# How many have hooked a model, and what its attention was before the first: whoever ends last gives it back.
+_HOOKED: WeakKeyDictionary[Any, tuple[int, str]] = WeakKeyDictionary()
+
+
 @contextmanager
 def hooked(model: Any) -> Iterator[None]:
     """The model's attention is ours inside; ValueError where the model does not let it."""
-    before = model.config._attn_implementation
-    model.set_attn_implementation(NAME)
+    count, before = _HOOKED.get(model, (0, model.config._attn_implementation))
+    if count == 0:
+        model.set_attn_implementation(NAME)
+    _HOOKED[model] = (count + 1, before)
     try:
         if model.config._attn_implementation != NAME:
             raise ValueError("its attention does not go through transformers' AttentionInterface")
         yield
     finally:
-        model.set_attn_implementation(before)
+        count, before = _HOOKED.pop(model)
+        if count > 1:
+            _HOOKED[model] = (count - 1, before)
+        else:
+            model.set_attn_implementation(before)
 
 
 @contextmanager
@@ -104,6 +115,8 @@ class Extend:
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, options: Options) -> Tensor:
         keys, values = self.cache.layers[layer][:2]
+        given = query.dtype  # autocast may have another mind than the cache
+        query, key, value = (x.to(keys.dtype) for x in (query, key, value))
         keys[self._page, :, self._offset] = key.transpose(0, 1)
         values[self._page, :, self._offset] = value.transpose(0, 1)
         out = torch.empty_like(query.transpose(0, 1), memory_format=torch.contiguous_format)
@@ -116,7 +129,7 @@ class Extend:
                 pages = table[: BranchingCache.pages_for(sequence.length)]
                 own, of_own = (x[pages].transpose(0, 1).flatten(1, 2)[:, : sequence.length] for x in (keys, values))
             out[new] = _causal(query[:, new], own, of_own, options).transpose(0, 1)
-        return out
+        return out.to(given)
 
 
 def _causal(query: Tensor, key: Tensor, value: Tensor, options: Options) -> Tensor:
@@ -150,7 +163,9 @@ class Decode:
         self.cache, self.tree, self.new = cache, tree, new
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, options: Options) -> Tensor:
-        query, key, value = (x.transpose(0, 1).unflatten(0, (-1, self.new)) for x in (query, key, value))
-        stores = self.cache.layers[layer]
+        stores, given = self.cache.layers[layer], query.dtype
+        query, key, value = (
+            x.to(stores[0].dtype).transpose(0, 1).unflatten(0, (-1, self.new)) for x in (query, key, value)
+        )
         mixed = ops.tree_attention(query, *stores, tree=self.tree, key=key, value=value, **options._asdict())
-        return mixed.flatten(0, 1)
+        return mixed.flatten(0, 1).to(given)

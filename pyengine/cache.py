@@ -191,6 +191,11 @@ class BranchingCache:
             self._forget(name)
         self.release(sequence)
 
+    def forget(self) -> None:
+        """No new sequence shares what is there: the model has changed."""
+        for name in list(self._named):
+            self._forget(name)
+
     def check_integrity(self) -> None:
         """Raise AssertionError where the books do not balance: every page has one state, every owner is alive."""
         owned = Counter(page for sequence in self._sequences for page in sequence.pages)

@@ -12,7 +12,6 @@ decoder.commit(rows)                   # the winners join their prefixes; prompt
 from __future__ import annotations
 
 import inspect
-import os
 from collections.abc import Hashable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import cache, partial
@@ -22,7 +21,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from pyengine.attention import Decode, Extend, Pass, hooked, running
+from pyengine.attention import Decode, Extend, Options, Pass, hooked, running
 from pyengine.cache import BranchingCache, Sequence
 from pyengine.errors import InputError
 from pyengine.reference import Tree
@@ -30,6 +29,7 @@ from pyengine.scorers.base import Hidden
 
 PREFILL_TOKENS = 4096  # in one pass, or one prompt if that is longer
 HOST_SHARE, GPU_SHARE = 0.25, 0.6  # of the memory that is free, where no budget is given
+UNKNOWN_MEMORY = 16e9  # bytes, on a host that does not say
 
 
 class Frontier(NamedTuple):
@@ -73,6 +73,7 @@ class Decoder(Protocol):
 
     layers: tuple[int, ...]  # hidden states that every frontier carries
     waits: bool  # reading what a step drew would hold it up; rows that have ended may then go on for nothing
+    captured: dict[Hashable, Any]  # what is replayed
 
     def open(self, k: int, room: int) -> None: ...
     def close(self) -> None: ...
@@ -92,6 +93,8 @@ class BranchingDecoder:
     """
 
     def __init__(self, model: Any, layers: tuple[int, ...], max_rows: int, budget: float | None = None) -> None:
+        if len({parameter.device for parameter in model.parameters()}) > 1:
+            raise ValueError("its layers are on several devices")
         self.model, self.layers, self.max_rows = model, layers, max_rows
         self.cache = BranchingCache(
             _layer_shapes(model), budget or _free_memory(model.device), model.dtype, model.device
@@ -101,6 +104,7 @@ class BranchingDecoder:
         self._last_position = (getattr(config, "max_position_embeddings", None) or 2**31) - 1
         self._keep_some = "logits_to_keep" in inspect.signature(model.forward).parameters
         self._hook = ExitStack()
+        self._weights = _fingerprint(model)
         self._k = 1
         self._sequences: list[Sequence] = []
         self._at = Frontier(torch.empty(0), {})  # of the sequences
@@ -129,6 +133,11 @@ class BranchingDecoder:
         if before != (k, self.cache.slots, self.cache.room):  # other tensors than were captured
             self.captured.clear()
             self._buckets.clear()
+        weights = _fingerprint(self.model)
+        if weights != self._weights:  # as after a step of training: what was read with the old ones is of no use
+            self._weights = weights
+            self.cache.forget()
+            self.captured.clear()
         self._hook.enter_context(hooked(self.model))
         self._hook.enter_context(quick_products(self.model))
 
@@ -164,11 +173,11 @@ class BranchingDecoder:
                     tokens += pack[-1].length - pack[-1].shared
                     stop += 1
                 found = self._prefill(pack, [p.ids for p in prompts[start:stop]])
+                self._at = self._at.then(found) if self._sequences else found
             except BaseException:
                 for sequence in reversed(pack):
                     self.cache.discard(sequence)
                 raise
-            self._at = self._at.then(found) if self._sequences else found
             self._sequences += pack
             start = stop
 
@@ -359,11 +368,14 @@ def _made_by_intel() -> bool:
 def _layer_shapes(model: Any) -> list[tuple[int, int]]:
     """(key heads, width) of each layer, as one pass over one token shows them."""
     found: dict[int, tuple[int, int]] = {}
+    windows = []
 
     class Look:
-        def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, options: object) -> Tensor:
+        def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, options: Options) -> Tensor:
             if value.shape != key.shape:
                 raise ValueError("its values are not shaped like its keys")
+            if options.window:
+                windows.append(layer)
             found[layer] = (key.shape[0], key.shape[2])
             return query.transpose(0, 1)
 
@@ -376,6 +388,11 @@ def _layer_shapes(model: Any) -> list[tuple[int, int]]:
         )
     if sorted(found) != list(range(len(found))) or not found:
         raise ValueError("its attention layers are not numbered one by one")
+    config = model.config.get_text_config(decoder=True)
+    types = getattr(config, "layer_types", None)
+    sliding = types.count("sliding_attention") if types else len(found) * bool(getattr(config, "sliding_window", None))
+    if len(windows) < sliding:  # Qwen2-MoE, PhiMoE: transformers puts it into the mask, which the hook does not see
+        raise ValueError("its sliding window is told to the mask alone")
     return [found[i] for i in range(len(found))]
 
 
@@ -384,7 +401,33 @@ def power_of_two(n: int) -> int:
     return 1 << max(0, n - 1).bit_length()
 
 
+def _fingerprint(model: Any) -> tuple[object, ...]:
+    """Changes when a weight is replaced or written to, other than through `.data`."""
+    weights = model.parameters()
+    return tuple((w.data_ptr(), -1 if w.is_inference() else w._version) for w in weights)
+
+
 def _free_memory(device: torch.device) -> float:
+    """Bytes for a cache of which nobody said how large it may be."""
     if device.type == "cuda":
-        return GPU_SHARE * torch.cuda.mem_get_info(device)[0]
-    return HOST_SHARE * os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return GPU_SHARE * (torch.cuda.mem_get_info(device)[0] + unused)
+    return HOST_SHARE * min(_available(), _allowed())
+
+
+def _available() -> float:
+    """What the host can give without swapping; caches of files count as free."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
+        return UNKNOWN_MEMORY
+    return next((1024.0 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable")), UNKNOWN_MEMORY)
+
+
+def _allowed() -> float:
+    """What a container's limit leaves; infinite without one."""
+    group = Path("/sys/fs/cgroup")
+    try:
+        return max(0.0, float((group / "memory.max").read_text()) - float((group / "memory.current").read_text()))
+    except (OSError, ValueError):  # none, or "max"
+        return float("inf")

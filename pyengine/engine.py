@@ -7,7 +7,8 @@ import math
 import secrets
 import warnings
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import ExitStack, closing
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -24,9 +25,9 @@ from pyengine.decoder import Prompt
 from pyengine.errors import InputError, first_line, real
 from pyengine.fallback import choose_decoder
 from pyengine.proposal import Row, Tail, propose
-from pyengine.reader import reader_of
+from pyengine.reader import Reader, reader_of
 from pyengine.results import Block, Candidate, Event, FinishReason, Result, SamplingParams
-from pyengine.scorers import Candidates, Part, Policy, ScorerLike, parts_of
+from pyengine.scorers import Candidates, Part, Policy, Scorer, ScorerLike, parts_of
 from pyengine.strategies import BASE, BestOfK, Blockwise, Strategy, Tokenwise
 
 
@@ -98,6 +99,8 @@ class Engine:
         self.eos = frozenset(eos if isinstance(eos, list) else [] if eos is None else [eos])
         self._busy = False
         self.parts: list[Part] = []
+        self._reader_of: dict[Scorer, Reader | None] = {}
+        self._readers: dict[int, Reader] = {}  # of the parts whose scorers have one
         self._budget = None if cache_gb is None else 1e9 * real(cache_gb, "Engine: cache_gb", 0)
         self._decoder = choose_decoder(model, (), max_rows, self._budget)
         self.set_scorer(scorer)
@@ -131,6 +134,8 @@ class Engine:
 
     def set_scorer(self, scorer: ScorerLike | None) -> None:
         """Follow another scorer from now on; None follows none."""
+        if self._busy:
+            raise InputError("this engine is decoding: end or close the stream that is open before changing its scorer")
         parts = parts_of(scorer)
         for part in parts:
             part.scorer.check(self.policy)
@@ -138,10 +143,16 @@ class Engine:
         self.parts = parts
         self._layers = tuple(sorted({layer for part in parts for layer in part.scorer.layers}))
         self._decoder.layers = self._layers
-        readers = {
-            i: reader_of(part.scorer, self.tokenizer, self.max_rows, self._budget) for i, part in enumerate(parts)
-        }
-        self._readers = {i: reader for i, reader in readers.items() if reader is not None}
+        self._decoder.captured.clear()
+        # One reader for each scorer, kept as long as the scorer is; the memory of the others goes before any is made.
+        kept = {part.scorer: self._reader_of[part.scorer] for part in parts if part.scorer in self._reader_of}
+        self._reader_of, self._readers = kept, {}
+        for i, part in enumerate(parts):
+            if part.scorer not in kept:
+                kept[part.scorer] = reader_of(part.scorer, self.tokenizer, self.max_rows, self._budget)
+            reader = kept[part.scorer]
+            if reader is not None:
+                self._readers[i] = reader
 
     def generate(
         self,
@@ -159,8 +170,9 @@ class Engine:
         requests = self._requests(prompts, sampling)
         results: dict[int, Result] = {}
         hide = None if progress is None else not progress
-        with tqdm(total=len(prompts), unit="prompt", delay=2, disable=hide, leave=False) as bar:
-            for index, _, result in self._run(requests, strategy or BASE, tick=lambda: bar.update(0)):
+        bar = tqdm(total=len(prompts), unit="prompt", delay=2, disable=hide, leave=False)
+        with bar, closing(self._run(requests, strategy or BASE, tick=lambda: bar.update(0))) as commits:
+            for index, _, result in commits:
                 if result is not None:
                     results[index] = result
                     bar.update()
@@ -235,25 +247,30 @@ class Engine:
         if not self.parts and (strategy.k > 1 or isinstance(strategy, Tokenwise)):
             raise InputError(f"{strategy} needs a scorer: Engine.from_pretrained(..., scorer=...)")
 
-    def _run(self, requests: list[_Request], strategy: Strategy, tick: _Tick = int) -> Iterator[_Commit]:
+    def _run(self, requests: list[_Request], strategy: Strategy, tick: _Tick = int) -> Generator[_Commit, None, None]:
         """Commits of all requests as they are made; `tick` is called for every token of a block."""
         self._check(strategy)
-        return self._decode(deque(requests), strategy, tick) if requests else iter(())
+        return self._decode(deque(requests), strategy, tick)
 
     @torch.inference_mode()
-    def _decode(self, waiting: deque[_Request], strategy: Strategy, tick: _Tick) -> Iterator[_Commit]:
+    def _decode(self, waiting: deque[_Request], strategy: Strategy, tick: _Tick) -> Generator[_Commit, None, None]:
         """The loop: waiting prompts join, every prefix forks into k branches, one of them is committed."""
         if self._busy:
             raise InputError("this engine is decoding: end or close the stream that is open before another call")
+        if not waiting:
+            return
         k, live = strategy.k, list[_Request]()
         # Reward models with a cache of their own follow the base model block by block; for k = 1 nothing is selected.
-        decoders = [self._decoder, *(self._readers.values() if k > 1 else ())]
+        decoders = [self._decoder, *(dict.fromkeys(self._readers.values()) if k > 1 else ())]
         longest = max(r.limit for r in waiting)
-        whole = strategy.block_tokens is None  # nothing is ever committed to a prefix
+        whole = strategy.block_tokens is None and k > 1  # nothing is ever committed to a prefix
+        room = 1 if k == 1 else min(strategy.block_tokens or longest, longest)
         self._busy = True
-        try:
+        with ExitStack() as cleanup:
+            cleanup.callback(setattr, self, "_busy", False)
             for decoder in decoders:
-                decoder.open(k, min(strategy.block_tokens or longest, longest))
+                cleanup.callback(decoder.close)
+                decoder.open(k, room)
             while waiting or live:
                 prompts = [Prompt(r.prompt_ids, 0 if whole else r.limit) for r in islice(waiting, self.max_rows)]
                 joining = [waiting.popleft() for _ in range(min(d.fits(prompts) for d in decoders))]
@@ -272,10 +289,6 @@ class Engine:
                     rows = [tail.slots.index(row) for row in kept] if decoder is self._decoder else kept
                     decoder.commit(torch.tensor(rows, dtype=torch.long, device=self.policy.device))
                 yield from commits
-        finally:
-            for decoder in decoders:
-                decoder.close()
-            self._busy = False
 
     def _propose(self, live: list[_Request], strategy: Strategy, tick: _Tick) -> Tail:
         """Draw k branches of up to block_tokens tokens for each live request."""
@@ -310,10 +323,14 @@ class Engine:
             decode=lambda tokens: self._texts([live[row // k].prompt_ids for row in rows], tokens),
         )
         scores = []
+        read: dict[Reader, Tensor] = {}  # one pass for each, however often it is in the sum
         for i, part in enumerate(self.parts):
-            if k > 1 and i in self._readers:
-                spoken = [[token for token in tokens if token not in self.eos] for tokens in tail.tokens]
-                found = self._readers[i].score(spoken)[index.to(self.policy.device)]
+            reader = self._readers.get(i) if k > 1 else None
+            if reader is not None:
+                if reader not in read:
+                    spoken = [[token for token in tokens if token not in self.eos] for tokens in tail.tokens]
+                    read[reader] = reader.score(spoken)
+                found = read[reader][index]
             else:
                 found = part.scorer.score(candidates)
             scores.append(found.to(self.policy.device))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 import logging
+from collections.abc import Hashable
 from typing import Any
 
 import torch
@@ -35,6 +36,7 @@ class _Grouped:
     def __init__(self, model: Any, layers: tuple[int, ...], max_rows: int) -> None:
         self.model, self.layers, self.max_rows = model, layers, max_rows
         self._k = 1
+        self.captured: dict[Hashable, Any] = {}  # nothing ever is
         self._frontier = Frontier(torch.empty(0), {})
 
     def open(self, k: int, room: int) -> None:

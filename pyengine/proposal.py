@@ -128,12 +128,11 @@ def _replayed(
     """The block where reading would hold the device up: one captured step, replayed; rows that have ended go on."""
     planted, n = decoder.planted, len(rows)
     assert planted is not None
-    tilts = tuple((weight, id(part.scorer)) for weight, part in tilt)
-    key = (id(planted), decoder.layers, tilts, tuple(eos), power_of_two(steps))
+    key = (id(planted), decoder.layers, tuple(id(part.scorer) for _, part in tilt), tuple(eos), power_of_two(steps))
     if key not in decoder.captured:
         decoder.captured[key] = Loop(decoder, planted, frontier, power_of_two(steps), eos, tilt)
     loop: Loop = decoder.captured[key]
-    loop.start(frontier, rows)
+    loop.start(frontier, rows, [weight for weight, _ in tilt])
     for _ in range(steps):
         tick()
         loop()
@@ -165,7 +164,7 @@ class Loop:
     ) -> None:
         n, device = len(planted.positions), frontier.logits.device
         self.decoder, self.planted, self.tilt = decoder, planted, tilt
-        self.weights = torch.tensor([weight for weight, _ in tilt], device=device) if tilt else None
+        self.weights = torch.zeros(len(tilt), device=device) if tilt else None
         self.ends = torch.tensor(sorted(eos), dtype=torch.long, device=device)
         self.logits = frontier.logits.new_zeros(n, frontier.logits.shape[1])
         self.hidden: Hidden = {layer: h.new_zeros(n, h.shape[1]) for layer, h in frontier.hidden.items()}
@@ -181,9 +180,11 @@ class Loop:
         self.warm = False
         self.capturable = device.type == "cuda"
 
-    def start(self, frontier: Frontier, rows: Sequence[Row]) -> None:
+    def start(self, frontier: Frontier, rows: Sequence[Row], weights: list[float]) -> None:
         """A block of these rows begins; those that pad the bucket have ended already."""
         n = len(rows)
+        if self.weights is not None:
+            self.weights.copy_(torch.tensor(weights))
         self.logits[:n] = frontier.logits
         for layer, h in frontier.hidden.items():
             self.hidden[layer][:n] = h
@@ -197,11 +198,12 @@ class Loop:
         if self.graph is not None:
             return self.graph.replay()
         if self.warm and self.capturable:
-            graph = torch.cuda.CUDAGraph()
+            graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
             try:
                 with torch.cuda.graph(graph):
                     self.step()
             except RuntimeError as error:
+                torch.cuda.set_stream(stream)  # torch leaves the one that it captured on, where ending that fails
                 log.warning("this model's step cannot be captured in a CUDA graph (%s)", first_line(error))
                 self.capturable = False
             else:

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyengine.decoder import BranchingDecoder, Frontier, Prompt
-from pyengine.errors import first_line
+from pyengine.decoder import PREFILL_TOKENS, BranchingDecoder, Frontier, Prompt
+from pyengine.errors import InputError, first_line
 from pyengine.scorers import RewardModel, Scorer
 
 log = logging.getLogger("pyengine")
@@ -22,6 +22,22 @@ class Reader(BranchingDecoder):
     A block costs one pass over its new tokens, where reading the text anew costs K times the whole prefix.
     """
 
+    def __init__(self, scorer: RewardModel, max_rows: int, budget: float | None) -> None:
+        super().__init__(scorer.model, (), max_rows, budget)
+        self.name, self.longest = scorer.name, scorer.longest
+
+    def join(self, prompts: list[Prompt]) -> None:
+        for prompt in prompts:
+            self._fits_context(len(prompt.ids))
+        super().join(prompts)
+
+    def _fits_context(self, tokens: int) -> None:
+        if tokens > self.longest:
+            raise InputError(
+                f"reward model {self.name!r} reads {self.longest} tokens, a candidate has {tokens}; shorten max_tokens "
+                "or take another reward model"
+            )
+
     def _read(self, ids: Tensor, positions: Tensor, rows: Tensor | None) -> Frontier:
         hidden = self.model.base_model(input_ids=ids, position_ids=positions, use_cache=False).last_hidden_state[0]
         return Frontier(self.model.score(hidden if rows is None else hidden[rows]), {})
@@ -29,14 +45,20 @@ class Reader(BranchingDecoder):
     @torch.inference_mode()
     def score(self, tails: list[list[int]]) -> Tensor:
         """fp32 [N] at the last token of each branch, all of them extended in one pass; an empty tail adds nothing."""
+        for i, tail in enumerate(tails):
+            self._fits_context(self._sequences[i // self._k].length + len(tail))
         scores = self.fork().logits
         longest = max(map(len, tails))
-        if longest:
-            device = self.model.device
-            padded = torch.tensor([tail + [0] * (longest - len(tail)) for tail in tails], device=device)
-            length = torch.tensor([len(tail) for tail in tails], device=device)
-            found = self.extend(padded, (length - 1).clamp(min=0)).logits
-            scores = torch.where((length > 0)[:, None], found, scores)
+        device = self.model.device
+        padded = torch.tensor([tail + [0] * (longest - len(tail)) for tail in tails], dtype=torch.long, device=device)
+        last = torch.tensor([len(tail) - 1 for tail in tails], device=device)
+        some = max(1, PREFILL_TOKENS // len(tails))  # columns in one pass
+        for start in range(0, longest, some):
+            tokens = padded[:, start : start + some]
+            at = last - start
+            here = (at >= 0) & (at < tokens.shape[1])
+            found = self.extend(tokens, at.clamp(0, tokens.shape[1] - 1)).logits
+            scores = torch.where(here[:, None], found, scores)
         return scores[:, 0].float()
 
 
@@ -48,7 +70,7 @@ def reader_of(scorer: Scorer, tokenizer: Any, max_rows: int, budget: float | Non
     if not isinstance(scorer, RewardModel) or not _same(scorer.tokenizer, tokenizer):
         return None
     try:
-        reader = Reader(scorer.model, (), max_rows, budget)
+        reader = Reader(scorer, max_rows, budget)
         reason = _mismatch(reader)
     except Exception as error:  # noqa: BLE001 - whatever a foreign model raises, its text can still be read
         reason = first_line(error)

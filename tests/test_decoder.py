@@ -271,6 +271,77 @@ def test_ten_thousand_blocks_end_with_no_page_in_use(model_dirs, monkeypatch):
     decoder.cache.check_integrity()
 
 
+@torch.inference_mode()
+def test_frontiers_that_cannot_be_joined_leave_nothing_behind(model_dirs, monkeypatch):
+    decoder = BranchingDecoder(load(model_dirs["llama"]), (), 64, BUDGET)
+    decoder.open(1, 4)
+    decoder.join(prompts(70))
+
+    def fall(*_):
+        raise RuntimeError("no memory")
+
+    monkeypatch.setattr(decoder_module.Frontier, "then", fall)
+    with pytest.raises(RuntimeError, match="no memory"):
+        decoder.join(prompts(80))
+    assert decoder.cache.pages_in_use == 2
+    decoder.close()
+    assert decoder.cache.pages_in_use == 0
+
+
+@torch.inference_mode()
+def test_new_weights_read_a_prompt_anew(model_dirs):
+    model = load(model_dirs["llama"])
+    decoder = BranchingDecoder(model, (), 64, BUDGET)
+
+    def logits():
+        decoder.open(1, 4)
+        decoder.join(prompts(PAGE + 9))
+        found = decoder.fork().logits
+        decoder.close()
+        decoder.cache.check_integrity()
+        return found
+
+    logits()
+    with torch.inference_mode(False), torch.no_grad():
+        model.model.layers[0].self_attn.v_proj.weight.mul_(-1)
+    recompute = RecomputeDecoder(model, ())
+    recompute.open(1, 4)
+    recompute.join(prompts(PAGE + 9))
+    torch.testing.assert_close(logits(), recompute.fork().logits, atol=1e-5, rtol=0)
+
+
+def test_a_model_is_given_back_by_whoever_ends_last(model_dirs):
+    model = load(model_dirs["llama"])
+    before = model.config._attn_implementation
+    one, two = (BranchingDecoder(model, (), 64, BUDGET) for _ in range(2))
+    one.open(1, 4)
+    two.open(1, 4)
+    one.close()
+    assert model.config._attn_implementation == "pyengine"
+    two.close()
+    assert model.config._attn_implementation == before
+
+
+@torch.inference_mode()
+def test_autocast_may_have_another_mind_than_the_cache(model_dirs, monkeypatch):
+    monkeypatch.setattr(decoder_module, "_made_by_intel", lambda: True)
+    model = load(model_dirs["llama"])
+    with torch.autocast("cpu", torch.bfloat16):
+        found = walk(BranchingDecoder(model, LAYERS, 64, BUDGET))
+        want = walk(RecomputeDecoder(model, LAYERS))
+    for a, b in zip(found, want, strict=True):
+        torch.testing.assert_close(a.logits.float(), b.logits.float(), atol=0.2, rtol=0.05)
+
+
+def test_a_window_that_is_told_to_the_mask_alone_is_refused():
+    config = transformers.Qwen2MoeConfig(
+        **SMALL, intermediate_size=64, num_key_value_heads=2, num_experts=2, num_experts_per_tok=1,
+        moe_intermediate_size=32, shared_expert_intermediate_size=32, use_sliding_window=True, sliding_window=16,
+    )  # fmt: skip
+    with pytest.raises(ValueError, match="told to the mask alone"):
+        BranchingDecoder(tiny(config), (), 64, BUDGET)
+
+
 def test_a_lent_model_says_so(model_dirs):
     model = load(model_dirs["llama"])
     decoder = BranchingDecoder(model, (), 64, BUDGET)

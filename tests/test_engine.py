@@ -186,11 +186,25 @@ def test_a_step_that_cannot_be_captured_runs_as_it_is(engine, monkeypatch, caplo
         raise RuntimeError("operation not permitted when stream is capturing")
 
     monkeypatch.setattr(proposal.Loop, "__init__", as_on_a_gpu)
+    streams = []
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: "mine")
+    monkeypatch.setattr(torch.cuda, "set_stream", streams.append)
     monkeypatch.setattr(torch.cuda, "CUDAGraph", object)
     monkeypatch.setattr(torch.cuda, "graph", lambda graph: refuse())
     found = engine.generate("Review of the Harbour, a bakery:", strategy, sampling)[0]
     assert found.tokens == want.tokens
     assert caplog.text.count("cannot be captured in a CUDA graph (operation not permitted") == 1
+    assert streams == ["mine"]
+
+
+@pytest.mark.parametrize("strategy", [BestOfK(1), Blockwise(1, 16)])
+def test_one_branch_outgrows_the_pages_of_its_prompt(model_dirs, strategy):
+    engine = Engine.from_pretrained(model_dirs["llama"], cache_gb=0.01)
+    engine.eos = frozenset()
+    sampling = SamplingParams(max_tokens=85, seed=1)
+    (result,) = engine.generate("the quick", strategy, sampling)
+    assert len(result.tokens) == 85
+    assert result.tokens == engine.generate("the quick", None, sampling)[0].tokens
 
 
 def test_ended_branches_cost_nothing_more(engine, monkeypatch):
@@ -380,6 +394,8 @@ class TestBadInput:
         next(stream)
         with pytest.raises(InputError, match="close the stream"):
             engine.generate("Review of the Kestrel, a desk lamp:")
+        with pytest.raises(InputError, match="before changing its scorer"):
+            engine.set_scorer(None)
         stream.close()
         assert engine.generate("Review of the Kestrel, a desk lamp:", sampling=SamplingParams(max_tokens=2))
 

@@ -6,7 +6,8 @@ import pytest
 import torch
 import transformers
 
-from pyengine import BestOfK, Blockwise, Engine, RewardModel, SamplingParams, Tokenwise
+import pyengine.reader as reader_module
+from pyengine import BestOfK, Blockwise, Engine, InputError, RewardModel, SamplingParams, Tokenwise
 from pyengine.reader import reader_of
 from pyengine.scorers import Scorer
 
@@ -80,6 +81,41 @@ def test_scores_equal_a_recompute(engine, strategy):
     assert sum(read[1:]) >= candidates - len([1 for r in found for block in r.blocks for _ in block.candidates])
     assert reader.cache.pages_in_use == 0
     reader.cache.check_integrity()
+
+
+def test_a_candidate_beyond_the_judges_context_is_refused(engine):
+    config = transformers.LlamaConfig(**SIZES, num_key_value_heads=2, max_position_embeddings=24)
+    engine.set_scorer(reward_model(engine.tokenizer, config))
+    assert engine._readers
+    engine.eos = frozenset()
+    with pytest.raises(InputError, match="reward model 'judge' reads 24 tokens, a candidate has"):
+        engine.generate("the quick", Blockwise(2, 4), SamplingParams(max_tokens=40, seed=1))
+    with pytest.raises(InputError, match="reads 24 tokens"):
+        engine.generate("sphinx of quartz " * 9, Blockwise(2, 4), SamplingParams(max_tokens=4, seed=1))
+    assert engine._readers[0].cache.pages_in_use == engine._decoder.cache.pages_in_use == 0
+
+
+def test_one_judge_twice_in_a_sum_is_read_once_and_given_back(engine):
+    judge = reward_model(engine.tokenizer)
+    engine.set_scorer([(1.0, judge), (0.5, judge)])
+    assert engine._readers[0] is engine._readers[1]
+    result = engine.generate("the quick", Blockwise(2, 4), SamplingParams(max_tokens=8, seed=1))[0]
+    assert result.rewards["judge"] == result.rewards["judge-2"]
+    assert engine.generate("the quick", None, SamplingParams(max_tokens=2, seed=1))[0].rewards["judge"] is not None
+    reader = engine._readers[0]
+    engine.set_scorer([(2.0, judge)])
+    assert engine._readers[0] is reader, "kept as long as its scorer is"
+
+
+def test_long_tails_are_read_in_pieces(engine, monkeypatch):
+    judge = reward_model(engine.tokenizer)
+    engine.set_scorer(judge)
+    sampling = [SamplingParams(max_tokens=n, seed=n, temperature=0.7) for n in (17, 9, 12)]
+    want = engine.generate(PROMPTS, BestOfK(3), sampling)
+    monkeypatch.setattr(reader_module, "PREFILL_TOKENS", 9 * 4)
+    for found, result in zip(engine.generate(PROMPTS, BestOfK(3), sampling), want, strict=True):
+        assert found.tokens == result.tokens
+        assert found.reward == pytest.approx(result.reward, abs=1e-4)
 
 
 def test_one_branch_is_scored_as_text_at_its_end(engine):

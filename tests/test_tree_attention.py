@@ -209,6 +209,18 @@ def test_bad_arguments_are_named(change, message):
         problem()(**change)
 
 
+def test_a_tree_that_would_be_read_out_of_bounds_is_refused():
+    p = problem()
+    p.tree = p.tree._replace(slot=p.tree.slot.long())
+    with pytest.raises(ValueError, match=r"tree\.slot must be int32"):
+        p()
+    for tail in (0, 17):
+        p = problem()
+        p.tree = p.tree._replace(tail_len=torch.tensor(tail, dtype=torch.int32))
+        with pytest.raises(ValueError, match=f"tail_len is {tail}: .* room for 16"):
+            p()
+
+
 def test_stores_that_do_not_fit_are_named():
     p = problem()
     p.query = p.query.double()

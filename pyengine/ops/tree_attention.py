@@ -87,6 +87,7 @@ def tree_attention(
     if not (
         query.shape[2] % new[2] == 0
         and all(x.dtype == dtype and x.shape[1::2] == new[2:] and x.device == query.device for x in stores)
+        and all(x.dtype == torch.int32 for x in tree[:4])
         and tree.slot.shape[0] == new[0]
         and tree.first_row.shape[0] == tree.prefix_len.shape[0] + 1
         and (key is None) == (value is None)
@@ -137,6 +138,9 @@ def _complain(
         fail(OP, f"softcap must be positive, got {softcap}")
     if sinks is not None and sinks.shape != (heads,):
         fail(OP, f"sinks must have shape [{heads}], got {list(sinks.shape)}")
+    for name, table in tree._asdict().items():
+        if name != "tail_len" and table.dtype != torch.int32:
+            fail(OP, f"tree.{name} must be int32, got {table.dtype}")
     fail(OP, f"tree has slots {list(tree.slot.shape)} and {len(tree.prefix_len)} prompts for {rows} rows")
 
 
@@ -176,14 +180,17 @@ def _tree_attention_cpu(
     isa = instruction_set()
     launched(OP, isa)
     rows, tokens, heads, width = query.shape
+    tail = int(tail_len)
+    if not tokens <= tail <= tail_key.shape[2]:
+        fail(OP, f"tail_len is {tail}: it counts the {tokens} new tokens, and tails have room for {tail_key.shape[2]}")
     out = query.new_empty(rows, tokens, heads, width)
     _C.tree_attention(
         (len(prefix_len), rows, tokens, heads, prefix_key.shape[1], width, prefix_key.shape[2]),
         DTYPE_CODE[query.dtype],
         *unit_strides(query, key, value),
         stores,
-        (pages, prefix_len, first_row, slot),
-        int(tail_len),
+        (pages, prefix_len.contiguous(), first_row.contiguous(), slot.contiguous()),
+        tail,
         scale,
         softcap,
         window,
