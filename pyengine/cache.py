@@ -124,7 +124,7 @@ class BranchingCache:
         prefill. The last token is never shared, since its logits are wanted. The caller fills the rest before any
         other sequence reads them, or calls `discard`.
         """
-        names = list(_names(tokens))
+        names = _names(tokens)
         found = []
         for name in names:
             if name not in self._named:

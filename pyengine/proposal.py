@@ -100,7 +100,8 @@ def propose(
             frontier = decoder.keep(index)
             columns = {name: column[index] for name, column in columns.items()}
             slots, alive = slots[index], alive[index]
-    tail = _read(drawn, rows, eos)
+    steps_drawn = [(here.tolist(), [x.tolist() for x in sample]) for here, sample in drawn]
+    tail = _read(steps_drawn, rows, eos)
     tail.slots, tail.hidden, tail.previous = slots.tolist(), hidden, previous
     return tail
 
@@ -137,10 +138,9 @@ def _replayed(
         tick()
         loop()
     decoder.settle(steps, Frontier(loop.logits[:n], {layer: h[:n] for layer, h in loop.hidden.items()}))
-    every = torch.arange(n)
-    fields = [x[:steps, :n].cpu() for x in loop.record]
-    tail = _read([(every, TiltSample(*(x[step] for x in fields))) for step in range(steps)], rows, eos)
-    tail.slots = list(range(n))
+    every, fields = list(range(n)), [x[:steps, :n].tolist() for x in loop.record]  # one transfer for each
+    tail = _read([(every, sample) for sample in zip(*fields, strict=True)], rows, eos)
+    tail.slots = every
     tail.hidden, tail.previous = ({layer: h[:n] for layer, h in kept.items()} for kept in (loop.last, loop.previous))
     return tail
 
@@ -241,17 +241,11 @@ def _kept(old: Hidden, new: Hidden, slots: Tensor, alive: Tensor) -> Hidden:
     return out
 
 
-def _read(drawn: list[tuple[Tensor, TiltSample]], rows: Sequence[Row], eos: Collection[int]) -> Tail:
-    """The tokens of each row up to its end."""
+def _read(drawn: Sequence[tuple[list[int], Sequence[list[Any]]]], rows: Sequence[Row], eos: Collection[int]) -> Tail:
+    """The tokens of each row up to its end, from (slots, fields of a TiltSample) of every step."""
     n = len(rows)
     tail = Tail([[] for _ in rows], [[] for _ in rows], [[] for _ in rows], [0.0] * n, [None] * n)
-    slots = [slot.tolist() for slot, _ in drawn]
-    if len(slots[-1]) < n:
-        fields = [[x.tolist() for x in sample] for _, sample in drawn]
-    else:  # nothing was dropped: one transfer for each field
-        whole = [torch.stack(found).tolist() for found in zip(*(sample for _, sample in drawn), strict=True)]
-        fields = [list(found) for found in zip(*whole, strict=True)]
-    for step, (here, (tokens, base, policy, kl, valid)) in enumerate(zip(slots, fields, strict=True)):
+    for step, (here, (tokens, base, policy, kl, valid)) in enumerate(drawn):
         for c, i in enumerate(here):
             if tail.finish_reason[i] is not None:
                 continue

@@ -14,9 +14,11 @@ namespace {
 
 using Clock = std::chrono::steady_clock;
 
-// The team meets at the end of a job. A worker that has lost its core to another process arrives a slice of
-// the scheduler late, 1 to 4 ms. If the caller waits for longer than it worked, it works alone for a while,
-// and twice as long each time that it happens again. A team that merely slept wakes in 50 us.
+// Where another process wants a core too, a team can cost more than it brings: it meets at the end of a job,
+// to which a worker that lost its core comes a slice of the scheduler late, 1 to 8 ms; and its workers spin
+// for some milliseconds afterwards, in which the caller may lose its own core to them. When either takes
+// longer than the caller worked, it works alone for a while, twice as long each time that it happens again.
+// A team that merely slept wakes in 50 us.
 constexpr Clock::duration kHeldUp = std::chrono::microseconds(500);
 constexpr Clock::duration kShortestRest = std::chrono::milliseconds(50), kLongestRest = 64 * kShortestRest;
 

@@ -26,8 +26,8 @@ constexpr double kWorthwhile = 2e6;
 struct Unit {
   int32_t prompt, first, last, head;
   int32_t split, splits;  // the last split also does the tails
-  int64_t partial;        // where its sums begin in Scratch::partials, in floats
-  int32_t group;          // of Scratch::unfinished
+  int64_t partial;        // where its sums begin in Plan::partials, in floats
+  int32_t group;          // of Plan::unfinished
 };
 
 struct Plan {
@@ -101,7 +101,7 @@ struct Worker {
     return (at * store.stride_at + unit.head * store.stride_head) * int64_t(size_of(a.type));
   }
 
-  // Tokens [from, to) of what `inner` rows of a store hold, in fp32: in place, or in `tile`.
+  // `inner` rows of `cols` numbers of a store in fp32, `stride` apart: in place, or in `scratch`.
   const float* read(const Store& store, int64_t at, int64_t inner, int cols, int64_t& stride,
                     float* scratch) {
     const size_t size = size_of(a.type);
