@@ -13,18 +13,27 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 def problem(
-    prefix, branches, dtype, kernel=True, heads=HEADS, key_heads=KEY_HEADS, width=WIDTH, prompts=1, device="cpu"
+    prefix,
+    branches,
+    dtype,
+    kernel=True,
+    heads=HEADS,
+    key_heads=KEY_HEADS,
+    width=WIDTH,
+    prompts=1,
+    device="cpu",
+    page=PAGE,
 ):
     """(query, prefix and tail stores, tree) of prompts * branches rows, as `pyengine.cache` lays them out."""
     torch.manual_seed(0)
-    each, rows = -(-prefix // PAGE), prompts * branches
+    each, rows = -(-prefix // page), prompts * branches
 
     def store(count, inner, dense):
         shape = (count, key_heads, width, inner) if dense else (count, key_heads, inner, width)
         out = torch.randn(shape, device=device).to(dtype)
         return out.transpose(2, 3) if dense else out
 
-    stores = tuple(store(n, i, dense) for n, i in ((prompts * each, PAGE), (rows, TAIL)) for dense in (kernel, False))
+    stores = tuple(store(n, i, dense) for n, i in ((prompts * each, page), (rows, TAIL)) for dense in (kernel, False))
     tree = (
         torch.randperm(prompts * each).view(prompts, each),
         torch.full((prompts,), prefix),

@@ -14,6 +14,7 @@ from __future__ import annotations
 import math
 import sys
 from functools import partial
+from importlib.util import find_spec
 
 import bench_branching
 import bench_linear_preference
@@ -27,7 +28,7 @@ from rig import Rig, Skipped, backends, gpu_only, speedup, under
 from torch.nn.functional import cross_entropy, linear
 
 from pyengine import ops
-from pyengine.ops import common, logit_tiles
+from pyengine.ops import common, flash, logit_tiles
 from pyengine.proposal import Row, propose
 from pyengine.results import SamplingParams
 
@@ -313,6 +314,9 @@ def tree_attention(rig: Rig):
     heads, key_heads, width = small.values() if small else (bench_tree.HEADS, bench_tree.KEY_HEADS, bench_tree.WIDTH)
     for prompts, prefix, branches in ((2, 130, 3),) if rig.small else ((8, 2048, 16), (8, 8192, 16), (1, 2048, 16)):
         layout = {"prompts": prompts, "device": rig.device, "kernel": not rig.gpu} | small
+        flashes = rig.gpu and find_spec("flash_attn") is not None
+        if flashes:
+            layout["page"] = flash.PAGE
         query, stores, tree = bench_tree.problem(prefix, branches, rig.dtype, **layout)
         key, value = bench_tree.replicated(query, stores, tree)
         runs = {
@@ -320,6 +324,9 @@ def tree_attention(rig: Rig):
             "SDPA, enable_gqa": partial(bench_tree.by_enable_gqa, query, key, value),
             "SDPA, folded": partial(bench_tree.by_folding, query, key, value),
         }
+        if flashes:
+            tables = (stores, tree, query.shape[3] ** -0.5, 0.0, None)
+            runs["pyengine, flash-attn"] = partial(flash.tree_attention, query, None, None, *tables)
         sizes = {"prompts": prompts, "prefix": prefix, "branches": branches}
         row = rig.race("tree_attention", runs, compare=lambda result: result, **sizes)
         tokens = prompts * (prefix + branches * bench_tree.TAIL)

@@ -22,7 +22,7 @@ from pyengine import _C
 from pyengine.ops import common
 
 HERE = Path(__file__).parent
-PACKAGES = ("torch", "triton", "trl", "liger-kernel", "cut-cross-entropy", "flashinfer-python")
+PACKAGES = ("torch", "triton", "trl", "liger-kernel", "cut-cross-entropy", "flashinfer-python", "flash-attn")
 
 
 class Skipped(Exception):

@@ -100,18 +100,26 @@ def running(work: Pass) -> Iterator[None]:
         _PASS.reset(token)
 
 
-class Extend:
-    """Prompts side by side: what is not in their pages yet is written there, and reads all before it."""
+class Span(NamedTuple):
+    """Tokens start .. stop - 1 of a sequence."""
 
-    def __init__(self, cache: BranchingCache, sequences: list[Sequence]) -> None:
-        self.cache, self.sequences = cache, sequences
+    sequence: Sequence
+    start: int
+    stop: int
+
+
+class Extend:
+    """Prompts side by side: each span is written to its pages and reads all before it, which is there already."""
+
+    def __init__(self, cache: BranchingCache, spans: list[Span]) -> None:
+        self.cache, self.spans = cache, spans
         device = cache.layers[0][0].device
-        at = [(s.pages[i // PAGE], i % PAGE) for s in sequences for i in range(s.shared, s.length)]
+        at = [(s.pages[i // PAGE], i % PAGE) for s, start, stop in spans for i in range(start, stop)]
         self._page, self._offset = torch.tensor(at, device=device).T
-        self._tables = [torch.tensor(s.pages, device=device) for s in sequences]
+        self._tables = [torch.tensor(span.sequence.pages, device=device) for span in spans]
 
     def positions(self) -> list[int]:
-        return [i for s in self.sequences for i in range(s.shared, s.length)]
+        return [i for span in self.spans for i in range(span.start, span.stop)]
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, options: Options) -> Tensor:
         keys, values = self.cache.layers[layer][:2]
@@ -120,14 +128,14 @@ class Extend:
         keys[self._page, :, self._offset] = key.transpose(0, 1)
         values[self._page, :, self._offset] = value.transpose(0, 1)
         out = torch.empty_like(query.transpose(0, 1), memory_format=torch.contiguous_format)
-        start = 0
-        for sequence, table in zip(self.sequences, self._tables, strict=True):
-            new = slice(start, start + sequence.length - sequence.shared)
-            start = new.stop
+        first = 0
+        for span, table in zip(self.spans, self._tables, strict=True):
+            new = slice(first, first + span.stop - span.start)
+            first = new.stop
             own, of_own = key[:, new], value[:, new]
-            if sequence.shared:
-                pages = table[: BranchingCache.pages_for(sequence.length)]
-                own, of_own = (x[pages].transpose(0, 1).flatten(1, 2)[:, : sequence.length] for x in (keys, values))
+            if span.start:
+                pages = table[: BranchingCache.pages_for(span.stop)]
+                own, of_own = (x[pages].transpose(0, 1).flatten(1, 2)[:, : span.stop] for x in (keys, values))
             out[new] = _causal(query[:, new], own, of_own, options).transpose(0, 1)
         return out.to(given)
 

@@ -21,8 +21,10 @@ import torch
 from torch import Tensor
 
 from pyengine.errors import InputError
+from pyengine.ops import common, flash
 
-PAGE = 64  # tokens of a page; csrc/cpu/tree_attention.h kTileTokens divides it
+# Tokens of a page; csrc/cpu/tree_attention.h kTileTokens divides it.
+PAGE = flash.PAGE if common.ATTENTION == "flash" else 64
 STEP = 16  # a tail's room is a multiple of it; csrc/cpu/tree_attention.h kTokens
 TAIL_SHARE = 0.25  # of the budget; K = 16 tails of 16 tokens are an eighth of a prefix of 2,048
 

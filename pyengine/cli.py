@@ -267,7 +267,7 @@ def report() -> Iterator[tuple[str, str]]:
         yield "GPU", f"missing: torch is built for CUDA {torch.version.cuda}, but finds no device"
     for package, use in (
         ("triton", "GPU kernels of all ops"),
-        ("flash_attn", "optional attention backend, not used yet"),
+        ("flash_attn", "attention on a GPU with PYENGINE_ATTENTION=flash"),
     ):
         try:
             there = importlib.metadata.version(package.replace("_", "-"))

@@ -21,13 +21,13 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from pyengine.attention import Decode, Extend, Options, Pass, hooked, running
+from pyengine.attention import Decode, Extend, Options, Pass, Span, hooked, running
 from pyengine.cache import BranchingCache, Sequence
 from pyengine.errors import InputError
 from pyengine.reference import Tree
 from pyengine.scorers.base import Hidden
 
-PREFILL_TOKENS = 4096  # in one pass, or one prompt if that is longer
+PREFILL_TOKENS = 4096  # in one pass
 HOST_SHARE, GPU_SHARE = 0.25, 0.6  # of the memory that is free, where no budget is given
 UNKNOWN_MEMORY = 16e9  # bytes, on a host that does not say
 
@@ -182,17 +182,25 @@ class BranchingDecoder:
             start = stop
 
     def _prefill(self, pack: list[Sequence], ids: list[list[int]]) -> Frontier:
-        work = Extend(self.cache, pack)
-        tokens = [token for s, all_ids in zip(pack, ids, strict=True) for token in all_ids[s.shared :]]
+        """The frontier of new sequences; one that is longer than a pass may be is read in several."""
+        spans = [Span(sequence, sequence.shared, sequence.length) for sequence in pack]
+        if len(pack) == 1:
+            sequence, start, stop = spans[0]
+            while stop - start > PREFILL_TOKENS:
+                self._read_spans([Span(sequence, start, start + PREFILL_TOKENS)], ids)
+                start += PREFILL_TOKENS
+            spans = [Span(sequence, start, stop)]
+        return self._read_spans(spans, ids)
+
+    def _read_spans(self, spans: list[Span], ids: list[list[int]]) -> Frontier:
+        work = Extend(self.cache, spans)
+        tokens = [token for (_, start, stop), own in zip(spans, ids, strict=True) for token in own[start:stop]]
         last, end = [], 0
-        for sequence in pack:
-            end += sequence.length - sequence.shared
+        for span in spans:
+            end += span.stop - span.start
             last.append(end - 1)
-        device = self.model.device
-        where = torch.tensor(last, device=device)
-        return self._forward(
-            work, torch.tensor(tokens, device=device), torch.tensor(work.positions(), device=device), where
-        )
+        tables = (torch.tensor(x, device=self.model.device) for x in (tokens, work.positions(), last))
+        return self._forward(work, *tables)
 
     def fork(self) -> Frontier:
         n = len(self._sequences)

@@ -200,7 +200,9 @@ class Loop:
         if self.warm and self.capturable:
             graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
             try:
-                with torch.cuda.graph(graph):
+                # Graphs that never run side by side may share their memory: what outlives a step lies in this object.
+                others = (loop.graph for loop in self.decoder.captured.values() if loop.graph is not None)
+                with torch.cuda.graph(graph, pool=next((other.pool() for other in others), None)):
                     self.step()
             except RuntimeError as error:
                 torch.cuda.set_stream(stream)  # torch leaves the one that it captured on, where ending that fails

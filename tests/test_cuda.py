@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import importlib.util
 import math
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 
 import pyengine
 from pyengine import BestOfK, Blockwise, Engine, SamplingParams, Tokenwise, ops, reference
-from pyengine.ops import cuda
+from pyengine.ops import cuda, flash
 from pyengine.worlds import reviews
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
@@ -391,3 +393,17 @@ def test_select_block_of_every_backend_equals_the_reference(monkeypatch, backend
     assert torch.equal(found.index, want.index)
     torch.testing.assert_close(found.utility, want.utility, atol=1e-4, rtol=1e-5)
     torch.testing.assert_close(found.probability, want.probability, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("tokens", [1, 5])
+def test_flash_attention_equals_the_reference(tokens):
+    """The double of tests/test_flash.py, and what it is a double of."""
+    pytest.importorskip("flash_attn")
+    spec = importlib.util.spec_from_file_location("flash_problems", Path(__file__).with_name("test_flash.py"))
+    problems = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(problems)
+    query, stores, tree, key, value = problems.problem(tokens)
+    want = reference.tree_attention(query, *(s.clone() for s in stores), tree, key=key, value=value)
+    moved = [x.cuda() for x in (query, key, value)], tuple(s.cuda() for s in stores), ops.Tree(*(x.cuda() for x in tree))
+    found = flash.tree_attention(*moved[0], *moved[1:], 32**-0.5, 0.0, None)
+    torch.testing.assert_close(found.cpu(), want, atol=0.03, rtol=0.02)

@@ -153,6 +153,26 @@ def test_a_shared_system_prompt_is_prefilled_once(model_dirs):
     torch.testing.assert_close(recompute.prefill([mine.ids, yours.ids]).logits, both.logits[::2], atol=2e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("name", ["llama", "gemma3", "gpt_oss"])
+@torch.inference_mode()
+def test_a_long_prompt_is_read_in_several_passes(model_dirs, name, monkeypatch):
+    """Its first page is shared, and windows begin in an earlier pass than they end in."""
+    monkeypatch.setattr(decoder_module, "PREFILL_TOKENS", 50)
+    model = load(model_dirs[name])
+    decoder, seen = BranchingDecoder(model, LAYERS, 64, BUDGET), []
+    forward = decoder._forward
+    decoder._forward = lambda work, ids, *rest: seen.append(len(ids)) or forward(work, ids, *rest)
+    long = prompts(PAGE + 130)[0].ids
+    decoder.open(1, 4)
+    decoder.join([Prompt(long[: PAGE + 1], 4), Prompt([*long, 3], 4)])
+    assert seen == [50, 15, 50, 50, 31]
+    found = decoder.fork()
+    decoder.close()
+    recompute = RecomputeDecoder(model, LAYERS)
+    recompute.open(1, 4)
+    assert_same([found], [recompute.prefill([long[: PAGE + 1], [*long, 3]])])
+
+
 @torch.inference_mode()
 def test_a_prompt_that_is_cached_whole_still_has_a_token_to_read(model_dirs):
     model = load(model_dirs["llama"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import importlib.util
 import os
 import sys
 from collections import Counter
@@ -45,6 +46,13 @@ GPU_BACKENDS = ("cuda", "triton", "reference")
 FORCED_GPU = os.environ.get("PYENGINE_GPU_BACKEND")
 if FORCED_GPU not in (None, *GPU_BACKENDS):
     raise InputError(f"PYENGINE_GPU_BACKEND must be one of {GPU_BACKENDS}, got {FORCED_GPU!r}")
+
+# "flash": a GPU's full-attention layers go to flash-attn 2, and a page of the cache has 256 tokens, as that needs.
+ATTENTION = os.environ.get("PYENGINE_ATTENTION", "triton")
+if ATTENTION not in ("triton", "flash"):
+    raise InputError(f'PYENGINE_ATTENTION must be "triton" or "flash", got {ATTENTION!r}')
+if ATTENTION == "flash" and importlib.util.find_spec("flash_attn") is None:
+    raise InputError("PYENGINE_ATTENTION=flash, but flash-attn is not installed: pip install flash-attn")
 
 # "op/kernel" -> calls: which kernel really ran. Tests read it; nothing else depends on it.
 LAUNCHES: Counter[str] = Counter()

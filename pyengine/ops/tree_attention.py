@@ -9,7 +9,9 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 import pyengine._C as _C
+from pyengine.ops import flash
 from pyengine.ops.common import (
+    ATTENTION,
     DTYPE_CODE,
     FORCED_GPU,
     check_float,
@@ -74,7 +76,8 @@ def tree_attention(
 
     The CPU kernel wants keys stored with tokens side by side and values with D side by side (`cache.py` does), D a
     multiple of 16, pages of a multiple of 64 tokens; anything else is served by torch's
-    scaled_dot_product_attention over a gathered copy of the prefix.
+    scaled_dot_product_attention over a gathered copy of the prefix. On a GPU PYENGINE_ATTENTION=flash sends layers
+    without a window to flash-attn 2 in bf16 and fp16; the others run the Triton kernel.
 
     Raises:
         ValueError: a shape, dtype or parameter is out of range; the message names it.
@@ -282,9 +285,12 @@ def _tree_attention_gpu(query: Tensor, key: Tensor | None, value: Tensor | None,
     """rest: stores, tree, scale, window, softcap, sinks."""
     kernels = None if FORCED_GPU == "reference" else triton_kernels(OP)
     page = rest[0].shape[2]
+    stores, tree, (scale, window, softcap, sinks) = rest[:4], Tree(*rest[4:9]), rest[9:]
+    if ATTENTION == "flash" and flash.serves(query, page, window):
+        launched(OP, "flash")
+        return flash.tree_attention(*unit_strides(query, key, value), stores, tree, scale, softcap, sinks)
     if kernels is None or page % TILE:
-        stores, (scale, window, softcap, sinks) = rest[:4], rest[9:]
-        return _by_sdpa(query, key, value, stores, Tree(*rest[4:9]), scale, window, softcap, sinks)
+        return _by_sdpa(query, key, value, stores, tree, scale, window, softcap, sinks)
     launched(OP, "triton")
     return kernels.tree_attention(*unit_strides(query, key, value), *rest)
 
