@@ -29,7 +29,7 @@ from torch.nn.functional import cross_entropy, linear
 
 from pyengine import ops
 from pyengine.ops import common, flash, logit_tiles
-from pyengine.proposal import Row, propose
+from pyengine.proposal import Row, Tilt, propose
 from pyengine.results import SamplingParams
 
 LOGPROB, PREFERENCE, HEAD = (
@@ -343,7 +343,7 @@ class Replayed(bench_branching.Ours):
     @torch.inference_mode()
     def block(self):
         rows = [Row(SamplingParams(), j, self.position, 2**30, math.inf) for j in range(self.k)]
-        tail = propose(self.decoder, rows, self.tokens, (), [], int)
+        tail = propose(self.decoder, rows, self.tokens, (), Tilt(), int)
         self.decoder.commit(ops.select_block(hidden=tail.hidden[-1][None], probe=self.probe).index)
         self.position += self.tokens
 

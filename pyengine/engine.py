@@ -9,7 +9,7 @@ import warnings
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import ExitStack, closing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -24,11 +24,13 @@ from pyengine.checkpoint import load_checkpoint
 from pyengine.decoder import Prompt
 from pyengine.errors import InputError, first_line, real
 from pyengine.fallback import choose_decoder
-from pyengine.proposal import Row, Tail, propose
+from pyengine.proposal import Row, Tail, Tilt, propose
 from pyengine.reader import Reader, reader_of
 from pyengine.results import Block, Candidate, Event, FinishReason, Result, SamplingParams
 from pyengine.scorers import Candidates, Part, Policy, Scorer, ScorerLike, parts_of
 from pyengine.strategies import BASE, BestOfK, Blockwise, Strategy, Tokenwise
+
+CALIBRATION_RUNS = 12  # decodes at most; 3 to 5 are usual
 
 
 @dataclass
@@ -60,7 +62,8 @@ class Engine:
     """A frozen language model, its tokenizer and a scorer that it can be made to follow.
 
     scorer: anything `parts_of` takes: a Scorer, a directory or hub id, a callable
-    f(prompts, completions) -> list[float], or a list of (weight, scorer). max_rows: most sequences
+    f(prompts, completions) -> list[float], or a list of (weight, scorer); one of weight 0 is reported and not
+    followed. max_rows: most sequences
     (prompts times branches) decoded at once, or the branches of one prompt if those are more; other prompts
     wait until some leave. cache_gb: memory for keys and values in GB (1e9 bytes), allocated once; None is a quarter of
     the host's free memory, or three fifths of a GPU's. A reward model with a cache of its own takes as much again, or
@@ -98,6 +101,7 @@ class Engine:
         eos = config.eos_token_id if eos is None else eos
         self.eos = frozenset(eos if isinstance(eos, list) else [] if eos is None else [eos])
         self._busy = False
+        self.scorer: ScorerLike | None = None
         self.parts: list[Part] = []
         self._reader_of: dict[Scorer, Reader | None] = {}
         self._readers: dict[int, Reader] = {}  # of the parts whose scorers have one
@@ -140,7 +144,7 @@ class Engine:
         for part in parts:
             part.scorer.check(self.policy)
             part.scorer.move(self.policy.device)
-        self.parts = parts
+        self.scorer, self.parts = scorer, parts
         self._layers = tuple(sorted({layer for part in parts for layer in part.scorer.layers}))
         self._decoder.layers = self._layers
         self._decoder.captured.clear()
@@ -167,6 +171,7 @@ class Engine:
         on stderr after two seconds; None shows it on a terminal only.
         """
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
+        strategy, sampling = self._settled(prompts, strategy, sampling)
         requests = self._requests(prompts, sampling)
         results: dict[int, Result] = {}
         hide = None if progress is None else not progress
@@ -182,8 +187,72 @@ class Engine:
         self, prompt: str, strategy: Strategy | None = None, sampling: SamplingParams | None = None
     ) -> Iterator[Event]:
         """One event for each committed token (base policy, Tokenwise) or block; the last has the result."""
+        strategy, sampling = self._settled([prompt], strategy, sampling)
         requests = self._requests([prompt], sampling)
         return self._events(requests[0], self._run(requests, strategy or BASE))
+
+    def calibrate(
+        self,
+        prompts: Sequence[str],
+        kl_budget: float,
+        sampling: SamplingParams | Sequence[SamplingParams] | None = None,
+        progress: bool | None = None,
+    ) -> Tokenwise:
+        """Tokenwise with the λ whose KL, averaged over these prompts and seeds, is kl_budget nats within 1 %.
+
+        Decodes all prompts several times, from the same seeds. The fewer they are, the larger the steps in which
+        their mean can move: where none falls within 1 %, the nearest is taken, with a warning that says what it is.
+        """
+        sampling = self._seeded(prompts, sampling)
+        wanted = math.sqrt(Tokenwise(kl_budget=kl_budget).kl_budget or 0)
+        weight, low, high = 1.0, 0.0, math.inf
+        best, gap = 0.0, math.inf
+        for _ in range(CALIBRATION_RUNS):
+            results = self.generate(prompts, Tokenwise(weight), sampling, progress)
+            # The square root of the KL is nearly linear in λ.
+            root = math.sqrt(sum(r.kl for r in results) / len(results))
+            if abs(root**2 / wanted**2 - 1) < gap:
+                best, gap = weight, abs(root**2 / wanted**2 - 1)
+            if gap <= 0.01:
+                break
+            low, high = (weight, high) if root < wanted else (low, weight)
+            guess = weight * min(max(wanted / root, 0.1), 10.0) if root else 10 * weight
+            weight = guess if low < guess < high else (low + high) / 2
+        else:
+            warnings.warn(
+                f"no λ spends {kl_budget:g} nats on these {len(prompts)} prompts: {best:.4g} comes nearest, "
+                f"{100 * gap:.1f} % off; give more prompts, or a budget that the scorer can spend",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+        return Tokenwise(best)
+
+    def _settled(
+        self, prompts: list[str], strategy: Strategy | None, sampling: SamplingParams | Sequence[SamplingParams] | None
+    ) -> tuple[Strategy, SamplingParams | Sequence[SamplingParams] | None]:
+        """A strategy that can be run as it is: a budget for whole sequences becomes a weight."""
+        if not isinstance(strategy, Tokenwise) or strategy.kl_budget is None:
+            return strategy or BASE, sampling
+        sampling = self._seeded(prompts, sampling)
+        for p in sampling:
+            if p.temperature == 0 or p.top_k or p.top_p < 1 or p.min_p:
+                raise InputError("Tokenwise: kl_budget needs a temperature above 0, and no top_k, top_p or min_p")
+        if strategy.per == "sequence" and prompts:
+            strategy = self.calibrate(prompts, strategy.kl_budget, sampling)
+        return strategy, sampling
+
+    @staticmethod
+    def _seeded(
+        prompts: Sequence[str], sampling: SamplingParams | Sequence[SamplingParams] | None
+    ) -> list[SamplingParams]:
+        """One SamplingParams for each prompt, every one with a seed."""
+        if sampling is None or isinstance(sampling, SamplingParams):
+            params = [sampling or SamplingParams()] * len(prompts)
+        else:
+            params = list(sampling)
+            if len(params) != len(prompts):
+                raise InputError(f"{len(prompts)} prompts but {len(params)} SamplingParams: give one, or one for each")
+        return [p if p.seed is not None else replace(p, seed=secrets.randbits(63)) for p in params]
 
     def _events(self, request: _Request, commits: Iterator[_Commit]) -> Iterator[Event]:
         """Commits with their new text; a character that is not whole yet waits for the next one."""
@@ -218,18 +287,12 @@ class Engine:
     def _requests(
         self, prompts: list[str], sampling: SamplingParams | Sequence[SamplingParams] | None
     ) -> list[_Request]:
-        if sampling is None or isinstance(sampling, SamplingParams):
-            params = [sampling or SamplingParams()] * len(prompts)
-        else:
-            params = list(sampling)
-            if len(params) != len(prompts):
-                raise InputError(f"{len(prompts)} prompts but {len(params)} SamplingParams: give one, or one for each")
         requests = []
-        for i, (prompt, p) in enumerate(zip(prompts, params, strict=True)):
+        for i, (prompt, p) in enumerate(zip(prompts, self._seeded(prompts, sampling), strict=True)):
             ids = self.encode(prompt, f"prompt {i}")
             room = p.max_tokens if self.context is None else min(p.max_tokens, self.context - len(ids))
-            seed = secrets.randbits(63) if p.seed is None else p.seed
-            requests.append(_Request(i, prompt, ids, p, _mix(seed, ids), room, seed))
+            assert p.seed is not None
+            requests.append(_Request(i, prompt, ids, p, _mix(p.seed, ids), room, p.seed))
         return requests
 
     def _check(self, strategy: Strategy) -> None:
@@ -239,7 +302,7 @@ class Engine:
             if strategy.weight == 0:
                 return
             for part in self.parts:
-                if not part.scorer.scores_tokens:
+                if part.weight and not part.scorer.scores_tokens:
                     raise InputError(
                         f"Tokenwise needs scorers that score every next token; {part.name!r} scores whole prefixes "
                         "only: use a prefix scorer, or Blockwise or BestOfK"
@@ -301,8 +364,10 @@ class Engine:
         # k = 1 is the base policy whatever the strategy: token by token, so that it matches to the bit.
         longest = max(row.room for row in rows)
         steps = 1 if k == 1 else min(longest, strategy.block_tokens or longest)
-        weight = strategy.weight if isinstance(strategy, Tokenwise) else 0.0
-        tilt = [(weight * part.weight, part) for part in self.parts] if weight else []
+        tilt = Tilt()
+        if isinstance(strategy, Tokenwise) and strategy.weight:
+            parts = [(strategy.weight * part.weight, part) for part in self.parts if part.weight]
+            tilt = Tilt(parts, strategy.kl_budget)
         tail = propose(self._decoder, rows, steps, self.eos, tilt, tick)
         for i, step in tail.bad.items():
             request = live[i // k]

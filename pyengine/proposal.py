@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from pyengine import ops
+from pyengine import ledger, ops
 from pyengine.decoder import BranchingDecoder, Decoder, Frontier, Planted, power_of_two
 from pyengine.errors import first_line
 from pyengine.ops import TiltSample
@@ -22,6 +22,26 @@ from pyengine.results import FinishReason, SamplingParams
 from pyengine.scorers import Hidden, Part
 
 log = logging.getLogger("pyengine")
+
+
+class Tilt(NamedTuple):
+    """Prefix scorers with their weights λ; with a budget, λ is solved for anew at every token, in their proportions."""
+
+    parts: Sequence[tuple[float, Part]] = ()
+    budget: float | None = None  # nats a token
+
+    def values(self, hidden: Hidden) -> Tensor | None:
+        """V of every next token, [R, N, V]."""
+        return torch.stack([part.scorer.values(hidden) for _, part in self.parts]) if self.parts else None
+
+    def weights(
+        self, logits: Tensor, values: Tensor | None, given: Tensor | None, temperature: Tensor
+    ) -> Tensor | None:
+        """λ as `tilt_sample` takes it, from the `given` weights [R]: those, or a row for each of the logits'."""
+        if self.budget is None or values is None or given is None:
+            return given
+        total = torch.einsum("r,rnv->nv", given, values.float())
+        return ledger.solve_weight(logits, total, self.budget, temperature)[:, None] * given
 
 
 class Row(NamedTuple):
@@ -54,16 +74,16 @@ def propose(
     rows: Sequence[Row],
     steps: int,
     eos: Collection[int],
-    tilt: Sequence[tuple[float, Part]],
+    tilt: Tilt,
     tick: Callable[[], object],
 ) -> Tail:
-    """Fork the decoder and draw up to `steps` tokens for each row; `tilt` are prefix scorers with their weights."""
+    """Fork the decoder and draw up to `steps` tokens for each row."""
     frontier, n = decoder.fork(), len(rows)
     if isinstance(decoder, BranchingDecoder) and decoder.waits:
         return _replayed(decoder, frontier, rows, steps, eos, tilt, tick)
     device = frontier.logits.device
     columns = _columns(rows, device)
-    weights = torch.tensor([weight for weight, _ in tilt], device=device) if tilt else None
+    given = torch.tensor([weight for weight, _ in tilt.parts], device=device) if tilt.parts else None
     ends = torch.tensor(sorted(eos), dtype=torch.long, device=device)
     room = torch.tensor([row.room for row in rows], device=device)
 
@@ -75,7 +95,8 @@ def propose(
     for step in range(steps):
         tick()
         before = frontier.hidden
-        values = torch.stack([part.scorer.values(before) for _, part in tilt]) if tilt else None
+        values = tilt.values(before)
+        weights = tilt.weights(frontier.logits, values, given, columns["temperature"])
         drawn.append((slots, ops.tilt_sample(frontier.logits, values, weights, **columns)))
         token = drawn[-1][1].token
         going = alive & ~torch.isin(token, ends) & (step + 1 < room[slots])
@@ -123,17 +144,18 @@ def _replayed(
     rows: Sequence[Row],
     steps: int,
     eos: Collection[int],
-    tilt: Sequence[tuple[float, Part]],
+    tilt: Tilt,
     tick: Callable[[], object],
 ) -> Tail:
     """The block where reading would hold the device up: one captured step, replayed; rows that have ended go on."""
     planted, n = decoder.planted, len(rows)
     assert planted is not None
-    key = (id(planted), decoder.layers, tuple(id(part.scorer) for _, part in tilt), tuple(eos), power_of_two(steps))
+    scorers = tuple(id(part.scorer) for _, part in tilt.parts)
+    key = (id(planted), decoder.layers, scorers, tilt.budget, tuple(eos), power_of_two(steps))
     if key not in decoder.captured:
         decoder.captured[key] = Loop(decoder, planted, frontier, power_of_two(steps), eos, tilt)
     loop: Loop = decoder.captured[key]
-    loop.start(frontier, rows, [weight for weight, _ in tilt])
+    loop.start(frontier, rows, [weight for weight, _ in tilt.parts])
     for _ in range(steps):
         tick()
         loop()
@@ -160,11 +182,11 @@ class Loop:
         frontier: Frontier,
         steps: int,
         eos: Collection[int],
-        tilt: Sequence[tuple[float, Part]],
+        tilt: Tilt,
     ) -> None:
         n, device = len(planted.positions), frontier.logits.device
         self.decoder, self.planted, self.tilt = decoder, planted, tilt
-        self.weights = torch.zeros(len(tilt), device=device) if tilt else None
+        self.weights = torch.zeros(len(tilt.parts), device=device) if tilt.parts else None
         self.ends = torch.tensor(sorted(eos), dtype=torch.long, device=device)
         self.logits = frontier.logits.new_zeros(n, frontier.logits.shape[1])
         self.hidden: Hidden = {layer: h.new_zeros(n, h.shape[1]) for layer, h in frontier.hidden.items()}
@@ -216,8 +238,9 @@ class Loop:
 
     def step(self) -> None:
         """Draw, record, append; everything stays on the device."""
-        values = torch.stack([part.scorer.values(self.hidden) for _, part in self.tilt]) if self.tilt else None
-        drawn = ops.tilt_sample(self.logits, values, self.weights, **self.columns)
+        values = self.tilt.values(self.hidden)
+        weights = self.tilt.weights(self.logits, values, self.weights, self.columns["temperature"])
+        drawn = ops.tilt_sample(self.logits, values, weights, **self.columns)
         for to, x in zip(self.record, drawn, strict=True):
             to.index_copy_(0, self.at, x[None])
         frontier = self.decoder.step(drawn.token, self.planted)

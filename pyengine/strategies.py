@@ -19,14 +19,27 @@ class Tokenwise:
     """Tilt every token: softmax(logits / T + weight * V) (Controlled Decoding, Eq. 6).
 
     weight is λ in 1 / (unit of the reward); 0 is the base policy. Needs a prefix scorer. Its KL is exact.
+
+    kl_budget, in nats, solves for λ instead: per="token" at every token, so that each costs the budget (or as much of
+    it as the token's values can spend); per="sequence" once for all prompts of a call, so that their mean KL is the
+    budget within 1 % (`Engine.calibrate`). It needs a temperature above 0 and no filters, whose KL no λ undoes.
     """
 
     weight: float = 1.0
+    kl_budget: float | None = None
+    per: Literal["token", "sequence"] = "token"
     k: ClassVar[int] = 1
     block_tokens: ClassVar[int] = 1
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "weight", real(self.weight, "Tokenwise: weight"))
+        if self.per not in ("token", "sequence"):
+            raise InputError(f'Tokenwise: per must be "token" or "sequence", got {self.per!r}')
+        if self.kl_budget is not None:
+            if self.weight != 1:
+                raise InputError("Tokenwise: give weight or kl_budget, not both")
+            if real(self.kl_budget, "Tokenwise: kl_budget") <= 0:
+                raise InputError(f"Tokenwise: kl_budget must be positive, got {self.kl_budget}; weight=0 is the base")
 
 
 @dataclass(frozen=True)

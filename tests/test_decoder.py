@@ -153,7 +153,7 @@ def test_a_shared_system_prompt_is_prefilled_once(model_dirs):
     torch.testing.assert_close(recompute.prefill([mine.ids, yours.ids]).logits, both.logits[::2], atol=2e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["llama", "gemma3", "gpt_oss"])
+@pytest.mark.parametrize("name", ["llama", "gemma3", "gpt-oss"])
 @torch.inference_mode()
 def test_a_long_prompt_is_read_in_several_passes(model_dirs, name, monkeypatch):
     """Its first page is shared, and windows begin in an earlier pass than they end in."""

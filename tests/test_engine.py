@@ -127,6 +127,30 @@ def test_log_probabilities_and_tokenwise_kl_are_the_models_own(engine):
 
 
 @torch.inference_mode()
+@pytest.mark.parametrize("captured", [False, True])
+def test_a_budget_for_each_token_is_spent(engine, monkeypatch, captured):
+    """Two scorers in their proportions; the same where a step is replayed."""
+    one, two = random_prefix_scorer(engine), random_prefix_scorer(engine, 1)
+    engine.set_scorer([(1.0, one), (-0.5, two), (0.0, count_the)])
+    monkeypatch.setattr(engine._decoder, "waits", captured)
+    sampling = SamplingParams(max_tokens=20, temperature=0.9, seed=3)
+    for result in engine.generate(PROMPTS, Tokenwise(kl_budget=0.05), sampling):
+        assert result.kl_kind == "exact"
+        assert result.kl == pytest.approx(0.05 * len(result.tokens), rel=0.01)
+        assert set(result.rewards) == {"prefix0", "prefix1", "count_the"}
+
+
+def test_a_budget_for_the_sequence_is_spent_on_average(engine):
+    engine.set_scorer(random_prefix_scorer(engine))
+    prompts, sampling = PROMPTS * 8, [SamplingParams(max_tokens=16, seed=i) for i in range(32)]
+    results = engine.generate(prompts, Tokenwise(kl_budget=1.5, per="sequence"), sampling)
+    assert sum(r.kl for r in results) / 32 == pytest.approx(1.5, rel=0.01)
+    found = engine.calibrate(prompts, 1.5, sampling)
+    assert engine.generate(prompts, found, sampling) == results
+    with pytest.warns(RuntimeWarning, match="comes nearest"):
+        engine.calibrate(PROMPTS[:1], 200.0, SamplingParams(max_tokens=2, seed=0))
+
+
 def test_probe_scores_the_hidden_state_at_the_last_token_of_every_candidate(engine):
     torch.manual_seed(0)
     probe = Probe(engine.policy.hidden_size, layer=1)
@@ -190,7 +214,7 @@ def test_a_step_that_cannot_be_captured_runs_as_it_is(engine, monkeypatch, caplo
     monkeypatch.setattr(torch.cuda, "current_stream", lambda: "mine")
     monkeypatch.setattr(torch.cuda, "set_stream", streams.append)
     monkeypatch.setattr(torch.cuda, "CUDAGraph", object)
-    monkeypatch.setattr(torch.cuda, "graph", lambda graph: refuse())
+    monkeypatch.setattr(torch.cuda, "graph", lambda graph, pool: refuse())
     found = engine.generate("Review of the Harbour, a bakery:", strategy, sampling)[0]
     assert found.tokens == want.tokens
     assert caplog.text.count("cannot be captured in a CUDA graph (operation not permitted") == 1
@@ -476,6 +500,12 @@ class TestBadInput:
     def test_strategy_without_scorer(self, engine, strategy):
         with pytest.raises(InputError, match="needs a scorer"):
             engine.generate("a", strategy)
+
+    @pytest.mark.parametrize("change", [{"temperature": 0.0}, {"top_k": 5}, {"top_p": 0.9}, {"min_p": 0.1}])
+    def test_a_budget_that_something_else_spends(self, engine, change):
+        engine.set_scorer(random_prefix_scorer(engine))
+        with pytest.raises(InputError, match="kl_budget needs a temperature above 0, and no top_k"):
+            engine.generate(PROMPTS, Tokenwise(kl_budget=0.1), SamplingParams(**change))
 
     def test_tokenwise_with_a_scorer_of_whole_prefixes(self, engine):
         engine.set_scorer([(1.0, pyengine.embedded("prefix")), (1.0, pyengine.embedded("probe"))])

@@ -109,8 +109,10 @@ def test_two_calls_and_their_merge_equal_the_reference(monkeypatch, tokens, opti
     """A prompt without a prefix is among them: flash-attn's LSE of no keys is +inf (flash-attention#978)."""
     monkeypatch.setitem(sys.modules, "flash_attn", Double("flash_attn"))
     query, stores, tree, key, value = problem(tokens)
-    own = tuple(store.clone() for store in stores)
-    want = reference.tree_attention(query, *own, tree, key=key, value=value, **options)
+    own, new = tuple(store.clone() for store in stores), slice(7 - tokens, 7)
+    for store, x in zip(own[2:], (key, value), strict=True):
+        store[tree.slot.long(), :, new] = x.transpose(1, 2)
+    want = reference.tree_attention(query, *own, tree, **options)
     scale, softcap, sinks = options.get("scale", 32**-0.5), options.get("softcap", 0.0), options.get("sinks")
     assert flash.serves(query, 256, 0)
     found = flash.tree_attention(query, key, value, stores, tree, scale, softcap, sinks)
@@ -153,6 +155,8 @@ def test_asking_for_what_is_not_there_is_an_error(asked, word):
         "importlib.util.find_spec = lambda name, *a: None if name == 'flash_attn' else find(name, *a)\n"
         "from pyengine import ops"
     )
-    ran = subprocess.run([sys.executable, "-c", code], env={"PYENGINE_ATTENTION": asked}, capture_output=True, text=True)
+    ran = subprocess.run(
+        [sys.executable, "-c", code], env={"PYENGINE_ATTENTION": asked}, capture_output=True, text=True
+    )
     assert ran.returncode != 0
     assert word in ran.stderr

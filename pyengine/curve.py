@@ -1,0 +1,170 @@
+"""Reward against KL: how much each strategy wins for what it costs, as numbers and as a picture."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+from tqdm import tqdm
+
+from pyengine import ledger
+from pyengine.engine import Engine
+from pyengine.errors import InputError
+from pyengine.results import SamplingParams
+from pyengine.scorers import ScorerLike
+from pyengine.strategies import BASE, Blockwise, Strategy, Tokenwise
+
+COLOURS = {"base": "#7a7a7a", "tokenwise": "#1b6ca8", "blockwise": "#c8553d", "best-of-K": "#4f8f4f"}
+
+
+@dataclass(frozen=True)
+class Point:
+    """One strategy over all prompts.
+
+    reward: mean; gain: over the base policy, with its standard error over prompts; normalised: the gain in standard
+    deviations of the base's reward. win, tie: against the base's responses to the same prompts. kl: mean, in nats;
+    of a "bound", the mean of the bounds.
+    """
+
+    strategy: str
+    setting: str
+    reward: float
+    gain: float
+    error: float
+    normalised: float
+    win: float
+    tie: float
+    kl: float
+    kl_kind: Literal["exact", "bound"]
+    tokens_per_second: float
+
+
+def label(strategy: Strategy) -> tuple[str, str]:
+    """(family, setting), as tables and pictures name them."""
+    if strategy == BASE:
+        return "base", ""
+    if isinstance(strategy, Tokenwise):
+        budget = f"{strategy.kl_budget:g} nats a {strategy.per}" if strategy.kl_budget else f"λ={strategy.weight:g}"
+        return "tokenwise", budget
+    soft = "" if strategy.beta is None else f", β={strategy.beta:g}"
+    if isinstance(strategy, Blockwise):
+        return "blockwise", f"K={strategy.k}, M={strategy.block_tokens}{soft}"
+    return "best-of-K", f"K={strategy.k}{soft}"
+
+
+def measure(
+    engine: Engine,
+    prompts: Sequence[str],
+    plans: Sequence[tuple[Strategy, ScorerLike]],
+    reward: ScorerLike | None = None,
+    sampling: SamplingParams | Sequence[SamplingParams] | None = None,
+    progress: bool | None = None,
+) -> list[Point]:
+    """The base policy first, then a point for each (strategy, the scorer that it follows), from the same seeds.
+
+    reward: what is measured, where that is not what is followed: the true reward beside a learned scorer. The
+    engine's scorer is restored at the end.
+    """
+    if not plans:
+        raise InputError("a curve needs at least one strategy")
+    if not prompts:
+        raise InputError("a curve needs prompts")
+    given = [sampling or SamplingParams()] * len(prompts) if not isinstance(sampling, Sequence) else list(sampling)
+    # The base draws from seeds of its own: best-of-K has the base's response to a seed among its candidates, and
+    # would tie with it where an independent one may win.
+    apart = [p if p.seed is None else dataclasses.replace(p, seed=p.seed ^ 1 << 40) for p in given]
+    before = engine.scorer
+    everything = [(BASE, plans[0][1]), *plans]
+    points, base_rewards = [], list[float]()
+    hide = None if progress is None else not progress
+    try:
+        for strategy, scorer in tqdm(everything, unit="strategy", disable=hide, leave=False):
+            engine.set_scorer([(1.0, scorer)] if reward is None else [(1.0, scorer), (0.0, reward)])
+            start = time.perf_counter()
+            results = engine.generate(prompts, strategy, apart if strategy == BASE else given, progress=False)
+            seconds = time.perf_counter() - start
+            measured = engine.parts[-1].name
+            rewards = [r.rewards[measured] if reward is not None else r.reward or 0.0 for r in results]
+            base_rewards = base_rewards or rewards
+            gain, wins = ledger.expected_reward(rewards, base_rewards), ledger.win_rate(rewards, base_rewards)
+            points.append(
+                Point(
+                    *label(strategy),
+                    reward=gain.mean,
+                    gain=gain.gain,
+                    error=gain.error,
+                    normalised=gain.normalised,
+                    win=wins.win,
+                    tie=wins.tie,
+                    kl=sum(r.kl for r in results) / len(results),
+                    kl_kind=results[0].kl_kind,
+                    tokens_per_second=sum(len(r.tokens) for r in results) / seconds,
+                )
+            )
+    finally:
+        engine.set_scorer(before)
+    return points
+
+
+def report(points: Sequence[Point]) -> None:
+    """Print the points as a table."""
+    table = Table(box=SIMPLE_HEAD)
+    for column in ("strategy", "setting"):
+        table.add_column(column, no_wrap=True)
+    for column in ("reward", "gain", "in std", "wins", "KL, nats", "tokens/s"):
+        table.add_column(column, justify="right", no_wrap=True)
+    for p in points:
+        gained = (
+            ("", "", "")
+            if p is points[0]
+            else (f"{p.gain:+.2f} ± {p.error:.2f}", f"{p.normalised:+.2f}", f"{p.win:.0%}")
+        )
+        kl = f"{'≤ ' if p.kl_kind == 'bound' else ''}{p.kl:.2f}"
+        table.add_row(p.strategy, p.setting, f"{p.reward:+.2f}", *gained, kl, f"{p.tokens_per_second:,.0f}")
+    Console().print(table)
+
+
+def save(points: Sequence[Point], path: Path, **about: object) -> None:
+    """JSON: what it is `about`, then the points; NaN, which JSON lacks, becomes null."""
+    rows = [dataclasses.asdict(point) for point in points]
+    rows = [{k: None if isinstance(v, float) and math.isnan(v) else v for k, v in row.items()} for row in rows]
+    path.write_text(json.dumps({**about, "points": rows}, indent=1) + "\n")
+
+
+def draw(points: Sequence[Point], path: Path, title: str, unit: str = "reward") -> None:
+    """The points as a picture: filled where the KL is exact, hollow where it is an upper bound."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6.4, 4.2), dpi=150)
+    FigureCanvasAgg(figure)
+    axis = figure.subplots()
+    base = points[0]
+    for family, colour in COLOURS.items():
+        mine = sorted((p for p in points if p.strategy == family), key=lambda p: p.kl)
+        if not mine:
+            continue
+        line = mine if family == "base" else [base, *mine]
+        face = colour if mine[0].kl_kind == "exact" else "white"
+        name = family if mine[0].kl_kind == "exact" else f"{family} (KL: upper bound)"
+        axis.plot([p.kl for p in line], [p.reward for p in line], "-", color=colour, alpha=0.6)
+        x, y, spread = ([getattr(p, field) for p in mine] for field in ("kl", "reward", "error"))
+        axis.errorbar(x, y, spread, fmt="o", color=colour, markerfacecolor=face, label=name, capsize=2)
+        for p in mine:
+            axis.annotate(p.setting, (p.kl, p.reward), xytext=(4, -9), textcoords="offset points", fontsize=6)
+    axis.set_xlabel("KL from the base policy, nats a response")
+    axis.set_ylabel(unit)
+    axis.set_title(title, fontsize=9)
+    axis.grid(alpha=0.3)
+    axis.legend(frameon=False, fontsize=8)
+    figure.tight_layout()
+    figure.savefig(path)
