@@ -118,8 +118,7 @@ def measure(
 def report(points: Sequence[Point]) -> None:
     """Print the points as a table."""
     table = Table(box=SIMPLE_HEAD)
-    for column in ("strategy", "setting"):
-        table.add_column(column, no_wrap=True)
+    table.add_column("strategy", no_wrap=True)
     for column in ("reward", "gain", "in std", "wins", "KL, nats", "tokens/s"):
         table.add_column(column, justify="right", no_wrap=True)
     for p in points:
@@ -129,7 +128,7 @@ def report(points: Sequence[Point]) -> None:
             else (f"{p.gain:+.2f} ± {p.error:.2f}", f"{p.normalised:+.2f}", f"{p.win:.0%}")
         )
         kl = f"{'≤ ' if p.kl_kind == 'bound' else ''}{p.kl:.2f}"
-        table.add_row(p.strategy, p.setting, f"{p.reward:+.2f}", *gained, kl, f"{p.tokens_per_second:,.0f}")
+        table.add_row(f"{p.strategy} {p.setting}", f"{p.reward:+.2f}", *gained, kl, f"{p.tokens_per_second:,.0f}")
     Console().print(table)
 
 

@@ -176,7 +176,7 @@ class Engine:
         results: dict[int, Result] = {}
         hide = None if progress is None else not progress
         bar = tqdm(total=len(prompts), unit="prompt", delay=2, disable=hide, leave=False)
-        with bar, closing(self._run(requests, strategy or BASE, tick=lambda: bar.update(0))) as commits:
+        with bar, closing(self._run(requests, strategy, tick=lambda: bar.update(0))) as commits:
             for index, _, result in commits:
                 if result is not None:
                     results[index] = result
@@ -187,9 +187,9 @@ class Engine:
         self, prompt: str, strategy: Strategy | None = None, sampling: SamplingParams | None = None
     ) -> Iterator[Event]:
         """One event for each committed token (base policy, Tokenwise) or block; the last has the result."""
-        strategy, sampling = self._settled([prompt], strategy, sampling)
-        requests = self._requests([prompt], sampling)
-        return self._events(requests[0], self._run(requests, strategy or BASE))
+        strategy, params = self._settled([prompt], strategy, sampling)
+        requests = self._requests([prompt], params)
+        return self._events(requests[0], self._run(requests, strategy))
 
     def calibrate(
         self,

@@ -288,7 +288,7 @@ def _tree_attention_gpu(query: Tensor, key: Tensor | None, value: Tensor | None,
     stores, tree, (scale, window, softcap, sinks) = rest[:4], Tree(*rest[4:9]), rest[9:]
     if ATTENTION == "flash" and flash.serves(query, page, window):
         launched(OP, "flash")
-        return flash.tree_attention(*unit_strides(query, key, value), stores, tree, scale, softcap, sinks)
+        return flash.tree_attention(query, key, value, stores, tree, scale, softcap, sinks)
     if kernels is None or page % TILE:
         return _by_sdpa(query, key, value, stores, tree, scale, window, softcap, sinks)
     launched(OP, "triton")
