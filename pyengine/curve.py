@@ -117,7 +117,7 @@ def measure(
 
 def report(points: Sequence[Point]) -> None:
     """Print the points as a table."""
-    table = Table(box=SIMPLE_HEAD)
+    table = Table(box=SIMPLE_HEAD, padding=(0, 1), pad_edge=False)
     table.add_column("strategy", no_wrap=True)
     for column in ("reward", "gain", "in std", "wins", "KL, nats", "tokens/s"):
         table.add_column(column, justify="right", no_wrap=True)

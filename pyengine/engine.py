@@ -9,49 +9,27 @@ import warnings
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import ExitStack, closing
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM
 
-from pyengine import ledger, ops
+from pyengine import ledger
 from pyengine.checkpoint import load_checkpoint
 from pyengine.decoder import Prompt
 from pyengine.errors import InputError, first_line, real
 from pyengine.fallback import choose_decoder
 from pyengine.proposal import Row, Tail, Tilt, propose
-from pyengine.reader import Reader, reader_of
-from pyengine.results import Block, Candidate, Event, FinishReason, Result, SamplingParams
-from pyengine.scorers import Candidates, Part, Policy, Scorer, ScorerLike, parts_of
+from pyengine.results import Event, Result, SamplingParams
+from pyengine.scorers import Part, Policy, ScorerLike, parts_of
+from pyengine.selection import Judge, Request
 from pyengine.strategies import BASE, BestOfK, Blockwise, Strategy, Tokenwise
 
 CALIBRATION_RUNS = 12  # decodes at most; 3 to 5 are usual
-
-
-@dataclass
-class _Request:
-    """One prompt on its way; the lists grow with every commit."""
-
-    index: int
-    prompt: str
-    prompt_ids: list[int]
-    params: SamplingParams
-    seed: int
-    limit: int  # most new tokens that max_tokens and the context allow
-    given_seed: int  # `seed` is this one mixed with the prompt
-    tokens: list[int] = field(default_factory=list)
-    logp_base: list[float] = field(default_factory=list)
-    logp_policy: list[float] = field(default_factory=list)
-    kl_tokens: float = 0.0  # exact KL of the proposals along the response
-    blocks: list[Block] = field(default_factory=list)
-    committed: int = 0  # blocks
-    scores: list[float] | None = None  # of the whole response, one for each part of the scorer
-    finish_reason: FinishReason | None = None
 
 
 _Tick = Callable[[], object]
@@ -102,11 +80,9 @@ class Engine:
         self.eos = frozenset(eos if isinstance(eos, list) else [] if eos is None else [eos])
         self._busy = False
         self.scorer: ScorerLike | None = None
-        self.parts: list[Part] = []
-        self._reader_of: dict[Scorer, Reader | None] = {}
-        self._readers: dict[int, Reader] = {}  # of the parts whose scorers have one
-        self._budget = None if cache_gb is None else 1e9 * real(cache_gb, "Engine: cache_gb", 0)
-        self._decoder = choose_decoder(model, (), max_rows, self._budget)
+        budget = None if cache_gb is None else 1e9 * real(cache_gb, "Engine: cache_gb", 0)
+        self._decoder = choose_decoder(model, (), max_rows, budget)
+        self._judge = Judge(self.policy, tokenizer, self.eos, max_rows, budget)
         self.set_scorer(scorer)
 
     @classmethod
@@ -140,23 +116,15 @@ class Engine:
         """Follow another scorer from now on; None follows none."""
         if self._busy:
             raise InputError("this engine is decoding: end or close the stream that is open before changing its scorer")
-        parts = parts_of(scorer)
-        for part in parts:
-            part.scorer.check(self.policy)
-            part.scorer.move(self.policy.device)
-        self.scorer, self.parts = scorer, parts
-        self._layers = tuple(sorted({layer for part in parts for layer in part.scorer.layers}))
-        self._decoder.layers = self._layers
+        self._judge.follow(parts_of(scorer))
+        self.scorer = scorer
+        self._decoder.layers = tuple(sorted({layer for part in self.parts for layer in part.scorer.layers}))
         self._decoder.captured.clear()
-        # One reader for each scorer, kept as long as the scorer is; the memory of the others goes before any is made.
-        kept = {part.scorer: self._reader_of[part.scorer] for part in parts if part.scorer in self._reader_of}
-        self._reader_of, self._readers = kept, {}
-        for i, part in enumerate(parts):
-            if part.scorer not in kept:
-                kept[part.scorer] = reader_of(part.scorer, self.tokenizer, self.max_rows, self._budget)
-            reader = kept[part.scorer]
-            if reader is not None:
-                self._readers[i] = reader
+
+    @property
+    def parts(self) -> list[Part]:
+        """The scorer that is followed, as its weighted parts."""
+        return self._judge.parts
 
     def generate(
         self,
@@ -254,13 +222,13 @@ class Engine:
                 raise InputError(f"{len(prompts)} prompts but {len(params)} SamplingParams: give one, or one for each")
         return [p if p.seed is not None else replace(p, seed=secrets.randbits(63)) for p in params]
 
-    def _events(self, request: _Request, commits: Iterator[_Commit]) -> Iterator[Event]:
+    def _events(self, request: Request, commits: Iterator[_Commit]) -> Iterator[Event]:
         """Commits with their new text; a character that is not whole yet waits for the next one."""
         tokens: list[int] = []
         shown = 0
         for _, new, result in commits:
             tokens += new
-            text = self._texts([request.prompt_ids], [tokens])[0]
+            text = self._judge.texts([request.prompt_ids], [tokens])[0]
             if result is None:
                 text = text.rstrip("\ufffd")
             fresh, shown = text[shown:], max(shown, len(text))
@@ -286,13 +254,13 @@ class Engine:
 
     def _requests(
         self, prompts: list[str], sampling: SamplingParams | Sequence[SamplingParams] | None
-    ) -> list[_Request]:
+    ) -> list[Request]:
         requests = []
         for i, (prompt, p) in enumerate(zip(prompts, self._seeded(prompts, sampling), strict=True)):
             ids = self.encode(prompt, f"prompt {i}")
             room = p.max_tokens if self.context is None else min(p.max_tokens, self.context - len(ids))
             assert p.seed is not None
-            requests.append(_Request(i, prompt, ids, p, _mix(p.seed, ids), room, p.seed))
+            requests.append(Request(i, prompt, ids, p, _mix(p.seed, ids), room, p.seed))
         return requests
 
     def _check(self, strategy: Strategy) -> None:
@@ -310,21 +278,21 @@ class Engine:
         if not self.parts and (strategy.k > 1 or isinstance(strategy, Tokenwise)):
             raise InputError(f"{strategy} needs a scorer: Engine.from_pretrained(..., scorer=...)")
 
-    def _run(self, requests: list[_Request], strategy: Strategy, tick: _Tick = int) -> Generator[_Commit, None, None]:
+    def _run(self, requests: list[Request], strategy: Strategy, tick: _Tick = int) -> Generator[_Commit, None, None]:
         """Commits of all requests as they are made; `tick` is called for every token of a block."""
         self._check(strategy)
         return self._decode(deque(requests), strategy, tick)
 
     @torch.inference_mode()
-    def _decode(self, waiting: deque[_Request], strategy: Strategy, tick: _Tick) -> Generator[_Commit, None, None]:
+    def _decode(self, waiting: deque[Request], strategy: Strategy, tick: _Tick) -> Generator[_Commit, None, None]:
         """The loop: waiting prompts join, every prefix forks into k branches, one of them is committed."""
         if self._busy:
             raise InputError("this engine is decoding: end or close the stream that is open before another call")
         if not waiting:
             return
-        k, live = strategy.k, list[_Request]()
+        k, live = strategy.k, list[Request]()
         # Reward models with a cache of their own follow the base model block by block; for k = 1 nothing is selected.
-        decoders = [self._decoder, *(dict.fromkeys(self._readers.values()) if k > 1 else ())]
+        decoders = [self._decoder, *(dict.fromkeys(self._judge.readers.values()) if k > 1 else ())]
         longest = max(r.limit for r in waiting)
         whole = strategy.block_tokens is None and k > 1  # nothing is ever committed to a prefix
         room = 1 if k == 1 else min(strategy.block_tokens or longest, longest)
@@ -342,8 +310,8 @@ class Engine:
                         decoder.join(prompts[: len(joining)])
                     live += joining
                 tail = self._propose(live, strategy, tick)
-                winners = [i * k + c for i, c in enumerate(self._select(tail, live, strategy))]
-                self._score_ended(tail, live, winners, k)
+                winners = [i * k + c for i, c in enumerate(self._judge.select(tail, live, strategy))]
+                self._judge.score_ended(tail, live, winners, k)
                 commits = [self._commit(r, tail, row, strategy) for r, row in zip(live, winners, strict=True)]
                 on = [i for i, r in enumerate(live) if r.finish_reason is None]
                 live = [live[i] for i in on]
@@ -353,7 +321,7 @@ class Engine:
                     decoder.commit(torch.tensor(rows, dtype=torch.long, device=self.policy.device))
                 yield from commits
 
-    def _propose(self, live: list[_Request], strategy: Strategy, tick: _Tick) -> Tail:
+    def _propose(self, live: list[Request], strategy: Strategy, tick: _Tick) -> Tail:
         """Draw k branches of up to block_tokens tokens for each live request."""
         k = strategy.k
         rows = []
@@ -377,74 +345,7 @@ class Engine:
             )
         return tail
 
-    def _score(self, tail: Tail, live: list[_Request], rows: list[int], k: int) -> Tensor:
-        """Scores [len(rows), R] of the prefixes that end with the given rows of the tail."""
-        index = torch.tensor(rows, device=self.policy.device)
-        candidates = Candidates(
-            prompts=[live[row // k].prompt for row in rows],
-            tokens=[live[row // k].tokens + tail.tokens[row] for row in rows],
-            hidden={layer: h[index] for layer, h in tail.hidden.items()},
-            previous={layer: h[index] for layer, h in tail.previous.items()},
-            decode=lambda tokens: self._texts([live[row // k].prompt_ids for row in rows], tokens),
-        )
-        scores = []
-        read: dict[Reader, Tensor] = {}  # one pass for each, however often it is in the sum
-        for i, part in enumerate(self.parts):
-            reader = self._readers.get(i) if k > 1 else None
-            if reader is not None:
-                if reader not in read:
-                    spoken = [[token for token in tokens if token not in self.eos] for tokens in tail.tokens]
-                    read[reader] = reader.score(spoken)
-                found = read[reader][index]
-            else:
-                found = part.scorer.score(candidates)
-            scores.append(found.to(self.policy.device))
-        return torch.stack(scores, -1)
-
-    def _select(self, tail: Tail, live: list[_Request], strategy: Strategy) -> list[int]:
-        """The branch that each request keeps; records the block with all its candidates."""
-        k = strategy.k
-        if isinstance(strategy, Tokenwise) or k == 1:
-            return [0] * len(live)
-        device = self.policy.device
-        scores = self._score(tail, live, list(range(len(live) * k)), k).unflatten(0, (len(live), k))
-        if scores.isnan().any():
-            warnings.warn("a scorer returned NaN; such candidates rank last", RuntimeWarning, stacklevel=2)
-        picked = ops.select_block(
-            scores,
-            torch.tensor([p.weight for p in self.parts], device=device),
-            beta=strategy.beta or 0.0,
-            seed=torch.tensor([r.seed for r in live], device=device),
-            position=torch.tensor([len(r.tokens) for r in live], device=device),
-        )
-        texts = self._texts([r.prompt_ids + r.tokens for r in live for _ in range(k)], tail.tokens)
-        chosen, utility, probability = picked.index.tolist(), picked.utility.tolist(), picked.probability.tolist()
-        for i, (request, row_scores) in enumerate(zip(live, scores.tolist(), strict=True)):
-            candidates = [
-                Candidate(
-                    texts[i * k + j],
-                    tail.tokens[i * k + j],
-                    dict(zip((p.name for p in self.parts), row_scores[j], strict=True)),
-                    utility[i][j],
-                    probability[i][j],
-                    tail.finish_reason[i * k + j],
-                )
-                for j in range(k)
-            ]
-            request.blocks.append(Block(len(request.tokens), candidates, chosen[i]))
-            if tail.finish_reason[i * k + chosen[i]]:
-                request.scores = row_scores[chosen[i]]
-        return chosen
-
-    def _score_ended(self, tail: Tail, live: list[_Request], winners: list[int], k: int) -> None:
-        """Score the responses that end here and that no selection has scored (k = 1)."""
-        ended = [i for i, row in enumerate(winners) if tail.finish_reason[row] and live[i].scores is None]
-        if ended and self.parts:
-            scores = self._score(tail, live, [winners[i] for i in ended], k).tolist()
-            for i, row_scores in zip(ended, scores, strict=True):
-                live[i].scores = row_scores
-
-    def _commit(self, request: _Request, tail: Tail, row: int, strategy: Strategy) -> _Commit:
+    def _commit(self, request: Request, tail: Tail, row: int, strategy: Strategy) -> _Commit:
         """Append the winning row to the request."""
         request.tokens += tail.tokens[row]
         request.logp_base += tail.logp_base[row]
@@ -455,7 +356,7 @@ class Engine:
         result = self._result(request, strategy) if request.finish_reason else None
         return request.index, tail.tokens[row], result
 
-    def _result(self, request: _Request, strategy: Strategy) -> Result:
+    def _result(self, request: Request, strategy: Strategy) -> Result:
         assert request.finish_reason is not None
         kl, bounded = request.kl_tokens, strategy.k > 1
         if bounded:
@@ -463,7 +364,7 @@ class Engine:
         scores = request.scores or []
         return Result(
             prompt=request.prompt,
-            text=self._texts([request.prompt_ids], [request.tokens])[0],
+            text=self._judge.texts([request.prompt_ids], [request.tokens])[0],
             tokens=request.tokens,
             finish_reason=request.finish_reason,
             reward=sum(p.weight * s for p, s in zip(self.parts, scores, strict=True) if p.weight) if scores else None,
@@ -475,13 +376,6 @@ class Engine:
             seed=request.given_seed,
             blocks=request.blocks,
         )
-
-    def _texts(self, before: Sequence[Sequence[int]], tokens: Sequence[Sequence[int]]) -> list[str]:
-        """The text that `tokens` add after `before`. Decoded together: SentencePiece drops a leading space."""
-        context = [list(ids[-4:]) for ids in before]
-        both = context + [[*c, *t] for c, t in zip(context, tokens, strict=True)]
-        texts = self.tokenizer.batch_decode(both, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-        return [whole[len(start) :] for start, whole in zip(texts[: len(context)], texts[len(context) :], strict=True)]
 
 
 def _mix(seed: int, words: Sequence[int]) -> int:

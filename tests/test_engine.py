@@ -358,9 +358,8 @@ def test_stream_holds_back_broken_characters(model_dirs):
 
 def test_text_keeps_the_space_between_prompt_and_response(model_dirs, sentencepiece_tokenizer):
     """A decoder in the manner of SentencePiece drops the first space of whatever it decodes."""
-    engine = Engine.from_pretrained(model_dirs["llama"])
-    engine.tokenizer = tokenizer = sentencepiece_tokenizer
-    engine.set_scorer(count_the)
+    tokenizer = sentencepiece_tokenizer
+    engine = Engine(Engine.from_pretrained(model_dirs["llama"]).model, tokenizer, count_the)
     sampling = [SamplingParams(max_tokens=16, seed=i) for i in range(80)]
     results = engine.generate(PROMPTS * 20, Blockwise(3, 4), sampling)
     assert any(r.text.startswith(" ") for r in results)

@@ -1,0 +1,142 @@
+"""Scoring the branches of a block, and keeping one of each request."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pyengine import ops
+from pyengine.proposal import Tail
+from pyengine.reader import Reader, reader_of
+from pyengine.results import Block, Candidate, FinishReason, SamplingParams
+from pyengine.scorers import Candidates, Part, Policy, Scorer
+from pyengine.strategies import Strategy, Tokenwise
+
+
+@dataclass
+class Request:
+    """One prompt on its way; the lists grow with every commit."""
+
+    index: int
+    prompt: str
+    prompt_ids: list[int]
+    params: SamplingParams
+    seed: int
+    limit: int  # most new tokens that max_tokens and the context allow
+    given_seed: int  # `seed` is this one mixed with the prompt
+    tokens: list[int] = field(default_factory=list)
+    logp_base: list[float] = field(default_factory=list)
+    logp_policy: list[float] = field(default_factory=list)
+    kl_tokens: float = 0.0  # exact KL of the proposals along the response
+    blocks: list[Block] = field(default_factory=list)
+    committed: int = 0  # blocks
+    scores: list[float] | None = None  # of the whole response, one for each part of the scorer
+    finish_reason: FinishReason | None = None
+
+
+class Judge:
+    """What an engine follows: the weighted parts of its scorer, and readers for those with a cache of their own."""
+
+    def __init__(
+        self, policy: Policy, tokenizer: Any, eos: frozenset[int], max_rows: int, budget: float | None
+    ) -> None:
+        self._policy, self._tokenizer, self._eos = policy, tokenizer, eos
+        self._max_rows, self._budget = max_rows, budget
+        self.parts: list[Part] = []
+        self.readers: dict[int, Reader] = {}  # of the parts whose scorers have one
+        self._reader_of: dict[Scorer, Reader | None] = {}
+
+    def follow(self, parts: list[Part]) -> None:
+        """Score with these from now on; InputError, before anything changes, where one does not fit the policy."""
+        for part in parts:
+            part.scorer.check(self._policy)
+            part.scorer.move(self._policy.device)
+        self.parts = parts
+        # One reader for each scorer, kept as long as the scorer is; the memory of the others goes before any is made.
+        kept = {part.scorer: self._reader_of[part.scorer] for part in parts if part.scorer in self._reader_of}
+        self._reader_of, self.readers = kept, {}
+        for i, part in enumerate(parts):
+            if part.scorer not in kept:
+                kept[part.scorer] = reader_of(part.scorer, self._tokenizer, self._max_rows, self._budget)
+            reader = kept[part.scorer]
+            if reader is not None:
+                self.readers[i] = reader
+
+    def score(self, tail: Tail, live: list[Request], rows: list[int], k: int) -> Tensor:
+        """Scores [len(rows), R] of the prefixes that end with the given rows of the tail."""
+        index = torch.tensor(rows, device=self._policy.device)
+        candidates = Candidates(
+            prompts=[live[row // k].prompt for row in rows],
+            tokens=[live[row // k].tokens + tail.tokens[row] for row in rows],
+            hidden={layer: h[index] for layer, h in tail.hidden.items()},
+            previous={layer: h[index] for layer, h in tail.previous.items()},
+            decode=lambda tokens: self.texts([live[row // k].prompt_ids for row in rows], tokens),
+        )
+        scores = []
+        read: dict[Reader, Tensor] = {}  # one pass for each, however often it is in the sum
+        for i, part in enumerate(self.parts):
+            reader = self.readers.get(i) if k > 1 else None
+            if reader is not None:
+                if reader not in read:
+                    spoken = [[token for token in tokens if token not in self._eos] for tokens in tail.tokens]
+                    read[reader] = reader.score(spoken)
+                found = read[reader][index]
+            else:
+                found = part.scorer.score(candidates)
+            scores.append(found.to(self._policy.device))
+        return torch.stack(scores, -1)
+
+    def select(self, tail: Tail, live: list[Request], strategy: Strategy) -> list[int]:
+        """The branch that each request keeps; records the block with all its candidates."""
+        k = strategy.k
+        if isinstance(strategy, Tokenwise) or k == 1:
+            return [0] * len(live)
+        device = self._policy.device
+        scores = self.score(tail, live, list(range(len(live) * k)), k).unflatten(0, (len(live), k))
+        if scores.isnan().any():
+            warnings.warn("a scorer returned NaN; such candidates rank last", RuntimeWarning, stacklevel=2)
+        picked = ops.select_block(
+            scores,
+            torch.tensor([p.weight for p in self.parts], device=device),
+            beta=strategy.beta or 0.0,
+            seed=torch.tensor([r.seed for r in live], device=device),
+            position=torch.tensor([len(r.tokens) for r in live], device=device),
+        )
+        texts = self.texts([r.prompt_ids + r.tokens for r in live for _ in range(k)], tail.tokens)
+        chosen, utility, probability = picked.index.tolist(), picked.utility.tolist(), picked.probability.tolist()
+        for i, (request, row_scores) in enumerate(zip(live, scores.tolist(), strict=True)):
+            candidates = [
+                Candidate(
+                    texts[i * k + j],
+                    tail.tokens[i * k + j],
+                    dict(zip((p.name for p in self.parts), row_scores[j], strict=True)),
+                    utility[i][j],
+                    probability[i][j],
+                    tail.finish_reason[i * k + j],
+                )
+                for j in range(k)
+            ]
+            request.blocks.append(Block(len(request.tokens), candidates, chosen[i]))
+            if tail.finish_reason[i * k + chosen[i]]:
+                request.scores = row_scores[chosen[i]]
+        return chosen
+
+    def score_ended(self, tail: Tail, live: list[Request], winners: list[int], k: int) -> None:
+        """Score the responses that end here and that no selection has scored (k = 1)."""
+        ended = [i for i, row in enumerate(winners) if tail.finish_reason[row] and live[i].scores is None]
+        if ended and self.parts:
+            scores = self.score(tail, live, [winners[i] for i in ended], k).tolist()
+            for i, row_scores in zip(ended, scores, strict=True):
+                live[i].scores = row_scores
+
+    def texts(self, before: Sequence[Sequence[int]], tokens: Sequence[Sequence[int]]) -> list[str]:
+        """The text that `tokens` add after `before`. Decoded together: SentencePiece drops a leading space."""
+        context = [list(ids[-4:]) for ids in before]
+        both = context + [[*c, *t] for c, t in zip(context, tokens, strict=True)]
+        texts = self._tokenizer.batch_decode(both, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        return [whole[len(start) :] for start, whole in zip(texts[: len(context)], texts[len(context) :], strict=True)]
