@@ -11,7 +11,7 @@ from pyengine.errors import InputError
 if TYPE_CHECKING:
     from pyengine.engine import Engine
     from pyengine.results import Block, Candidate, Event, Result, SamplingParams
-    from pyengine.scorers import FunctionScorer, PrefixScorer, Probe, RewardModel, Scorer, load_scorer
+    from pyengine.scorers import FunctionScorer, PrefixModel, PrefixScorer, Probe, RewardModel, Scorer, load_scorer
     from pyengine.strategies import BestOfK, Blockwise, Tokenwise
 
 __version__ = "0.1.0"
@@ -25,6 +25,7 @@ _HOME = {
     "Result": "results",
     "SamplingParams": "results",
     "FunctionScorer": "scorers",
+    "PrefixModel": "scorers",
     "PrefixScorer": "scorers",
     "Probe": "scorers",
     "RewardModel": "scorers",
@@ -44,6 +45,7 @@ __all__ = [
     "Event",
     "FunctionScorer",
     "InputError",
+    "PrefixModel",
     "PrefixScorer",
     "Probe",
     "Result",

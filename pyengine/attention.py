@@ -91,6 +91,19 @@ def hooked(model: Any) -> Iterator[None]:
 
 
 @contextmanager
+def unhooked(model: Any) -> Iterator[None]:
+    """Inside `hooked`, the model is its own for as long."""
+    found = _HOOKED.get(model)
+    if found:
+        model.set_attn_implementation(found[1])
+    try:
+        yield
+    finally:
+        if found:
+            model.set_attn_implementation(NAME)
+
+
+@contextmanager
 def running(work: Pass) -> Iterator[None]:
     """Attention layers that are called inside do the work of this pass."""
     token = _PASS.set(work)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -34,3 +35,15 @@ def load_checkpoint(auto: Any, kind: str, path: str | Path, trust_remote_code: b
             f"{missing[0]!r} among them"
         )
     return model, tokenizer
+
+
+def same_tokenizer(one: Any, other: Any) -> bool:
+    """Whether two tokenizers give the same tokens; False where that cannot be told (a slow tokenizer)."""
+
+    def rules(tokenizer: Any) -> object:
+        if not getattr(tokenizer, "is_fast", False):
+            return None
+        found = json.loads(tokenizer.backend_tokenizer.to_str())
+        return {name: rule for name, rule in found.items() if name not in ("padding", "truncation")}
+
+    return rules(one) is not None and rules(one) == rules(other)

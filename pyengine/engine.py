@@ -25,7 +25,7 @@ from pyengine.errors import InputError, first_line, real
 from pyengine.fallback import choose_decoder
 from pyengine.proposal import Row, Tail, Tilt, propose
 from pyengine.results import Event, Result, SamplingParams
-from pyengine.scorers import Part, Policy, ScorerLike, parts_of
+from pyengine.scorers import Part, Policy, PrefixModel, ScorerLike, parts_of
 from pyengine.selection import Judge, Request
 from pyengine.strategies import BASE, BestOfK, Blockwise, Strategy, Tokenwise
 
@@ -68,6 +68,7 @@ class Engine:
             hidden_size=config.hidden_size,
             layers=config.num_hidden_layers + 1,
             device=model.device,
+            tokenizer=tokenizer,
         )
         if len(tokenizer) > embedding.weight.shape[0]:
             raise InputError(
@@ -275,6 +276,12 @@ class Engine:
                         f"Tokenwise needs scorers that score every next token; {part.name!r} scores whole prefixes "
                         "only: use a prefix scorer, or Blockwise or BestOfK"
                     )
+            for i, part in enumerate(self.parts):
+                if part.weight and isinstance(part.scorer, PrefixModel) and i not in self._judge.readers:
+                    raise InputError(
+                        f"Tokenwise cannot follow {part.name!r}: its model has no branching cache (see the log); use "
+                        "Blockwise or BestOfK"
+                    )
         if not self.parts and (strategy.k > 1 or isinstance(strategy, Tokenwise)):
             raise InputError(f"{strategy} needs a scorer: Engine.from_pretrained(..., scorer=...)")
 
@@ -291,8 +298,10 @@ class Engine:
         if not waiting:
             return
         k, live = strategy.k, list[Request]()
-        # Reward models with a cache of their own follow the base model block by block; for k = 1 nothing is selected.
-        decoders = [self._decoder, *(dict.fromkeys(self._judge.readers.values()) if k > 1 else ())]
+        # Scorers that are models follow the base model: block by block, or token by token where they tilt. For k = 1
+        # nothing is selected.
+        readers = self._judge.readers if k > 1 else self._tilt(strategy).beside
+        decoders = [self._decoder, *dict.fromkeys(readers.values())]
         longest = max(r.limit for r in waiting)
         whole = strategy.block_tokens is None and k > 1  # nothing is ever committed to a prefix
         room = 1 if k == 1 else min(strategy.block_tokens or longest, longest)
@@ -332,11 +341,7 @@ class Engine:
         # k = 1 is the base policy whatever the strategy: token by token, so that it matches to the bit.
         longest = max(row.room for row in rows)
         steps = 1 if k == 1 else min(longest, strategy.block_tokens or longest)
-        tilt = Tilt()
-        if isinstance(strategy, Tokenwise) and strategy.weight:
-            parts = [(strategy.weight * part.weight, part) for part in self.parts if part.weight]
-            tilt = Tilt(parts, strategy.kl_budget)
-        tail = propose(self._decoder, rows, steps, self.eos, tilt, tick)
+        tail = propose(self._decoder, rows, steps, self.eos, self._tilt(strategy), tick)
         for i, step in tail.bad.items():
             request = live[i // k]
             raise InputError(
@@ -344,6 +349,18 @@ class Engine:
                 f"token {len(request.tokens) + step}; check the checkpoint, dtype and temperature"
             )
         return tail
+
+    def _tilt(self, strategy: Strategy) -> Tilt:
+        """What a strategy does to every token."""
+        if not isinstance(strategy, Tokenwise) or not strategy.weight:
+            return Tilt()
+        followed = [(i, part) for i, part in enumerate(self.parts) if part.weight]
+        readers = self._judge.readers
+        return Tilt(
+            [(strategy.weight * part.weight, part) for _, part in followed],
+            strategy.kl_budget,
+            {j: readers[i] for j, (i, _) in enumerate(followed) if i in readers},
+        )
 
     def _commit(self, request: Request, tail: Tail, row: int, strategy: Strategy) -> _Commit:
         """Append the winning row to the request."""

@@ -7,7 +7,7 @@ reading is free, so that branches which have ended can be dropped on the way.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -24,15 +24,23 @@ from pyengine.scorers import Hidden, Part
 log = logging.getLogger("pyengine")
 
 
-class Tilt(NamedTuple):
+@dataclass(frozen=True)
+class Tilt:
     """Prefix scorers with their weights λ; with a budget, λ is solved for anew at every token, in their proportions."""
 
     parts: Sequence[tuple[float, Part]] = ()
     budget: float | None = None  # nats a token
+    beside: Mapping[int, Decoder] = field(default_factory=dict)  # of the parts that are models of their own
 
-    def values(self, hidden: Hidden) -> Tensor | None:
+    def read(self, move: Callable[[Decoder], Frontier], hidden: Hidden) -> list[Hidden]:
+        """What each part reads: the base policy's hidden states or, after a `move`, those of its own model."""
+        own = {decoder: move(decoder).hidden for decoder in dict.fromkeys(self.beside.values())}
+        return [own[self.beside[i]] if i in self.beside else hidden for i in range(len(self.parts))]
+
+    def values(self, read: Sequence[Hidden]) -> Tensor | None:
         """V of every next token, [R, N, V]."""
-        return torch.stack([part.scorer.values(hidden) for _, part in self.parts]) if self.parts else None
+        found = [part.scorer.values(hidden) for (_, part), hidden in zip(self.parts, read, strict=True)]
+        return torch.stack(found) if found else None
 
     def weights(
         self, logits: Tensor, values: Tensor | None, given: Tensor | None, temperature: Tensor
@@ -79,7 +87,7 @@ def propose(
 ) -> Tail:
     """Fork the decoder and draw up to `steps` tokens for each row."""
     frontier, n = decoder.fork(), len(rows)
-    if isinstance(decoder, BranchingDecoder) and decoder.waits:
+    if isinstance(decoder, BranchingDecoder) and decoder.waits and not tilt.beside:
         return _replayed(decoder, frontier, rows, steps, eos, tilt, tick)
     device = frontier.logits.device
     columns = _columns(rows, device)
@@ -92,10 +100,11 @@ def propose(
     drawn: list[tuple[Tensor, TiltSample]] = []
     hidden: Hidden = {}
     previous: Hidden = {}
+    read = tilt.read(lambda other: other.fork(), frontier.hidden)
     for step in range(steps):
         tick()
         before = frontier.hidden
-        values = tilt.values(before)
+        values = tilt.values(read)
         weights = tilt.weights(frontier.logits, values, given, columns["temperature"])
         drawn.append((slots, ops.tilt_sample(frontier.logits, values, weights, **columns)))
         token = drawn[-1][1].token
@@ -104,6 +113,7 @@ def propose(
         if over and not before:
             break  # nobody reads the hidden state of the last tokens
         frontier = decoder.append(token)
+        read = tilt.read(lambda other: other.append(token), frontier.hidden)
         previous, hidden = (
             _kept(old, new, slots, alive) for old, new in ((previous, before), (hidden, frontier.hidden))
         )
@@ -119,6 +129,7 @@ def propose(
         if full or 2 * int(alive.sum()) <= len(slots):
             index = alive.nonzero()[:, 0]
             frontier = decoder.keep(index)
+            read = tilt.read(lambda other: other.keep(index), frontier.hidden)
             columns = {name: column[index] for name, column in columns.items()}
             slots, alive = slots[index], alive[index]
     steps_drawn = [(here.tolist(), [x.tolist() for x in sample]) for here, sample in drawn]
@@ -238,7 +249,7 @@ class Loop:
 
     def step(self) -> None:
         """Draw, record, append; everything stays on the device."""
-        values = self.tilt.values(self.hidden)
+        values = self.tilt.values([self.hidden] * len(self.tilt.parts))
         weights = self.tilt.weights(self.logits, values, self.weights, self.columns["temperature"])
         drawn = ops.tilt_sample(self.logits, values, weights, **self.columns)
         for to, x in zip(self.record, drawn, strict=True):

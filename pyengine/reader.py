@@ -1,26 +1,52 @@
-"""A reward model that reads each prompt once: it has a branching cache of its own beside the base model's."""
+"""Scorers that are models read each prompt once: they have a branching cache of their own beside the base model's."""
 
 from __future__ import annotations
 
-import json
 import logging
+from collections.abc import Collection, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from pyengine.checkpoint import same_tokenizer
 from pyengine.decoder import PREFILL_TOKENS, BranchingDecoder, Frontier, Prompt
 from pyengine.errors import InputError, first_line
-from pyengine.scorers import RewardModel, Scorer
+from pyengine.scorers import PrefixModel, RewardModel, Scorer
 
 log = logging.getLogger("pyengine")
 
 
 class Reader(BranchingDecoder):
-    """The decoder of a causal sequence classifier; its "logits" are the score [N, 1] of each prefix.
+    """The decoder of a scorer's model. A block costs one pass over its new tokens, where reading the text anew costs
+    K times the whole prefix."""
 
-    A block costs one pass over its new tokens, where reading the text anew costs K times the whole prefix.
-    """
+    def score(self, tails: list[list[int]], eos: Collection[int] = ()) -> Tensor:
+        """fp32 [N] of each branch at its last token; all of them are extended in one pass."""
+        raise NotImplementedError
+
+    def recompute(self, ids: list[int]) -> float:
+        """The score of a sequence by the model's own forward pass, to try `score` against."""
+        raise NotImplementedError
+
+    def _extend_by(self, tails: list[list[int]]) -> Iterator[tuple[Tensor, Tensor, Frontier]]:
+        """The new tokens in passes of so many columns: (index in it of each row's last token, whether that is in
+        this pass, the frontier there). Short tails are padded; nobody looks at what follows their end."""
+        longest = max(map(len, tails))
+        device = self.model.device
+        padded = torch.tensor([tail + [0] * (longest - len(tail)) for tail in tails], dtype=torch.long, device=device)
+        last = torch.tensor([len(tail) - 1 for tail in tails], device=device)
+        some = max(1, PREFILL_TOKENS // len(tails))
+        for start in range(0, longest, some):
+            tokens = padded[:, start : start + some]
+            at = last - start
+            here = (at >= 0) & (at < tokens.shape[1])
+            at = at.clamp(0, tokens.shape[1] - 1)
+            yield at, here, self.extend(tokens, at)
+
+
+class RewardReader(Reader):
+    """A causal sequence classifier; its "logits" are the score [N, 1] of each prefix."""
 
     def __init__(self, scorer: RewardModel, max_rows: int, budget: float | None) -> None:
         super().__init__(scorer.model, (), max_rows, budget)
@@ -43,34 +69,63 @@ class Reader(BranchingDecoder):
         return Frontier(self.model.score(hidden if rows is None else hidden[rows]), {})
 
     @torch.inference_mode()
-    def score(self, tails: list[list[int]]) -> Tensor:
-        """fp32 [N] at the last token of each branch, all of them extended in one pass; an empty tail adds nothing."""
+    def score(self, tails: list[list[int]], eos: Collection[int] = ()) -> Tensor:
+        tails = [[token for token in tail if token not in eos] for tail in tails]  # as text, it is not there
         for i, tail in enumerate(tails):
             self._fits_context(self._sequences[i // self._k].length + len(tail))
-        scores = self.fork().logits
-        longest = max(map(len, tails))
-        device = self.model.device
-        padded = torch.tensor([tail + [0] * (longest - len(tail)) for tail in tails], dtype=torch.long, device=device)
-        last = torch.tensor([len(tail) - 1 for tail in tails], device=device)
-        some = max(1, PREFILL_TOKENS // len(tails))  # columns in one pass
-        for start in range(0, longest, some):
-            tokens = padded[:, start : start + some]
-            at = last - start
-            here = (at >= 0) & (at < tokens.shape[1])
-            found = self.extend(tokens, at.clamp(0, tokens.shape[1] - 1)).logits
-            scores = torch.where(here[:, None], found, scores)
+        scores = self.fork().logits  # of tails that add nothing
+        for _, here, frontier in self._extend_by(tails):
+            scores = torch.where(here[:, None], frontier.logits, scores)
         return scores[:, 0].float()
+
+    def recompute(self, ids: list[int]) -> float:
+        return self.model(input_ids=torch.tensor([ids], device=self.model.device)).logits[0, 0].item()
+
+
+class PrefixReader(Reader):
+    """A prefix model: its frontier carries the hidden states that the head reads, and no logits."""
+
+    def __init__(self, scorer: PrefixModel, max_rows: int, budget: float | None) -> None:
+        super().__init__(scorer.model, (scorer.head.layer,), max_rows, budget)
+        self.scorer, self.head, self._states = scorer, scorer.head, torch.empty(0)
+
+    def _read(self, ids: Tensor, positions: Tensor, rows: Tensor | None) -> Frontier:
+        output = self.model(input_ids=ids, position_ids=positions, use_cache=False, output_hidden_states=True)
+        self._states = output.hidden_states[self.head.layer][0]
+        states = self._states if rows is None else self._states[rows]
+        return Frontier(states[:, :0], {self.head.layer: states})
+
+    @torch.inference_mode()
+    def score(self, tails: list[list[int]], eos: Collection[int] = ()) -> Tensor:
+        """V(y^t) = Q[t-1, y_t], from the state before the last token of each branch; no tail is empty."""
+        before = self.fork().hidden[self.head.layer]
+        found = before.clone()
+        row = torch.arange(len(tails), device=before.device)
+        for at, here, _ in self._extend_by(tails):
+            states = self._states.unflatten(0, (len(tails), -1))
+            found = torch.where(here[:, None], torch.cat([before[:, None], states], 1)[row, at], found)
+            before = states[:, -1]
+        token = torch.tensor([tail[-1] for tail in tails], device=before.device)
+        return self.head.values_at(found, token).float()
+
+    def recompute(self, ids: list[int]) -> float:
+        token = torch.tensor(ids[-1:], device=self.model.device)
+        return self.head.values_at(self.scorer.states(ids[:-1])[-1:], token).item()
 
 
 def reader_of(scorer: Scorer, tokenizer: Any, max_rows: int, budget: float | None) -> Reader | None:
-    """A reader for a causal reward model that shares the base model's tokenizer; None where the text must be read.
+    """A reader for a scorer whose causal model shares the base model's tokenizer; None where text must be read.
 
     What it gives is tried against the model's own forward pass first.
     """
-    if not isinstance(scorer, RewardModel) or not _same(scorer.tokenizer, tokenizer):
-        return None
     try:
-        reader = Reader(scorer, max_rows, budget)
+        reader: Reader
+        if isinstance(scorer, PrefixModel):
+            reader = PrefixReader(scorer, max_rows, budget)
+        elif isinstance(scorer, RewardModel) and same_tokenizer(scorer.tokenizer, tokenizer):
+            reader = RewardReader(scorer, max_rows, budget)
+        else:
+            return None
         reason = _mismatch(reader)
     except Exception as error:  # noqa: BLE001 - whatever a foreign model raises, its text can still be read
         reason = first_line(error)
@@ -80,25 +135,13 @@ def reader_of(scorer: Scorer, tokenizer: Any, max_rows: int, budget: float | Non
     return None
 
 
-def _same(one: Any, other: Any) -> bool:
-    """Whether two tokenizers give the same tokens."""
-
-    def rules(tokenizer: Any) -> object:
-        if not getattr(tokenizer, "is_fast", False):
-            return None
-        found = json.loads(tokenizer.backend_tokenizer.to_str())
-        return {name: rule for name, rule in found.items() if name not in ("padding", "truncation")}
-
-    return rules(one) is not None and rules(one) == rules(other)
-
-
 @torch.inference_mode()
 def _mismatch(reader: Reader) -> str | None:
     """Why this reader goes wrong, or None: a fork, ragged tails, a commit and a second block."""
     model = reader.model
     vocab, pad = model.get_input_embeddings().weight.shape[0], model.config.pad_token_id
     ids = [token for token in ((7 * i + 3) % vocab for i in range(20)) if token != pad]
-    tails = [[ids[11], ids[12]], [ids[13]], [], [ids[14], ids[15]]]
+    tails = [[ids[11], ids[12]], [ids[13]], [ids[16]], [ids[14], ids[15]]]
     reader.open(2, 2)
     try:
         reader.join([Prompt(ids[:9], 8), Prompt(ids[3:7], 8)])
@@ -109,7 +152,7 @@ def _mismatch(reader: Reader) -> str | None:
         reader.close()
     whole = [(ids[:9] if i < 2 else ids[3:7]) + tail for i, tail in enumerate(tails)]
     whole += [[*whole[0], ids[1]], [*whole[3], ids[1]]]
-    wanted = [model(input_ids=torch.tensor([text], device=model.device)).logits[0, 0].item() for text in whole]
+    wanted = [reader.recompute(text) for text in whole]
     tolerance = (1e-3 if model.dtype == torch.float32 else 5e-2) * max(1.0, *map(abs, wanted))
     gap = max(abs(a - b) for a, b in zip(found, wanted, strict=True))
     return None if gap <= tolerance else f"its scores differ by {gap:.2g} from a recompute"

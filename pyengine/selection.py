@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor
 
 from pyengine import ops
+from pyengine.attention import unhooked
 from pyengine.proposal import Tail
 from pyengine.reader import Reader, reader_of
 from pyengine.results import Block, Candidate, FinishReason, SamplingParams
@@ -76,18 +78,21 @@ class Judge:
             hidden={layer: h[index] for layer, h in tail.hidden.items()},
             previous={layer: h[index] for layer, h in tail.previous.items()},
             decode=lambda tokens: self.texts([live[row // k].prompt_ids for row in rows], tokens),
+            prompt_ids=[live[row // k].prompt_ids for row in rows],
         )
         scores = []
         read: dict[Reader, Tensor] = {}  # one pass for each, however often it is in the sum
         for i, part in enumerate(self.parts):
-            reader = self.readers.get(i) if k > 1 else None
-            if reader is not None:
+            reader = self.readers.get(i)
+            if reader is not None and k > 1:
                 if reader not in read:
-                    spoken = [[token for token in tokens if token not in self._eos] for tokens in tail.tokens]
-                    read[reader] = reader.score(spoken)
+                    read[reader] = reader.score(tail.tokens, self._eos)
                 found = read[reader][index]
             else:
-                found = part.scorer.score(candidates)
+                with ExitStack() as own:
+                    if reader is not None:  # Tokenwise follows it: its model is hooked
+                        own.enter_context(unhooked(reader.model))
+                    found = part.scorer.score(candidates)
             scores.append(found.to(self._policy.device))
         return torch.stack(scores, -1)
 

@@ -12,6 +12,7 @@ from typing import Any
 from pyengine.errors import InputError
 from pyengine.scorers.base import Candidates, FunctionScorer, Hidden, Part, Policy, Scorer, ScorerLike
 from pyengine.scorers.heads import FORMAT, PrefixScorer, Probe, load_head
+from pyengine.scorers.prefix_model import KIND, PrefixModel
 from pyengine.scorers.reward_model import RewardModel
 
 __all__ = [
@@ -20,6 +21,7 @@ __all__ = [
     "Hidden",
     "Part",
     "Policy",
+    "PrefixModel",
     "PrefixScorer",
     "Probe",
     "RewardModel",
@@ -39,6 +41,8 @@ def load_scorer(path: str | Path, trust_remote_code: bool = False) -> Scorer:
             config = json.loads(config_file.read_bytes())
         except ValueError as error:
             raise InputError(f"scorer {path}: config.json is not JSON: {error}") from error
+        if config.get(FORMAT) == KIND:
+            return PrefixModel.from_pretrained(directory, trust_remote_code)
         if FORMAT in config:
             return load_head(directory, config)
     elif directory.is_dir() or directory.is_absolute() or str(path).startswith("."):

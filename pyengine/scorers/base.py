@@ -27,6 +27,7 @@ class Policy:
     hidden_size: int
     layers: int  # hidden states that exist: the embedding and one for each decoder layer
     device: torch.device
+    tokenizer: Any = None
 
 
 @dataclass
@@ -38,6 +39,7 @@ class Candidates:
     hidden: Hidden  # at the last token
     previous: Hidden  # at the token before it
     decode: Callable[[Sequence[Sequence[int]]], list[str]] = field(repr=False)
+    prompt_ids: Sequence[Sequence[int]] = ()  # the prompts' tokens
 
     @cached_property
     def completions(self) -> list[str]:
