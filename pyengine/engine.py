@@ -60,11 +60,11 @@ class Engine:
     """A frozen language model, its tokenizer and a scorer that it can be made to follow.
 
     scorer: anything `parts_of` takes: a Scorer, a directory or hub id, a callable
-    f(prompts, completions) -> list[float], or a list of (weight, scorer). max_rows: most sequences
-    (prompts times branches) decoded at once, or the branches of one prompt if those are more; other prompts
-    wait until some leave. cache_gb: memory for keys and values in GB (1e9 bytes), allocated once; None is a quarter of
-    the host's free memory, or three fifths of a GPU's. A reward model with a cache of its own takes as much again, or
-    that share of what is left.
+    f(prompts, completions) -> list[float], a list of (weight, scorer), or a sum such as `0.7 * a + b`. max_rows:
+    most sequences (prompts times branches) decoded at once, or the branches of one prompt if those are more; other
+    prompts wait until some leave. cache_gb: memory for keys and values in GB (1e9 bytes), allocated once; None is a
+    quarter of the host's free memory, or three fifths of a GPU's. A reward model with a cache of its own takes as much
+    again, or that share of what is left.
 
     Raises InputError, with one line that says what to do, for anything that does not fit.
     """
@@ -239,6 +239,11 @@ class Engine:
             if strategy.weight == 0:
                 return
             for part in self.parts:
+                if part.transforms:
+                    raise InputError(
+                        f"Tokenwise cannot follow {part.name!r}: the transform of a value is not the value of the "
+                        "transformed reward; train a prefix scorer on the transformed reward instead"
+                    )
                 if not part.scorer.scores_tokens:
                     raise InputError(
                         f"Tokenwise needs scorers that score every next token; {part.name!r} scores whole prefixes "
@@ -259,6 +264,9 @@ class Engine:
             raise InputError("this engine is decoding: end or close the stream that is open before another call")
         if not waiting:
             return
+        # A prompt without a reference is found before any is decoded, and one is predicted before the model is lent.
+        for part in self.parts:
+            part.utilities(torch.zeros(len(waiting)), [r.prompt for r in waiting])
         k, live = strategy.k, list[_Request]()
         # Reward models with a cache of their own follow the base model block by block; for k = 1 nothing is selected.
         decoders = [self._decoder, *(dict.fromkeys(self._readers.values()) if k > 1 else ())]
@@ -313,7 +321,7 @@ class Engine:
         return tail
 
     def _score(self, tail: Tail, live: list[_Request], rows: list[int], k: int) -> Tensor:
-        """Scores [len(rows), R] of the prefixes that end with the given rows of the tail."""
+        """Transformed scores [len(rows), R] of the prefixes that end with the given rows of the tail."""
         index = torch.tensor(rows, device=self.policy.device)
         candidates = Candidates(
             prompts=[live[row // k].prompt for row in rows],
@@ -323,17 +331,17 @@ class Engine:
             decode=lambda tokens: self._texts([live[row // k].prompt_ids for row in rows], tokens),
         )
         scores = []
-        read: dict[Reader, Tensor] = {}  # one pass for each, however often it is in the sum
+        raw: dict[Scorer, Tensor] = {}  # one pass for each, however often it is in the sum
         for i, part in enumerate(self.parts):
-            reader = self._readers.get(i) if k > 1 else None
-            if reader is not None:
-                if reader not in read:
+            if part.scorer not in raw:
+                reader = self._readers.get(i) if k > 1 else None
+                if reader is None:
+                    found = part.scorer.score(candidates)
+                else:
                     spoken = [[token for token in tokens if token not in self.eos] for tokens in tail.tokens]
-                    read[reader] = reader.score(spoken)
-                found = read[reader][index]
-            else:
-                found = part.scorer.score(candidates)
-            scores.append(found.to(self.policy.device))
+                    found = reader.score(spoken)[index]
+                raw[part.scorer] = found.to(self.policy.device)
+            scores.append(part.utilities(raw[part.scorer], candidates.prompts))
         return torch.stack(scores, -1)
 
     def _select(self, tail: Tail, live: list[_Request], strategy: Strategy) -> list[int]:
