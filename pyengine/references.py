@@ -97,6 +97,7 @@ class References:
                     "use a reward model or a function"
                 )
         chosen = [responses[_hash(seed, prompt) % len(responses)] for prompt in prompts]
+        # Their tokens are not known: `length` refuses a response of none.
         candidates = Candidates(prompts, [[]] * len(prompts), {}, {}, lambda tokens: chosen)
         total = torch.zeros(len(prompts), dtype=torch.float64)
         with torch.inference_mode():
@@ -172,6 +173,11 @@ class LearnedReference:
     scorer: str = ""
     _known: dict[str, float] = field(default_factory=dict, init=False, repr=False)
 
+    def __post_init__(self) -> None:
+        shapes = [list(x.shape) for x in (self.weight, self.bias, self.bounds)]
+        if len(shapes[0]) != 2 or shapes[0][0] != 2 or shapes[1:] != [[2], [2]]:
+            raise InputError(f"LearnedReference: weight, bias and bounds must be [2, D], [2] and [2], got {shapes}")
+
     @classmethod
     def fit(
         cls,
@@ -234,7 +240,7 @@ class LearnedReference:
         try:
             arguments |= load_file(path / "model.safetensors")
             return cls(**arguments, embed=embed)
-        except (OSError, TypeError, SafetensorError) as error:
+        except (OSError, TypeError, InputError, SafetensorError) as error:
             raise InputError(f"learned reference {path}: {first_line(error)}") from error
 
 
@@ -297,7 +303,7 @@ def prompt_embeddings(model: Any, tokenizer: Any, prompts: Sequence[str], layer:
 
 
 def _short(prompt: str) -> str:
-    return repr(prompt) if len(prompt) <= 40 else f"{prompt[:40]!r}..."
+    return repr(prompt) if len(str(prompt)) <= 40 else f"{str(prompt)[:40]!r}..."
 
 
 def _hash(seed: int, prompt: str) -> int:

@@ -78,7 +78,7 @@ def normalised(scorer: ScorerLike, statistics: Statistics | str | os.PathLike[st
 
 
 def length(longest: int = 1024) -> Scorer:
-    """r = log(min(T, longest) / longest) <= 0 of a response of T tokens, its EOS included (Controlled Decoding, §4)."""
+    """r = log(min(T, longest) / longest) <= 0 of T response tokens, the EOS included (Controlled Decoding's length)."""
     return _Length(longest)
 
 
@@ -120,8 +120,8 @@ def sample_rewards(
     before = [part.term() for part in engine.parts]
     rewards: dict[str, list[float]] = {}
     hide = None if progress is None else not progress
-    engine.set_scorer(scorer)
     try:
+        engine.set_scorer(scorer)
         if not engine.parts:
             raise InputError("sample_rewards needs a scorer")
         with tqdm(total=len(asked) * samples, unit="sample", delay=2, disable=hide, leave=False) as bar:
