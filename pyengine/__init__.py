@@ -10,7 +10,9 @@ from pyengine.errors import InputError
 
 if TYPE_CHECKING:
     from pyengine.engine import Engine
+    from pyengine.references import LearnedReference, References, Statistics
     from pyengine.results import Block, Candidate, Event, Result, SamplingParams
+    from pyengine.rewards import centred, log_sigmoid, lsc, normalised
     from pyengine.scorers import FunctionScorer, PrefixModel, PrefixScorer, Probe, RewardModel, Scorer, load_scorer
     from pyengine.strategies import BestOfK, Blockwise, Tokenwise
 
@@ -19,11 +21,18 @@ __version__ = "0.1.0"
 # Loaded on first use: importing transformers takes seconds that `pyengine --help` need not spend.
 _HOME = {
     "Engine": "engine",
+    "LearnedReference": "references",
+    "References": "references",
+    "Statistics": "references",
     "Block": "results",
     "Candidate": "results",
     "Event": "results",
     "Result": "results",
     "SamplingParams": "results",
+    "centred": "rewards",
+    "log_sigmoid": "rewards",
+    "lsc": "rewards",
+    "normalised": "rewards",
     "FunctionScorer": "scorers",
     "PrefixModel": "scorers",
     "PrefixScorer": "scorers",
@@ -45,16 +54,23 @@ __all__ = [
     "Event",
     "FunctionScorer",
     "InputError",
+    "LearnedReference",
     "PrefixModel",
     "PrefixScorer",
     "Probe",
+    "References",
     "Result",
     "RewardModel",
     "SamplingParams",
     "Scorer",
+    "Statistics",
     "Tokenwise",
+    "centred",
     "embedded",
     "load_scorer",
+    "log_sigmoid",
+    "lsc",
+    "normalised",
 ]
 
 

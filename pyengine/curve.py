@@ -82,7 +82,7 @@ def measure(
     # The base draws from seeds of its own: best-of-K has the base's response to a seed among its candidates, and
     # would tie with it where an independent one may win.
     apart = [p if p.seed is None else dataclasses.replace(p, seed=p.seed ^ 1 << 40) for p in given]
-    before = engine.scorer
+    before = [part.term() for part in engine.parts]
     everything = [(BASE, plans[0][1]), *plans]
     points, base_rewards = [], list[float]()
     hide = None if progress is None else not progress

@@ -40,12 +40,11 @@ class Engine:
     """A frozen language model, its tokenizer and a scorer that it can be made to follow.
 
     scorer: anything `parts_of` takes: a Scorer, a directory or hub id, a callable
-    f(prompts, completions) -> list[float], or a list of (weight, scorer); one of weight 0 is reported and not
-    followed. max_rows: most sequences
-    (prompts times branches) decoded at once, or the branches of one prompt if those are more; other prompts
-    wait until some leave. cache_gb: memory for keys and values in GB (1e9 bytes), allocated once; None is a quarter of
-    the host's free memory, or three fifths of a GPU's. A reward model with a cache of its own takes as much again, or
-    that share of what is left.
+    f(prompts, completions) -> list[float], a list of (weight, scorer), or a sum such as `0.7 * a + b`; one of weight 0
+    is reported and not followed. max_rows: most sequences (prompts times branches) decoded at once, or the branches of
+    one prompt if those are more; other prompts wait until some leave. cache_gb: memory for keys and values in GB (1e9
+    bytes), allocated once; None is a quarter of the host's free memory, or three fifths of a GPU's. A reward model with
+    a cache of its own takes as much again, or that share of what is left.
 
     Raises InputError, with one line that says what to do, for anything that does not fit.
     """
@@ -80,7 +79,6 @@ class Engine:
         eos = config.eos_token_id if eos is None else eos
         self.eos = frozenset(eos if isinstance(eos, list) else [] if eos is None else [eos])
         self._busy = False
-        self.scorer: ScorerLike | None = None
         budget = None if cache_gb is None else 1e9 * real(cache_gb, "Engine: cache_gb", 0)
         self._decoder = choose_decoder(model, (), max_rows, budget)
         self._judge = Judge(self.policy, tokenizer, self.eos, max_rows, budget)
@@ -118,7 +116,6 @@ class Engine:
         if self._busy:
             raise InputError("this engine is decoding: end or close the stream that is open before changing its scorer")
         self._judge.follow(parts_of(scorer))
-        self.scorer = scorer
         self._decoder.layers = tuple(sorted({layer for part in self.parts for layer in part.scorer.layers}))
         self._decoder.captured.clear()
 
@@ -271,7 +268,14 @@ class Engine:
             if strategy.weight == 0:
                 return
             for part in self.parts:
-                if part.weight and not part.scorer.scores_tokens:
+                if not part.weight:
+                    continue
+                if part.transforms:
+                    raise InputError(
+                        f"Tokenwise cannot follow {part.name!r}: the transform of a value is not the value of the "
+                        "transformed reward; train a prefix scorer on the transformed reward instead"
+                    )
+                if not part.scorer.scores_tokens:
                     raise InputError(
                         f"Tokenwise needs scorers that score every next token; {part.name!r} scores whole prefixes "
                         "only: use a prefix scorer, or Blockwise or BestOfK"
@@ -297,6 +301,9 @@ class Engine:
             raise InputError("this engine is decoding: end or close the stream that is open before another call")
         if not waiting:
             return
+        # A prompt without a reference is found before any is decoded, and one is predicted before the model is lent.
+        for part in self.parts:
+            part.utilities(torch.zeros(len(waiting)), [r.prompt for r in waiting])
         k, live = strategy.k, list[Request]()
         # Scorers that are models follow the base model: block by block, or token by token where they tilt. For k = 1
         # nothing is selected.

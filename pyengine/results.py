@@ -42,7 +42,7 @@ class SamplingParams:
 
 @dataclass
 class Candidate:
-    """One branch of a block. utility is the weighted sum of scores; NaN scores rank as -inf.
+    """One branch of a block. utility is the weighted sum of scores, each after its transforms; NaN ranks as -inf.
 
     text is what its tokens add on their own: a character split between two blocks shows as U+FFFD here, and
     whole in the result's text.
@@ -69,13 +69,13 @@ class Block:
 class Result:
     """One finished response.
 
-    tokens: with the EOS, if one was drawn. rewards: each scorer's score of the whole response; reward:
-    their weighted sum (None without a scorer). logp_base, logp_policy: log-probability in nats of each
-    token under softmax(logits / T) and under the distribution it was drawn from; for block and sequence
-    selection that is the proposal. kl: nats from the base policy; kl_kind "exact" is the sum of exact
-    per-token KLs along the response (its mean over samples is the sequence KL), "bound" an upper bound:
-    b(K) for each selected block, plus the exact KL of the filters. seed: given in SamplingParams with the same
-    prompt, it gives this result again. blocks: every selection with all its candidates; empty for k = 1.
+    tokens: with the EOS, if one was drawn. rewards: each scorer's score of the whole response, of a transformed one
+    what the transforms make of it; reward: their weighted sum (None without a scorer). logp_base, logp_policy:
+    log-probability in nats of each token under softmax(logits / T) and under the distribution it was drawn from; for
+    block and sequence selection that is the proposal. kl: nats from the base policy; kl_kind "exact" is the sum of
+    exact per-token KLs along the response (its mean over samples is the sequence KL), "bound" an upper bound: b(K) for
+    each selected block, plus the exact KL of the filters. seed: given in SamplingParams with the same prompt, it gives
+    this result again. blocks: every selection with all its candidates; empty for k = 1.
     """
 
     prompt: str

@@ -70,7 +70,7 @@ class Judge:
                 self.readers[i] = reader
 
     def score(self, tail: Tail, live: list[Request], rows: list[int], k: int) -> Tensor:
-        """Scores [len(rows), R] of the prefixes that end with the given rows of the tail."""
+        """Transformed scores [len(rows), R] of the prefixes that end with the given rows of the tail."""
         index = torch.tensor(rows, device=self._policy.device)
         candidates = Candidates(
             prompts=[live[row // k].prompt for row in rows],
@@ -81,19 +81,19 @@ class Judge:
             prompt_ids=[live[row // k].prompt_ids for row in rows],
         )
         scores = []
-        read: dict[Reader, Tensor] = {}  # one pass for each, however often it is in the sum
+        raw: dict[Scorer, Tensor] = {}  # one pass for each, however often it is in the sum
         for i, part in enumerate(self.parts):
-            reader = self.readers.get(i)
-            if reader is not None and k > 1:
-                if reader not in read:
-                    read[reader] = reader.score(tail.tokens, self._eos)
-                found = read[reader][index]
-            else:
-                with ExitStack() as own:
-                    if reader is not None:  # Tokenwise follows it: its model is hooked
-                        own.enter_context(unhooked(reader.model))
-                    found = part.scorer.score(candidates)
-            scores.append(found.to(self._policy.device))
+            if part.scorer not in raw:
+                reader = self.readers.get(i)
+                if reader is not None and k > 1:
+                    found = reader.score(tail.tokens, self._eos)[index]
+                else:
+                    with ExitStack() as own:
+                        if reader is not None:  # Tokenwise follows it: its model is hooked
+                            own.enter_context(unhooked(reader.model))
+                        found = part.scorer.score(candidates)
+                raw[part.scorer] = found.to(self._policy.device)
+            scores.append(part.utilities(raw[part.scorer], candidates.prompts))
         return torch.stack(scores, -1)
 
     def select(self, tail: Tail, live: list[Request], strategy: Strategy) -> list[int]:

@@ -10,7 +10,18 @@ from pathlib import Path
 from typing import Any
 
 from pyengine.errors import InputError
-from pyengine.scorers.base import Candidates, FunctionScorer, Hidden, Part, Policy, Scorer, ScorerLike
+from pyengine.scorers.base import (
+    Candidates,
+    FunctionScorer,
+    Hidden,
+    Part,
+    Policy,
+    Scorer,
+    ScorerLike,
+    Sum,
+    Transform,
+    Transformed,
+)
 from pyengine.scorers.heads import FORMAT, PrefixScorer, Probe, load_head
 from pyengine.scorers.prefix_model import KIND, PrefixModel
 from pyengine.scorers.reward_model import RewardModel
@@ -27,6 +38,9 @@ __all__ = [
     "RewardModel",
     "Scorer",
     "ScorerLike",
+    "Sum",
+    "Transform",
+    "Transformed",
     "load_scorer",
     "parts_of",
 ]
@@ -51,14 +65,21 @@ def load_scorer(path: str | Path, trust_remote_code: bool = False) -> Scorer:
 
 
 def parts_of(scorer: ScorerLike | None) -> list[Part]:
-    """Any scorer as its weighted parts, in order; nested lists multiply their weights."""
+    """Any scorer as its weighted parts, in order; nested lists multiply their weights.
+
+    A transformed scorer becomes its raw scorer and the transforms, so that one pass serves all that share the scorer.
+    """
     parts: list[Part] = []
     for weight, part in _flatten(scorer, 1.0):
         if not math.isfinite(weight):
             raise InputError(f"scorer {part.name!r}: its weight must be a finite number, got {weight}")
         taken = {p.name for p in parts}
         names = (part.name, *(f"{part.name}-{i}" for i in range(2, len(parts) + 3)))
-        parts.append(Part(weight, next(name for name in names if name not in taken), part))
+        name = next(name for name in names if name not in taken)
+        if isinstance(part, Transformed):
+            parts.append(Part(weight, name, part.scorer, part.transforms))
+        else:
+            parts.append(Part(weight, name, part))
     return parts
 
 

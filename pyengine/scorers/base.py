@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from pyengine.errors import InputError
+from pyengine.errors import InputError, real
 
 Hidden = dict[int, Tensor]  # layer -> [N, D]; layer as in transformers' hidden_states, -1 the last
 
@@ -47,7 +47,51 @@ class Candidates:
         return self.decode(self.tokens)
 
 
-class Scorer:
+class Algebra:
+    """Operators of scorers and of their sums: `0.7 * a + b - c`, and `a & b` of log-probabilities.
+
+    The other operand of +, - and & may be anything that is a scorer: a directory, a callable, a weighted list.
+    """
+
+    __array_ufunc__ = None  # NumPy's numbers leave the product to the scorer
+
+    def __mul__(self, weight: float) -> Sum:
+        factor = real(weight, "the weight of a scorer")
+        return Sum((factor * w, scorer) for w, scorer in _terms(self))
+
+    __rmul__ = __mul__
+
+    def __neg__(self) -> Sum:
+        return self * -1.0
+
+    def __add__(self, other: ScorerLike) -> Sum:
+        return Sum((*_terms(self), *_terms(other)))
+
+    def __radd__(self, other: ScorerLike) -> Sum:
+        return Sum((*_terms(other), *_terms(self)))
+
+    def __sub__(self, other: ScorerLike) -> Sum:
+        return self + -Sum(_terms(other))
+
+    def __rsub__(self, other: ScorerLike) -> Sum:
+        return Sum(_terms(other)) + -self
+
+    def __and__(self, other: ScorerLike) -> Sum:
+        """log P(a and b) = log P(a) + log P(b) of properties independent given prompt and response (LSC, Theorem 2).
+
+        InputError unless both sides are log-probabilities of weight 1: `lsc(...)`, `log_sigmoid(...)` or an AND.
+        """
+        return Sum((*_log_probabilities(self), *_log_probabilities(other)))
+
+    def __rand__(self, other: ScorerLike) -> Sum:
+        return Sum((*_log_probabilities(other), *_log_probabilities(self)))
+
+
+class Sum(Algebra, tuple[tuple[float, Any], ...]):  # type: ignore[misc]  # a tuple's + and * are not a sum's
+    """(weight, scorer) pairs: the utility sum_r weight_r * score_r. Made by the operators of scorers."""
+
+
+class Scorer(Algebra):
     """Scores prefixes: `score` always, and `values` where it can score all next tokens at once."""
 
     name: str = "scorer"
@@ -103,12 +147,92 @@ class FunctionScorer(Scorer):
         return out
 
 
+@dataclass(frozen=True)
+class Transform:
+    """A function of raw scores: fp32 [N] and their N prompts -> fp32 [N].
+
+    The engine also calls it with zeros for all prompts before it decodes any, so that it can refuse a prompt early.
+    log_probability: what it gives is log P(property | prompt, response), which `&` may join.
+    """
+
+    name: str
+    function: Callable[[Tensor, Sequence[str]], Tensor] = field(repr=False)
+    log_probability: bool = False
+
+
+class Transformed(Scorer):
+    """A scorer whose raw scores pass through transforms, the first of them first.
+
+    It scores whole prefixes only, whatever the scorer inside can do: a transform of V(y^t), an expectation, is not
+    the expectation of the transformed reward.
+    """
+
+    def __init__(self, scorer: Scorer, *transforms: Transform) -> None:
+        self.scorer: Scorer = scorer
+        self.transforms: tuple[Transform, ...] = transforms
+        if isinstance(scorer, Transformed):
+            self.scorer, self.transforms = scorer.scorer, (*scorer.transforms, *transforms)
+        self.layers = self.scorer.layers
+        self.name = scorer.name
+        for transform in transforms:
+            self.name = f"{transform.name}({self.name})"
+
+    def check(self, policy: Policy) -> None:
+        self.scorer.check(policy)
+
+    def move(self, device: torch.device) -> None:
+        self.scorer.move(device)
+
+    def score(self, candidates: Candidates) -> Tensor:
+        return transformed(self.scorer.score(candidates), candidates.prompts, self.transforms)
+
+
+def transformed(scores: Tensor, prompts: Sequence[str], transforms: Iterable[Transform]) -> Tensor:
+    """Utilities, fp32 [N], of raw scores [N] to these N prompts."""
+    for transform in transforms:
+        scores = transform.function(scores, prompts)
+    return scores
+
+
 class Part(NamedTuple):
-    """One scorer of a weighted sum, under the name that results use for it."""
+    """One term of a weighted sum, under the name that results use for it.
+
+    scorer gives the raw score; the term, and what results call its score, is weight times the transformed one.
+    """
 
     weight: float
     name: str
     scorer: Scorer
+    transforms: tuple[Transform, ...] = ()
+
+    def utilities(self, scores: Tensor, prompts: Sequence[str]) -> Tensor:
+        """Raw scores [N] of these N prompts, transformed; without the weight."""
+        return transformed(scores, prompts, self.transforms)
+
+    def term(self) -> tuple[float, Scorer]:
+        """(weight, scorer with its transforms), of which `parts_of` makes this part again."""
+        return self.weight, Transformed(self.scorer, *self.transforms) if self.transforms else self.scorer
+
+
+def _terms(scorer: Any) -> tuple[tuple[float, Any], ...]:
+    """What an operand adds to a sum; `parts_of` flattens what is nested."""
+    if isinstance(scorer, Sum):
+        return tuple(scorer)
+    if scorer is None or isinstance(scorer, (bool, int, float)):
+        raise InputError(f"a sum of scorers takes scorers, got {scorer!r}; a constant changes no choice: leave it out")
+    return ((1.0, scorer),)
+
+
+def _log_probabilities(scorer: Any) -> tuple[tuple[float, Any], ...]:
+    terms = _terms(scorer)
+    for weight, part in terms:
+        if weight != 1 or not (isinstance(part, Transformed) and any(t.log_probability for t in part.transforms[-1:])):
+            name = getattr(part, "name", None) or getattr(part, "__name__", None) or str(part)
+            raise InputError(
+                f"& joins log-probabilities of weight 1, {name!r} with weight {weight:g} is none: "
+                "wrap each raw scorer in lsc(scorer, reference), or write a weighted sum with +"
+            )
+    return terms
 
 
 # A scorer, a directory of one, a callable, or a weighted list of any of these.
