@@ -103,7 +103,8 @@ def l2(sizes: Sizes) -> Row:
         for noise in ("none", "gaussian", "t")
         for both in [[joint(sizes, noise, k) for k in ks]]
     }
-    row.engine = f"k=16: raw {choose(row, sizes, 't', 16, weight)}, LSC {choose(row, sizes, 't', 16, None)}"
+    found = [[choose(row, sizes, "t", k, w) for k in (16, 191)] for w in (weight, None)]
+    row.engine = f"raw {' -> '.join(found[0])}; LSC {' -> '.join(found[1])}"
     return row
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import subprocess
 import sys
 from pathlib import Path
 
@@ -43,6 +44,14 @@ def test_claim(rows, name):
     assert row.exact
     assert row.engine
     assert row.checks
+
+
+def test_it_runs_as_a_module():
+    """From the repository root, which is then on the path; `load` above is the way of `python bench/claims.py`."""
+    command = [sys.executable, "-m", "bench.claims", "--help"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "--small" in done.stdout
 
 
 def test_a_failure_is_printed_as_one():

@@ -160,6 +160,18 @@ def test_real_k_hits_its_kl():
     assert markov.blockwise(chain, value, k, 32).cost.kl == pytest.approx(1.5, abs=1e-5)
 
 
+def test_figures_of_worlds_a_and_b():
+    """To the digits that they were first computed with, elsewhere: reward and KL."""
+    chain = markov.additive()
+    assert markov.blockwise(chain, markov.values(chain), 6, 16).cost == pytest.approx((44.18, 2.81), abs=5e-3)
+    assert markov.best_of_k(chain, 50).cost == pytest.approx((44.49, 2.93), abs=5e-3)
+    chain = markov.length()
+    assert markov.best_of_k(chain, 50).cost.reward == pytest.approx(-1.229, abs=5e-4)
+    assert markov.frontier_at_kl(chain, markov.best_of_k(chain, 50).cost.kl) == pytest.approx(-1.168, abs=5e-4)
+    for m, k, *cost in [(8, 3, -1.77, 1.93), (16, 5, -1.72, 1.84), (32, 12, -1.54, 2.08), (64, 28, -1.37, 2.41)]:
+        assert markov.blockwise(chain, markov.values(chain), k, m).cost == pytest.approx(cost, abs=6e-3)
+
+
 def test_samples_follow_the_chain():
     chain = tiny()
     drawn = markov.sample(chain, 8000, seed=0)

@@ -21,21 +21,21 @@ FREEDOM = 2.5  # of Student's t: its variance is finite, its fourth moment is no
 
 
 class Levels(NamedTuple):
-    """Outcomes grouped by equal score: index [N] of each one's level, lowest first; mass [L] of a level and all below.
+    """Outcomes grouped by equal score: level [N] of each one, lowest first; mass [L] of a level and all below.
 
     Scores count as equal if they agree to nine decimals.
     """
 
-    index: NDArray[np.intp]
+    level: NDArray[np.intp]
     mass: Array
     below: Array
 
 
 def levels(base: Array, score: Array) -> Levels:
     """The levels of outcomes with probability base [N] (sums to 1) and score [N]."""
-    _, index = np.unique(np.round(score, 9), return_inverse=True)
-    mass = np.bincount(index, weights=base)
-    return Levels(index, mass, np.cumsum(mass) - mass)
+    _, level = np.unique(np.round(score, 9), return_inverse=True)
+    mass = np.bincount(level, weights=base).astype(np.float64)
+    return Levels(level, mass, np.cumsum(mass) - mass)
 
 
 def best_of_k_ratio(groups: Levels, k: float) -> Array:
@@ -47,7 +47,7 @@ def best_of_k_ratio(groups: Levels, k: float) -> Array:
         raise InputError(f"best_of_k_ratio: k must be at least 1, got {k}")
     upper = np.minimum(groups.below + groups.mass, 1.0)
     mass = np.where(groups.mass > 0, groups.mass, 1.0)
-    return np.where(groups.mass > 0, (upper**k - np.minimum(groups.below, upper) ** k) / mass, 1.0)[groups.index]
+    return np.where(groups.mass > 0, (upper**k - np.minimum(groups.below, upper) ** k) / mass, 1.0)[groups.level]
 
 
 def best_of_k_law(base: Array, score: Array, k: float) -> Array:

@@ -79,8 +79,8 @@ def build(
         tie_word_embeddings=False,
         bos_token_id=None,
         eos_token_id=vocab - 1,
-        name_or_path="world",
     )
+    config.name_or_path = "world"
     model = GPT2LMHeadModel(config).eval()
     rows = embedding + place[0]
     head = np.zeros((vocab, size))
