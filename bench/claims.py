@@ -67,6 +67,7 @@ def run(sizes: Sizes) -> Iterator[Row]:
         start = time.perf_counter()
         row = function(sizes)
         row.seconds = round(time.perf_counter() - start, 2)
+        row.checks = {name: bool(held) for name, held in row.checks.items()}  # NumPy's are no JSON
         yield row
 
 
@@ -79,6 +80,13 @@ def table(rows: Sequence[Row]) -> Table:
         style = "red" if row.verdict.startswith("does") else "green" if row.verdict == "holds" else ""
         out.add_row(row.id, row.claim, row.paper, row.exact, row.engine, row.asserted, Text(row.verdict, style))
     return out
+
+
+def report(rows: Sequence[Row], sizes: Sizes) -> dict[str, Any]:
+    """What claims.json holds."""
+    claims = [asdict(row) | {"verdict": row.verdict} for row in rows]
+    seconds = round(sum(row.seconds for row in rows), 1)
+    return {"machine": machine(), "sizes": asdict(sizes), "seconds": seconds, "claims": claims}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -94,15 +102,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             bar.update(task, advance=1, description=f"{row.id} took {row.seconds:.0f} s")
     Console(width=None if Console().is_terminal else 200).print(table(rows))
     if not options.small:
-        claims = [asdict(row) | {"verdict": row.verdict} for row in rows]
-        report = {
-            "machine": machine(),
-            "sizes": asdict(sizes),
-            "seconds": sum(r.seconds for r in rows),
-            "claims": claims,
-        }
-        (HERE / "results" / "claims.json").write_text(json.dumps(report, indent=1) + "\n")
-        print(claims_plot.draw(report))
+        found = report(rows, sizes)
+        (HERE / "results" / "claims.json").write_text(json.dumps(found, indent=1) + "\n")
+        print(claims_plot.draw(found))
     return int(any(row.verdict.startswith("does not") for row in rows))
 
 

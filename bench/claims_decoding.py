@@ -85,7 +85,7 @@ def c2(sizes: Sizes) -> Row:
     costs = strategy_costs(chain, value)
     gaps = [markov.frontier_at_kl(chain, c.kl) - c.reward for name in costs if name != "frontier" for c in costs[name]]
     optimum = markov.frontier_at_kl(chain, best.cost.kl)
-    row.exact = f"BoK-50 {at(best.cost)}, optimum there {optimum:.3f}; least gap {min(gaps):.4f}"
+    row.exact = f"BoK-50 {at(best.cost)}, optimum there {optimum:.3f}; least gap {min(gaps):.0e}"
     row.asserted = "no point above the frontier"
     row.checks = {"never above the frontier": min(gaps) >= -1e-9}
     curves = {name: [(round(c.kl, 5), round(c.reward, 5)) for c in points] for name, points in costs.items()}

@@ -64,6 +64,7 @@ def test_a_failure_is_printed_as_one():
 
 
 def test_figures_are_plain_json_and_can_be_drawn(rows, tmp_path, monkeypatch):
-    report = json.loads(json.dumps({"claims": [{"id": r.id, "figures": r.figures} for r in rows.values()]}))
+    report = json.loads(json.dumps(claims.report(list(rows.values()), claims.SMALL)))
+    assert all(row["verdict"] == "holds" and row["seconds"] for row in report["claims"])
     monkeypatch.setattr(claims.claims_plot, "SVG", tmp_path / "claims.svg")
     assert claims.claims_plot.draw(report).read_text().startswith("<?xml")
