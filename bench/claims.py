@@ -1,0 +1,112 @@
+"""The papers' claims in worlds with exact answers, and again through the engine: python -m bench.claims.
+
+Each claim has two columns: EXACT, by dynamic programming or order statistics, and ENGINE, sampled through
+`pyengine.Engine` from a GPT-2 that represents the world, with its standard error. A sampled figure further than four
+standard errors from its exact one is a failure too. Seeds are fixed here; nothing is drawn again until it passes.
+
+Writes bench/results/claims.json and docs/claims.svg; --small takes reduced sizes and writes nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+from rich.text import Text
+
+from pyengine import _C
+from pyengine.ops import common
+
+HERE = Path(__file__).parent
+# The neighbours by their names, also under `python -m`, which has the repository root on the path instead.
+sys.path.insert(0, str(HERE))
+
+import claims_decoding  # noqa: E402
+import claims_plot  # noqa: E402
+import claims_rewards  # noqa: E402
+from claims_rig import SMALL, Row, Sizes  # noqa: E402
+
+CLAIMS = [*claims_decoding.CLAIMS, *claims_rewards.CLAIMS]
+
+
+def machine() -> dict[str, Any]:
+    """What the figures were made on."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.is_file() else []
+    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
+    git = subprocess.run(
+        ["git", "describe", "--always", "--dirty", "--abbrev=40"], capture_output=True, text=True, cwd=HERE, check=False
+    )
+    return {
+        "cpu": names[0] if names else platform.machine(),
+        "cores": len(names),
+        "threads": torch.get_num_threads(),
+        "instruction_set": _C.instruction_set(common.FORCED_ISA),
+        "python": platform.python_version(),
+        "commit": git.stdout.strip() or None,
+        **{name: metadata.version(name) for name in ("torch", "transformers", "numpy")},
+    }
+
+
+def run(sizes: Sizes) -> Iterator[Row]:
+    """The rows of the table, in order."""
+    for function in CLAIMS:
+        start = time.perf_counter()
+        row = function(sizes)
+        row.seconds = round(time.perf_counter() - start, 2)
+        row.checks = {name: bool(held) for name, held in row.checks.items()}  # NumPy's are no JSON
+        yield row
+
+
+def table(rows: Sequence[Row]) -> Table:
+    """CD: Controlled Decoding; LSC: Transforming and Combining Rewards; QP: Q-Probe."""
+    out = Table(title="The papers' claims in exact worlds (engine: sampled ± standard error)", show_lines=True)
+    for name in ("", "claim", "paper", "exact world", "engine", "asserted", "verdict"):
+        out.add_column(name)
+    for row in rows:
+        style = "red" if row.verdict.startswith("does") else "green" if row.verdict == "holds" else ""
+        out.add_row(row.id, row.claim, row.paper, row.exact, row.engine, row.asserted, Text(row.verdict, style))
+    return out
+
+
+def report(rows: Sequence[Row], sizes: Sizes) -> dict[str, Any]:
+    """What claims.json holds."""
+    claims = [asdict(row) | {"verdict": row.verdict} for row in rows]
+    seconds = round(sum(row.seconds for row in rows), 1)
+    return {"machine": machine(), "sizes": asdict(sizes), "seconds": seconds, "claims": claims}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--small", action="store_true", help="reduced sizes; nothing is written")
+    options = parser.parse_args(arguments)
+    sizes = SMALL if options.small else Sizes()
+    rows = []
+    with Progress(console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("claims", total=len(CLAIMS))
+        for row in run(sizes):
+            rows.append(row)
+            bar.update(task, advance=1, description=f"{row.id} took {row.seconds:.0f} s")
+    Console(width=None if Console().is_terminal else 200).print(table(rows))
+    if not options.small:
+        found = report(rows, sizes)
+        (HERE / "results" / "claims.json").write_text(json.dumps(found, indent=1) + "\n")
+        print(claims_plot.draw(found))
+    return int(any(row.verdict.startswith("does not") for row in rows))
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

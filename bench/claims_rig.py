@@ -1,0 +1,74 @@
+"""What the claims share: sizes, a row of the table with its checks, and the engine over a world."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from pyengine import Engine, SamplingParams
+
+SEED = 0  # of worlds B and C and of the decoding; E has seeds 0, 1, ... of its own
+ERRORS = 4  # standard errors that a sampled figure may be off
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """responses: decoded for each figure of A and B. prompts, outcomes: of C. train: prompts of E, and its seeds."""
+
+    responses: int = 480
+    prompts: int = 60
+    outcomes: int = 4000
+    repeats: int = 10  # responses for each prompt of C and E in the engine
+    train: int = 464
+    seeds: int = 4
+    fudge: int = 64_000  # responses for the tabular CD-FUDGE
+
+
+SMALL = Sizes(responses=60, prompts=20, outcomes=1000, repeats=3, train=200, seeds=2, fudge=16_000)
+
+
+@dataclass
+class Row:
+    """One line of the table. checks: what was asserted, and whether it holds."""
+
+    id: str
+    claim: str
+    paper: str
+    exact: str = ""
+    engine: str = ""
+    asserted: str = ""
+    checks: dict[str, bool] = field(default_factory=dict)
+    figures: dict[str, Any] = field(default_factory=dict)
+    seconds: float = 0.0
+
+    @property
+    def verdict(self) -> str:
+        failed = [name for name, held in self.checks.items() if not held]
+        return f"does not hold: {'; '.join(failed)}" if failed else "holds" if self.asserted else "reported only"
+
+    def sampled(self, name: str, found: Sequence[float] | np.ndarray, exact: float) -> str:
+        """The mean of `found` with its standard error as text; it must agree with the exact figure."""
+        x = np.asarray(found, dtype=float)
+        # 1e-4 is what fp32 logits and scores may differ by.
+        return self._agree(name, float(x.mean()), float(x.std(ddof=1) / np.sqrt(len(x))), len(x), exact, 1e-4)
+
+    def shares(self, name: str, found: np.ndarray, chances: np.ndarray) -> str:
+        """The same for successes of 0 and 1 with known chances; the standard error is the exact one."""
+        n, error = len(found), float(np.sqrt((chances * (1 - chances)).sum())) / len(found)
+        return self._agree(name, float(found.mean()), error, n, float(chances.mean()), 1 / n)
+
+    def _agree(self, name: str, mean: float, error: float, n: int, exact: float, slack: float) -> str:
+        self.figures[f"engine {name}"] = {"mean": mean, "se": error, "n": n, "exact": float(exact)}
+        held = abs(mean - exact) <= ERRORS * error + slack
+        self.checks[f"the engine's {name}, {mean:.4g} ± {error:.2g}, is {exact:.4g}"] = bool(held)
+        return f"{mean:.3f}±{error:.3f}"
+
+
+def decode(world, scorer, prompts: Sequence[str], strategy, max_tokens: int):
+    """Results of the engine, a seed of its own for each prompt."""
+    engine = Engine(world.model, world.tokenizer, scorer, max_rows=4096, cache_gb=1)
+    sampling = [SamplingParams(max_tokens=max_tokens, seed=SEED + i) for i in range(len(prompts))]
+    return engine.generate(list(prompts), strategy, sampling, progress=False)
