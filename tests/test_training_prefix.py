@@ -290,7 +290,15 @@ def test_cd_q_reaches_the_exact_values(tmp_path):
     uniform = torch.tensor([statistics.mean(through[y]) for y in prefixes])
     assert (uniform - exact)[inner].abs().max() > 0.2
     p = read_prefixes(world.engine.model, batch_of(encode_all(world.engine, world.examples())), -1, logits=False)
-    run = {"epochs": 600, "batch": 57, "width": 256, "weight_decay": 0.0, "held_out": 0.0, "checkpoint_every": 10_000}
+    run = {
+        "epochs": 300,
+        "lr": 5e-3,
+        "batch": 57,
+        "width": 256,
+        "weight_decay": 0.0,
+        "held_out": 0.0,
+        "checkpoint_every": 10_000,
+    }
     for method, wanted in (("cd-q", exact), ("fudge", uniform)):
         train_prefix_scorer(world.engine, world.examples(), tmp_path / method, PrefixTraining(method, **run))
         with torch.inference_mode():
@@ -323,9 +331,9 @@ def test_a_target_is_the_reward_only_where_a_response_ended(world):
 def test_chunks_of_the_vocabulary_change_nothing(world, monkeypatch):
     student = student_of(world.engine)
     p = read_prefixes(world.engine.model, batch_of(encode_all(world.engine, world.examples()[:50])), -1, logits=True)
-    whole = student.expected(p.after, p.logits, p.at)
+    whole = student.expected(p.after, p.logits)
     monkeypatch.setattr(values, "CHUNK", 3 * TOKENS)
-    torch.testing.assert_close(student.expected(p.after, p.logits, p.at), whole)
+    torch.testing.assert_close(student.expected(p.after, p.logits), whole)
 
 
 def test_impossible_tokens_do_not_count():
@@ -461,10 +469,14 @@ def test_the_report_by_hand(small):
     assert (nothing["r2"], nothing["calibration"]) == (None, [])
 
 
-KILLED = """
+INTERRUPTED = {"method": "cd-q", "epochs": 3, "batch": 8, "held_out": 0.0, "width": 16, "checkpoint_every": 3}
+KILLED = f"""
 import os, signal, sys
-sys.path.insert(0, {tests!r})
-from test_training_prefix import *
+import torch
+from transformers import TrainerCallback
+from pyengine import Engine
+from pyengine.training.data import read_examples
+from pyengine.training.prefix import PrefixTraining, train_prefix_scorer
 
 class Kill(TrainerCallback):
     def on_step_end(self, args, state, control, **_):
@@ -472,30 +484,32 @@ class Kill(TrainerCallback):
             os.kill(os.getpid(), signal.SIGKILL)
 
 torch.set_num_threads(1)
-train_prefix_scorer(Engine.from_pretrained({model!r}), words_examples(40), {out!r}, INTERRUPTED, callbacks=[Kill()])
+engine = Engine.from_pretrained(sys.argv[1])
+settings = PrefixTraining(**{INTERRUPTED!r})
+train_prefix_scorer(engine, read_examples(sys.argv[2], engine), sys.argv[3], settings, callbacks=[Kill()])
 """
-INTERRUPTED = PrefixTraining("cd-q", epochs=3, batch=8, held_out=0.0, width=16, checkpoint_every=3)
 
 
 def test_a_killed_run_resumes_to_the_same_bits(small, model_dirs, tmp_path):
     """Killed in the second of three epochs, two steps after a checkpoint; the data goes on where it stopped."""
-    engine, examples = small
-    out = tmp_path / "killed"
-    code = KILLED.format(tests=str(Path(__file__).parent), model=str(model_dirs["llama"]), out=str(out))
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)
+    engine, out, data = small[0], tmp_path / "killed", tmp_path / "data.jsonl"
+    write_examples(data, small[1])
+    examples, settings = read_examples(data, engine), PrefixTraining(**INTERRUPTED)
+    command = [sys.executable, "-c", KILLED, str(model_dirs["llama"]), str(data), str(out)]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == -9, done.stderr
     assert not (out / "model.safetensors").exists()
     assert sorted(p.name for p in (out / "checkpoints").glob("checkpoint-*")) == ["checkpoint-3", "checkpoint-6"]
     (out / "checkpoints" / "checkpoint-9").mkdir()  # as a run that is killed while it writes one leaves it
     with pytest.raises(InputError, match="holds checkpoints of an earlier run"):
-        train_prefix_scorer(engine, examples, out, INTERRUPTED)
+        train_prefix_scorer(engine, examples, out, settings)
     with pytest.raises(InputError, match="of a run with another lr"):
-        train_prefix_scorer(engine, examples, out, PrefixTraining(**vars(INTERRUPTED) | {"lr": 1.0}), resume=True)
+        train_prefix_scorer(engine, examples, out, PrefixTraining(**INTERRUPTED | {"lr": 1.0}), resume=True)
     with pytest.raises(InputError, match="of a run with another data and examples"):
-        train_prefix_scorer(engine, examples[1:], out, INTERRUPTED, resume=True)
-    report = train_prefix_scorer(engine, examples, out, INTERRUPTED, resume=True)
+        train_prefix_scorer(engine, examples[1:], out, settings, resume=True)
+    report = train_prefix_scorer(engine, examples, out, settings, resume=True)
     assert report["steps"] == 15
-    train_prefix_scorer(engine, examples, tmp_path / "whole", INTERRUPTED)
+    train_prefix_scorer(engine, examples, tmp_path / "whole", settings)
     assert_same(weights(out), weights(tmp_path / "whole"))
     assert not (out / "checkpoints").exists()
 

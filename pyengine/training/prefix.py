@@ -228,7 +228,8 @@ def prefix_report(model: Any, scorer: PrefixScorer, items: Sequence[Encoded], ba
 
 def _arguments(engine: Engine, settings: PrefixTraining, directory: Path) -> TrainingArguments:
     """What Trainer is told; the batch is shared by processes and accumulation, so that any number does the same."""
-    shares = PartialState(cpu=engine.policy.device.type == "cpu").num_processes * settings.accumulate
+    cpu = engine.policy.device.type == "cpu"
+    shares = PartialState(cpu=cpu).num_processes * settings.accumulate
     if settings.batch % shares:
         raise InputError(
             f"a batch of {settings.batch} responses cannot be shared by {shares // settings.accumulate} processes that "
@@ -252,12 +253,12 @@ def _arguments(engine: Engine, settings: PrefixTraining, directory: Path) -> Tra
         save_total_limit=2,  # a run that is killed while it writes one goes on from the other
         disable_tqdm=not sys.stderr.isatty(),
         report_to=[],
-        use_cpu=engine.policy.device.type == "cpu",
-        dataloader_pin_memory=engine.policy.device.type != "cpu",
+        use_cpu=cpu,
+        dataloader_pin_memory=not cpu,
         seed=settings.seed,
         remove_unused_columns=False,
     )
-    if arguments.device != engine.policy.device:
+    if (arguments.device.type != "cpu") if cpu else (arguments.device != engine.policy.device):
         raise InputError(f"this process trains on {arguments.device}, the model is on {engine.policy.device}")
     arguments._n_gpu = 1  # one process, one device; more need `accelerate launch`
     return arguments

@@ -14,6 +14,7 @@ from pyengine.training.data import Encoded
 
 Method = Literal["fudge", "cd-q"]
 CHUNK = 2**24  # elements of Q that exist at once where an expectation over the vocabulary is taken: 64 MB in fp32
+ROWS = 8  # responses in one pass of the base model
 
 
 class Batch(NamedTuple):
@@ -40,44 +41,53 @@ def collate(items: Sequence[Encoded]) -> dict[str, Tensor]:
 
 
 class Prefixes(NamedTuple):
-    """The N prefixes y^1 .. y^|y| of a batch's responses, response by response.
-
-    logits are the base model's after each prefix and are gathered when needed: index N rows of [B * T, V].
-    """
+    """The N prefixes y^1 .. y^|y| of a batch's responses, response by response."""
 
     before: Tensor  # [N, D] hidden state at y_{t-1}, which Q of y_t is read from
     token: Tensor  # [N] y_t
     after: Tensor  # [N, D] hidden state at y_t
     last: Tensor  # [N] bool: y_t is the last token that there is
     response: Tensor  # [N] row of the batch
-    logits: Tensor | None  # [B * T, V]
-    at: Tensor  # [N] rows of logits
+    logits: Tensor | None  # [N, V] of the base model after y_t
 
 
 @torch.no_grad()
 def read_prefixes(model: Any, batch: Batch, layer: int, logits: bool) -> Prefixes:
-    """One forward pass of the frozen model; `logits` whether those of every position are kept."""
-    steps = torch.arange(batch.ids.shape[1], device=batch.ids.device)
-    end = (batch.start + batch.length)[:, None]
+    """What the frozen model says of a batch, each response read once; `logits` whether those are kept.
+
+    Rows of like length are read together: the batch as it is would be two thirds padding on reviews.
+    """
+    end = batch.start + batch.length
+    parts = [_read(model, batch, rows, layer, logits) for rows in end.argsort(stable=True).split(ROWS)]
+    token, response = (torch.cat([getattr(p, name) for p in parts]) for name in ("token", "response"))
+    order = response.argsort(stable=True)
+    before, after, last = (torch.cat([getattr(p, name) for p in parts])[order] for name in ("before", "after", "last"))
+    kept = torch.cat([p.logits for p in parts if p.logits is not None])[order] if logits else None
+    return Prefixes(before, token[order], after, last, response[order], kept)
+
+
+def _read(model: Any, batch: Batch, rows: Tensor, layer: int, logits: bool) -> Prefixes:
+    """One forward pass over some rows of a batch."""
+    start, end = batch.start[rows, None], (batch.start + batch.length)[rows, None]
+    ids = batch.ids[rows, : int(end.max())]
+    steps = torch.arange(ids.shape[1], device=ids.device)
     keep_few = not logits and "logits_to_keep" in inspect.signature(model.forward).parameters
     output = model(
-        input_ids=batch.ids,
+        input_ids=ids,
         attention_mask=(steps < end).long(),
         use_cache=False,
         output_hidden_states=True,
         **({"logits_to_keep": 1} if keep_few else {}),
     )
     hidden = output.hidden_states[layer].flatten(0, 1)
-    spoken = (steps >= batch.start[:, None]) & (steps < end)
-    at = spoken.flatten().nonzero()[:, 0]
+    at = ((steps >= start) & (steps < end)).flatten().nonzero()[:, 0]
     return Prefixes(
         before=hidden[at - 1],
-        token=batch.ids.flatten()[at],
+        token=ids.flatten()[at],
         after=hidden[at],
         last=(steps == end - 1).flatten()[at],
-        response=at // batch.ids.shape[1],
-        logits=output.logits.flatten(0, 1) if logits else None,
-        at=at,
+        response=rows[at // ids.shape[1]],
+        logits=output.logits.flatten(0, 1)[at] if logits else None,
     )
 
 
@@ -108,15 +118,14 @@ class Student(nn.Module):
         return own.float() + self.shared(features)[:, 0].float()
 
     @torch.no_grad()
-    def expected(self, hidden: Tensor, logits: Tensor, at: Tensor) -> Tensor:
-        """sum_z pi_ref(z) Q[., z]: hidden [N, D], logits [M, V] read at the rows `at` [N] -> fp32 [N], no gradient."""
-        out = []
+    def expected(self, hidden: Tensor, logits: Tensor) -> Tensor:
+        """sum_z pi_ref(z) Q[., z]: hidden [N, D], logits [N, V] -> fp32 [N], without gradient."""
+        out = [hidden.new_zeros(0, dtype=torch.float32)]
         rows = max(1, CHUNK // logits.shape[-1])
-        for start in range(0, len(at), rows):
-            part = slice(start, start + rows)
-            features = self.scorer.features(hidden[part])
-            out.append(expectation(logits[at[part]], self.scorer.head(features)) + self.shared(features)[:, 0].float())
-        return torch.cat(out) if out else hidden.new_zeros(0, dtype=torch.float32)
+        for some, following in zip(hidden.split(rows), logits.split(rows), strict=True):
+            features = self.scorer.features(some)
+            out.append(expectation(following, self.scorer.head(features)) + self.shared(features)[:, 0].float())
+        return torch.cat(out)
 
     @torch.no_grad()
     def finished(self) -> PrefixScorer:
@@ -148,7 +157,7 @@ def targets(method: Method, student: Student, p: Prefixes, reward: Tensor, ended
         ahead = (p.last & ~ended[p.response]).nonzero()[:, 0]
     if len(ahead):
         assert p.logits is not None
-        value = student.expected(p.after[ahead], p.logits, p.at[ahead])
+        value = student.expected(p.after[ahead], p.logits[ahead])
         out = out.index_copy(0, ahead if method == "cd-q" else p.response[ahead], value)
     return out if method == "cd-q" else out[p.response]
 
