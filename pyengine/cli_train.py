@@ -61,8 +61,11 @@ def scorer(
     """Train a prefix scorer: V of every next token, on the model's hidden states."""
     from pyengine.engine import Engine
     from pyengine.training.data import read_examples
-    from pyengine.training.prefix import PrefixTraining, train_prefix_scorer
 
+    try:
+        from pyengine.training.prefix import PrefixTraining, train_prefix_scorer
+    except ImportError as error:
+        raise InputError(f"training needs {error.name}: pip install 'tilt-engine[train]'") from error
     if not sys.stderr.isatty():
         from transformers.utils import logging
 

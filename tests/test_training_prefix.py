@@ -21,7 +21,16 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 import pyengine
 from pyengine import Blockwise, Engine, InputError, PrefixScorer, SamplingParams, Tokenwise, cli, load_scorer
 from pyengine.training import prefix, values
-from pyengine.training.data import Example, encode, encode_all, read_examples, read_prompts, roll_out, write_examples
+from pyengine.training.data import (
+    Encoded,
+    Example,
+    encode,
+    encode_all,
+    read_examples,
+    read_prompts,
+    roll_out,
+    write_examples,
+)
 from pyengine.training.prefix import PrefixTraining, Shuffled, split, train_prefix_scorer
 from pyengine.training.values import Batch, Student, collate, expectation, read_prefixes, regression_loss, targets
 from pyengine.worlds import reviews
@@ -131,6 +140,14 @@ def test_all_bad_lines_are_told_together(engine, tmp_path):
         read_examples(jsonl(tmp_path / "empty.jsonl", ""), engine)
     with pytest.raises(InputError, match="No such file"):
         read_examples(tmp_path / "none.jsonl", engine)
+
+
+def test_lines_are_read_as_they_are(engine, tmp_path):
+    lines = [record(), record(response=" Fine.<|endoftext|>"), record(response=" I went", finish_reason="length")]
+    found = read_examples(jsonl(tmp_path / "good.jsonl", *lines), engine)
+    assert [(e.response, e.ended) for e in found] == [(r["response"], i < 2) for i, r in enumerate(lines)]
+    assert [e.where for e in found] == [f"{tmp_path}/good.jsonl:{i}" for i in (1, 2, 3)]
+    assert [i.ids[-1] == engine.tokenizer.eos_token_id for i in encode_all(engine, found)] == [True, True, False]
 
 
 def test_prompts_from_a_file(tmp_path):
@@ -367,6 +384,29 @@ def test_padding_and_company_change_no_loss(small):
     assert loss_of(other_eos, "fudge", "sum") != pytest.approx(loss_of(items[:1], "fudge", "sum"), rel=1e-3)
 
 
+@torch.inference_mode()
+def test_a_batch_reads_what_each_response_alone_does(model_dir, monkeypatch):
+    """Hidden states and logits of ragged prompts and responses, against one unpadded pass for each."""
+    model = transformers.AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32).eval()
+    monkeypatch.setattr(values, "PASS", 0)
+    rng = random.Random(1)
+    sizes = [(rng.randint(1, 9), rng.randint(1, 20)) for _ in range(11)]  # two passes
+    items = [Encoded([rng.randrange(1, 320) for _ in range(a + b)], a, 0.0, True, "") for a, b in sizes]
+    p = read_prefixes(model, batch_of(items), 1, logits=True)
+    assert p.response.tolist() == [i for i, (_, b) in enumerate(sizes) for _ in range(b)]
+    assert p.token.tolist() == [token for item in items for token in item.ids[item.start :]]
+    assert p.last.tolist() == [t == b - 1 for _, b in sizes for t in range(b)]
+    for i, (a, b) in enumerate(sizes):
+        output = model(torch.tensor([items[i].ids]), output_hidden_states=True)
+        hidden, mine = output.hidden_states[1][0], p.response == i
+        for found, wanted in (
+            (p.before, hidden[a - 1 : a + b - 1]),
+            (p.after, hidden[a:]),
+            (p.logits, output.logits[0, a:]),
+        ):
+            torch.testing.assert_close(found[mine], wanted, rtol=1e-3, atol=1e-3)
+
+
 def test_token_mean_is_the_sum_over_the_length():
     value, target = torch.tensor([1.0, 3.0, 5.0]), torch.zeros(3)
     response, length = torch.tensor([0, 0, 1]), torch.tensor([2, 1])
@@ -591,20 +631,20 @@ def run(monkeypatch, capsys):
 
 @pytest.mark.parametrize("method", ["fudge", "cd-q"])
 def test_a_scorer_from_the_command_line_raises_the_exact_sentiment(run, engine, tmp_path, method):
-    """1,200 roll-outs, then 48 prompts: the gain in exact sentiment, in standard errors of the paired difference."""
+    """1,200 roll-outs, then 96 prompts: the mean paired gain in exact sentiment is over three standard errors."""
     out = tmp_path / "mine"
     options = ("--rollouts", 1200, "--reward", "sentiment", "--epochs", 4, "--out", out)
     code, printed, err = run("train", "scorer", "--method", method, *options)
     assert (code, err) == (0, "")
     assert "R², correlation" in printed
     assert json.loads((out / "report.json").read_text())["held_out"]["r2"] > 0.3
-    prompts, sampling = reviews.prompts(48), SamplingParams(seed=5)
+    prompts, sampling = reviews.prompts(96), SamplingParams(seed=5)
     base = [reviews.sentiment_of(r.text) for r in engine.generate(prompts, sampling=sampling)]
     engine.set_scorer(out)
     for strategy in (Tokenwise(4.0), Blockwise(4, 16)):
         found = [reviews.sentiment_of(r.text) for r in engine.generate(prompts, strategy, sampling)]
         gain = [a - b for a, b in zip(found, base, strict=True)]
-        assert statistics.mean(gain) > 4 * statistics.stdev(gain) / len(gain) ** 0.5, strategy
+        assert statistics.mean(gain) > 3 * statistics.stdev(gain) / len(gain) ** 0.5, strategy
     code, printed, _ = run(
         "generate", PROMPT, "--scorer", out, "--strategy", "tokenwise", "--seed", 1, "--max-tokens", 9
     )

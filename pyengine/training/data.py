@@ -9,7 +9,7 @@ import json
 import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -151,17 +151,14 @@ def read_examples(path: str | Path, engine: Engine) -> list[Example]:
         lines += 1
         try:
             example = _parsed(line, f"{path}:{number}")
-            found.append(replace(example, tokens=_response(encode(engine, example))))
+            encode(engine, example)
+            found.append(example)
         except InputError as error:
             faults.append(str(error))
     _raise(faults, lines, "lines")
     if not found:
         raise InputError(f'{path}: no examples; it needs lines {{"prompt", "response", "reward"}}')
     return found
-
-
-def _response(encoded: Encoded) -> list[int]:
-    return encoded.ids[encoded.start :]
 
 
 def _parsed(line: bytes, where: str) -> Example:

@@ -229,15 +229,8 @@ def prefix_report(model: Any, scorer: PrefixScorer, items: Sequence[Encoded], ba
 def _arguments(engine: Engine, settings: PrefixTraining, directory: Path) -> TrainingArguments:
     """What Trainer is told; the batch is shared by processes and accumulation, so that any number does the same."""
     cpu = engine.policy.device.type == "cpu"
-    shares = PartialState(cpu=cpu).num_processes * settings.accumulate
-    if settings.batch % shares:
-        raise InputError(
-            f"a batch of {settings.batch} responses cannot be shared by {shares // settings.accumulate} processes that "
-            f"accumulate {settings.accumulate} parts each; make it a multiple of {shares}"
-        )
     arguments = TrainingArguments(
         output_dir=str(directory),
-        per_device_train_batch_size=settings.batch // shares,
         gradient_accumulation_steps=settings.accumulate,
         num_train_epochs=settings.epochs,
         learning_rate=settings.lr,
@@ -260,6 +253,13 @@ def _arguments(engine: Engine, settings: PrefixTraining, directory: Path) -> Tra
     )
     if (arguments.device.type != "cpu") if cpu else (arguments.device != engine.policy.device):
         raise InputError(f"this process trains on {arguments.device}, the model is on {engine.policy.device}")
+    shares = arguments.world_size * settings.accumulate
+    if settings.batch % shares:
+        raise InputError(
+            f"a batch of {settings.batch} responses cannot be shared by {arguments.world_size} processes that "
+            f"accumulate {settings.accumulate} parts each; make it a multiple of {shares}"
+        )
+    arguments.per_device_train_batch_size = settings.batch // shares
     arguments._n_gpu = 1  # one process, one device; more need `accelerate launch`
     return arguments
 

@@ -14,7 +14,7 @@ from pyengine.training.data import Encoded
 
 Method = Literal["fudge", "cd-q"]
 CHUNK = 2**24  # elements of Q that exist at once where an expectation over the vocabulary is taken: 64 MB in fp32
-ROWS = 8  # responses in one pass of the base model
+ROWS, PASS = 8, 1024  # responses in one pass of the base model; more if they have less than so many tokens
 
 
 class Batch(NamedTuple):
@@ -58,7 +58,8 @@ def read_prefixes(model: Any, batch: Batch, layer: int, logits: bool) -> Prefixe
     Rows of like length are read together: the batch as it is would be two thirds padding on reviews.
     """
     end = batch.start + batch.length
-    parts = [_read(model, batch, rows, layer, logits) for rows in end.argsort(stable=True).split(ROWS)]
+    together = max(ROWS, PASS // batch.ids.shape[1])
+    parts = [_read(model, batch, rows, layer, logits) for rows in end.argsort(stable=True).split(together)]
     token, response = (torch.cat([getattr(p, name) for p in parts]) for name in ("token", "response"))
     order = response.argsort(stable=True)
     before, after, last = (torch.cat([getattr(p, name) for p in parts])[order] for name in ("before", "after", "last"))
