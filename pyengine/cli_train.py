@@ -128,9 +128,12 @@ def _rollouts(
     from pyengine.worlds import reviews
 
     file = out / "rollouts.jsonl"
-    if resume and file.is_file():
-        return read_examples(file, engine)
     whole(count, "--rollouts", 1)
+    if resume and file.is_file():
+        examples = read_examples(file, engine)
+        if len(examples) != count:
+            raise InputError(f"--resume: {file} holds {len(examples)} roll-outs, not {count}")
+        return examples
     texts = reviews.prompts(96) if prompts is None else read_prompts(prompts)
     scored: Any = getattr(reviews, reward) if reward in REWARDS else reward
     examples = roll_out(engine, list(islice(cycle(texts), count)), scored, max_tokens=max_tokens, seed=seed)

@@ -247,6 +247,7 @@ def _arguments(engine: Engine, settings: PrefixTraining, directory: Path) -> Tra
         disable_tqdm=not sys.stderr.isatty(),
         report_to=[],
         use_cpu=cpu,
+        ddp_find_unused_parameters=False,
         dataloader_pin_memory=not cpu,
         seed=settings.seed,
         remove_unused_columns=False,
