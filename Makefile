@@ -9,7 +9,7 @@ INPUTS := constraints.txt pyproject.toml CMakeLists.txt $(shell find csrc kernel
 
 CXX_SOURCES = $(shell find csrc tests/cuda_shim -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: demo test lint format bench cuda-resources embedded clean
+.PHONY: demo test lint format bench claims cuda-resources embedded clean
 
 demo: $(READY)
 	@$(BIN)/pyengine demo
@@ -35,6 +35,10 @@ bench: $(READY)
 	$(PIP) -c constraints.txt --no-build-isolation -e '.[bench]'
 	$(BIN)/pytest bench
 	$(BIN)/python bench/plots.py
+
+# The papers' claims in exact worlds and through the engine, about five minutes; writes bench/results/claims.json.
+claims: $(READY)
+	$(BIN)/python -m bench.claims
 
 # Record what each CUDA kernel takes of a GPU; needs nvcc, no GPU.
 cuda-resources: $(READY)

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from claims_rig import SEED, Row, Sizes, decode
 
-from pyengine import BestOfK, Tokenwise
+from pyengine import BestOfK, Tokenwise, lsc
 from pyengine.scorers import Probe
 from pyengine.worlds import outcomes, represent, simpson
 
@@ -31,8 +31,8 @@ def joint(sizes: Sizes, noise, k) -> tuple[float, float, float]:
     gold, proxy = world_c(sizes, noise)
     win = outcomes.both_above_median(gold)
     raw = [outcomes.best_of_k_mean(mixed(proxy, w), win, k).mean() for w in MIXES]
-    lsc = outcomes.best_of_k_mean(outcomes.lsc_sum(proxy), win, k).mean()
-    return float(max(raw)), float(MIXES[int(np.argmax(raw))]), float(lsc)
+    both = outcomes.best_of_k_mean(outcomes.lsc_sum(proxy), win, k).mean()
+    return float(max(raw)), float(MIXES[int(np.argmax(raw))]), float(both)
 
 
 def answers(sizes: Sizes, scorer, strategy):
@@ -55,9 +55,11 @@ def choose(row: Row, sizes: Sizes, noise, k: int, w: float | None) -> str:
         ]
 
     def scorer(world) -> Any:
-        return (
-            represent.outcome_scorer(utility, world, "lsc") if w is None else [(w, function(0)), (1 - w, function(1))]
-        )
+        if w is not None:
+            return [(w, function(0)), (1 - w, function(1))]
+        medians = outcomes.reference(proxy, 0.5)[..., 0].tolist()
+        known = [{f"p{x}": m for x, m in enumerate(of_reward)} for of_reward in medians]
+        return lsc(function(0), known[0]) & lsc(function(1), known[1])
 
     prompts, chosen, _ = answers(sizes, scorer, BestOfK(k))
     chances = outcomes.best_of_k_mean(utility, win, k)
@@ -72,9 +74,9 @@ def l1(sizes: Sizes) -> Row:
     )
     parts, engine = [], []
     for k in (16, 191):
-        raw, w, lsc = joint(sizes, "none", k)
-        row.figures[f"k={k}"] = {"raw": raw, "weight": w, "LSC": lsc}
-        parts.append(f"k={k}: {lsc:.3f} vs {raw:.3f} (w={w:.1f})")
+        raw, w, both = joint(sizes, "none", k)
+        row.figures[f"k={k}"] = {"raw": raw, "weight": w, "LSC": both}
+        parts.append(f"k={k}: {both:.3f} vs {raw:.3f} (w={w:.1f})")
         engine.append(f"{choose(row, sizes, 'none', k, None)} vs {choose(row, sizes, 'none', k, w)}")
     gap = row.figures["k=16"]["LSC"] - row.figures["k=16"]["raw"]
     row.exact, row.engine, row.asserted = "; ".join(parts), "; ".join(engine), "gap at k=16 at least .15"
@@ -89,13 +91,13 @@ def l2(sizes: Sizes) -> Row:
         "C, Student-t noise: LSC is hacked less",
         "LSC: less reward hacking",
     )
-    raw, lsc = zip(*(joint(sizes, "t", k)[::2] for k in (16, 191)), strict=True)
+    raw, both = zip(*(joint(sizes, "t", k)[::2] for k in (16, 191)), strict=True)
     weight = joint(sizes, "t", 16)[1]
-    row.exact = f"raw {raw[0]:.3f} -> {raw[1]:.3f}; LSC {lsc[0]:.3f} -> {lsc[1]:.3f}"
+    row.exact = f"raw {raw[0]:.3f} -> {raw[1]:.3f}; LSC {both[0]:.3f} -> {both[1]:.3f}"
     row.asserted = "LSC above raw at both k, and its drop is smaller"
     row.checks = {
-        "LSC above raw at k=16 and 191": lsc[0] > raw[0] and lsc[1] > raw[1],
-        f"LSC's drop {lsc[0] - lsc[1]:.3f} below raw's {raw[0] - raw[1]:.3f}": lsc[0] - lsc[1] < raw[0] - raw[1],
+        "LSC above raw at k=16 and 191": both[0] > raw[0] and both[1] > raw[1],
+        f"LSC's drop {both[0] - both[1]:.3f} below raw's {raw[0] - raw[1]:.3f}": both[0] - both[1] < raw[0] - raw[1],
     }
     ks = (1, 2, 4, 8, 16, 32, 64, 128, 191)
     row.figures["curves"] = {

@@ -1,4 +1,4 @@
-"""The command line: `pyengine generate`, `pyengine curve`, `pyengine demo`, `pyengine info`."""
+"""The command line: `pyengine generate`, `train`, `curve`, `demo`, `info`."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 import typer
 
 import pyengine
+from pyengine.cli_train import train
 from pyengine.errors import InputError, whole
 
 if TYPE_CHECKING:
@@ -26,6 +27,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+app.add_typer(train, name="train")
 
 SCORERS = ("prefix", "probe", "reward-model", "sentiment", "politeness", "length")
 # strategy -> the options that it uses

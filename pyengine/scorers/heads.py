@@ -51,7 +51,7 @@ class _HeadScorer(Scorer, nn.Module):
 
 
 class PrefixScorer(_HeadScorer):
-    """V(y^t, z) for every next token z at once: hidden -> SiLU -> vocabulary (CD-FUDGE and CD-Q, §1.2).
+    """V(y^t, z) for every next token z at once: hidden -> SiLU -> vocabulary (Controlled Decoding's CD-FUDGE and CD-Q).
 
     Tokenwise uses all of it; a prefix is scored as V(y^t) = Q[t-1, y_t].
     """

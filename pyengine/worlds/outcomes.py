@@ -108,11 +108,7 @@ def two_rewards(prompts: int = 60, outcomes: int = 4000, noise: Noise = "none", 
 
 
 def lsc(reward: Array, reference: Array | float) -> Array:
-    """u = log sigmoid(r - r_ref), without overflow (the log-sigmoid-centred transform, Transforming and Combining
-    Rewards for Aligning Large Language Models).
-
-    All of world C takes the transform from here.
-    """
+    """u = log sigmoid(r - r_ref), without overflow: `pyengine.lsc` in fp64, for the exact column."""
     return -np.logaddexp(0.0, reference - reward)
 
 

@@ -1,0 +1,168 @@
+"""`pyengine train`: scorers from data."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+import pyengine
+from pyengine.errors import InputError, whole
+
+if TYPE_CHECKING:
+    from pyengine.engine import Engine
+    from pyengine.training.data import Example
+
+train = typer.Typer(help="Train scorers for a frozen model.")
+
+REWARDS = ("sentiment", "politeness", "length")  # the embedded world's exact ones
+
+
+@train.callback()
+def _group() -> None:
+    """Train scorers for a frozen model."""
+
+
+@train.command()
+def scorer(
+    out: Annotated[Path, typer.Option(help="Directory for the scorer, its report and its checkpoints.")],
+    method: Annotated[str, typer.Option(help="fudge (responses of the model itself) or cd-q (of anyone).")] = "fudge",
+    data: Annotated[
+        Path | None, typer.Option(help='JSONL file, {"prompt", "response", "reward"} a line; or --rollouts.')
+    ] = None,
+    rollouts: Annotated[int | None, typer.Option(help="Responses that the model draws and --reward scores.")] = None,
+    reward: Annotated[
+        str | None, typer.Option(help=f"Directory or hub id of a scorer, or {', '.join(REWARDS)}.")
+    ] = None,
+    prompts: Annotated[
+        Path | None, typer.Option(help='JSONL file, {"prompt"} a line, for --rollouts; default: the embedded reviews.')
+    ] = None,
+    max_tokens: Annotated[int | None, typer.Option(help="Most tokens of a roll-out (default: 160).")] = None,
+    model: Annotated[str | None, typer.Option(help="Directory or hub id; default: the embedded model.")] = None,
+    layer: Annotated[int, typer.Option(help="Hidden state that is read; -1 is the last.")] = -1,
+    width: Annotated[int, typer.Option(help="Width of the scorer.")] = 128,
+    epochs: Annotated[int, typer.Option(help="Passes over the responses.")] = 3,
+    lr: Annotated[float, typer.Option(help="Peak learning rate; cosine decay.")] = 3e-3,
+    batch: Annotated[int, typer.Option(help="Responses in a step, over all processes.")] = 32,
+    accumulate: Annotated[int, typer.Option(help="Parts that a step is computed in.")] = 1,
+    reduction: Annotated[str, typer.Option(help="Tokens of a response: sum or token_mean.")] = "sum",
+    held_out: Annotated[float, typer.Option(help="Share of the prompts that only the report uses.")] = 0.05,
+    bf16: Annotated[bool, typer.Option("--bf16", help="Mixed precision.")] = False,
+    seed: Annotated[int, typer.Option(help="Of the roll-outs, the split, the weights and the order.")] = 0,
+    checkpoint_every: Annotated[int | None, typer.Option(help="Steps (default: an epoch).")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint in --out.")] = False,
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    cache_gb: Annotated[float | None, typer.Option(help="GB for keys and values of roll-outs.")] = None,
+    trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code", help="Run the model's own code.")] = False,
+) -> None:
+    """Train a prefix scorer: V of every next token, on the model's hidden states."""
+    from pyengine.engine import Engine
+    from pyengine.training.data import read_examples
+
+    try:
+        from pyengine.training.prefix import PrefixTraining, train_prefix_scorer
+    except ImportError as error:
+        raise InputError(f"training needs {error.name}: pip install 'tilt-engine[train]'") from error
+    if not sys.stderr.isatty():
+        from transformers.utils import logging
+
+        logging.disable_progress_bar()
+    settings = PrefixTraining(
+        method=method,  # type: ignore[arg-type]
+        layer=layer,
+        width=width,
+        epochs=epochs,
+        lr=lr,
+        batch=batch,
+        accumulate=accumulate,
+        reduction=reduction,  # type: ignore[arg-type]
+        bf16=bf16,
+        seed=seed,
+        held_out=held_out,
+        checkpoint_every=checkpoint_every,
+    )
+    if (data is None) == (rollouts is None):
+        raise InputError("give --data FILE.jsonl, or --rollouts N with --reward")
+    for option, value in (("--reward", reward), ("--prompts", prompts), ("--max-tokens", max_tokens)):
+        if data is not None and value is not None:
+            raise InputError(f"{option} is for --rollouts; the responses of --data are there already")
+    if rollouts is not None and reward is None:
+        raise InputError(f"--rollouts needs --reward: a scorer's directory, or {', '.join(REWARDS)}")
+    if model is not None and rollouts is not None and prompts is None:
+        raise InputError("--rollouts of another model need --prompts FILE.jsonl")
+    if device == "cuda" and "LOCAL_RANK" in os.environ:  # one of several processes
+        device = f"cuda:{os.environ['LOCAL_RANK']}"
+    path: Any = pyengine.embedded("policy") if model is None else model
+    engine = Engine.from_pretrained(path, device=device, cache_gb=cache_gb, trust_remote_code=trust_remote_code)
+    if data is not None:
+        examples = read_examples(data, engine)
+    else:
+        assert rollouts is not None
+        assert reward is not None
+        examples = _rollouts(engine, out, rollouts, reward, prompts, max_tokens or 160, seed, resume)
+    report = train_prefix_scorer(engine, examples, out, settings, resume)
+    if int(os.environ.get("RANK", "0")) == 0:
+        _show(report, out)
+
+
+def _rollouts(
+    engine: Engine,
+    out: Path,
+    count: int,
+    reward: str,
+    prompts: Path | None,
+    max_tokens: int,
+    seed: int,
+    resume: bool,
+) -> list[Example]:
+    """`count` roll-outs over the prompts in turn, kept as rollouts.jsonl; a resumed run reads them there.
+
+    Each of several processes draws them all: equal seeds, equal roll-outs.
+    """
+    from itertools import cycle, islice
+
+    from pyengine.training.data import read_examples, read_prompts, roll_out, write_examples
+    from pyengine.worlds import reviews
+
+    file = out / "rollouts.jsonl"
+    whole(count, "--rollouts", 1)
+    if resume and file.is_file():
+        examples = read_examples(file, engine)
+        if len(examples) != count:
+            raise InputError(f"--resume: {file} holds {len(examples)} roll-outs, not {count}")
+        return examples
+    texts = reviews.prompts(96) if prompts is None else read_prompts(prompts)
+    scored: Any = getattr(reviews, reward) if reward in REWARDS else reward
+    examples = roll_out(engine, list(islice(cycle(texts), count)), scored, max_tokens=max_tokens, seed=seed)
+    if int(os.environ.get("RANK", "0")) == 0:
+        write_examples(file, examples)
+    return examples
+
+
+def _show(report: dict[str, Any], out: Path) -> None:
+    """The report as a table."""
+    from rich.console import Console
+    from rich.table import Table
+
+    def number(value: float | None) -> str:
+        return "-" if value is None else f"{value:.3f}"
+
+    found, settings = report["held_out"], report["settings"]
+    table = Table(box=None, show_header=False)
+    table.add_row("prefix scorer", f"{out} ({settings['method']}, layer {settings['layer']} of {report['model']})")
+    table.add_row(
+        "trained on",
+        f"{report['training_responses']:,} responses, {report['tokens']:,} tokens, {report['cut_off']:,} cut off; "
+        f"{report['steps']:,} steps in {report['seconds']:.0f} s",
+    )
+    table.add_row(
+        "held out", f"{found['responses']:,} responses, {found['prefixes']:,} prefixes, by {report['held_out_by']}"
+    )
+    table.add_row("R², correlation", f"{number(found['r2'])}, {number(found['correlation'])}")
+    table.add_row("calibration", f"error {number(found['calibration_error'])}, slope {number(found['slope'])}")
+    for name in ("value", "reward"):
+        table.add_row(f"  mean {name}", " ".join(f"{part[name]:+.2f}" for part in found["calibration"]))
+    Console().print(table)

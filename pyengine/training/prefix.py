@@ -1,0 +1,298 @@
+"""Prefix scorers trained by regression on responses with a reward: CD-FUDGE and CD-Q (Controlled Decoding).
+
+The base model is frozen: its hidden states are what a `PrefixScorer` reads when the engine decodes, and only the
+scorer learns. transformers' Trainer does the rest: processes, accumulation, bf16, checkpoints and resume.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import random
+import shutil
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from itertools import cycle, islice
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from accelerate import PartialState
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+
+from pyengine.engine import Engine
+from pyengine.errors import InputError, real, whole
+from pyengine.scorers import PrefixScorer
+from pyengine.training.data import Encoded, Example, encode_all
+from pyengine.training.values import Batch, Method, Student, collate, read_prefixes, regression_loss, targets
+
+log = logging.getLogger("pyengine")
+
+BINS = 10  # of the calibration
+
+
+@dataclass(frozen=True)
+class PrefixTraining:
+    """How a prefix scorer is trained.
+
+    method: "fudge" regresses every prefix on the reward of its whole response, which wants responses of the base
+    policy itself; "cd-q" on the value that the scorer expects one token later, which takes responses from anywhere.
+    layer: hidden state of the base model that is read, as in transformers' hidden_states. width: of the scorer.
+    batch: responses in an optimiser step, over all processes and the `accumulate` parts of it. reduction: "sum" adds
+    up the tokens of a response, as in the paper; "token_mean" takes their mean, so that long responses weigh no more
+    than short ones. held_out: the share of the prompts (of the responses, if there is one prompt) that only the report
+    uses. checkpoint_every: optimiser steps; None is an epoch. bf16: mixed precision.
+    """
+
+    method: Method = "fudge"
+    layer: int = -1
+    width: int = 128
+    epochs: int = 3
+    lr: float = 3e-3
+    batch: int = 32
+    accumulate: int = 1
+    weight_decay: float = 0.01
+    reduction: Literal["sum", "token_mean"] = "sum"
+    bf16: bool = False
+    seed: int = 0
+    held_out: float = 0.05
+    checkpoint_every: int | None = None
+
+    def __post_init__(self) -> None:
+        for name, choices in (("method", ("fudge", "cd-q")), ("reduction", ("sum", "token_mean"))):
+            if getattr(self, name) not in choices:
+                raise InputError(f"{name} must be {' or '.join(choices)}, got {getattr(self, name)!r}")
+        for name in ("width", "epochs", "batch", "accumulate"):
+            whole(getattr(self, name), name, 1)
+        whole(self.layer, "layer", -(2**31))
+        whole(self.seed, "seed", 0, 2**32 - 1)
+        if self.checkpoint_every is not None:
+            whole(self.checkpoint_every, "checkpoint_every", 1)
+        real(self.lr, "lr", 1e-12)
+        real(self.weight_decay, "weight_decay", 0)
+        real(self.held_out, "held_out", 0, 0.9)
+
+
+class Shuffled(torch.utils.data.Sampler[int]):
+    """Every example once an epoch in an order that (seed, epoch) fixes, made up to whole batches by its beginning.
+
+    Whole batches make the steps the same for any number of processes, which take turns within a batch.
+    """
+
+    def __init__(self, count: int, batch: int, seed: int, epoch: Callable[[], int]) -> None:
+        self.count, self.batch, self.seed, self.epoch = count, batch, seed, epoch
+
+    def __len__(self) -> int:
+        return -(-self.count // self.batch) * self.batch
+
+    def __iter__(self) -> Iterator[int]:
+        order = list(range(self.count))
+        random.Random(f"{self.seed}/{self.epoch()}").shuffle(order)
+        return islice(cycle(order), len(self))
+
+
+class PrefixTrainer(Trainer):
+    """transformers' Trainer for a `Student` beside the frozen model that it reads."""
+
+    def __init__(self, base: Any, settings: PrefixTraining, **arguments: Any) -> None:
+        super().__init__(**arguments)
+        self.base, self.settings = base, settings
+
+    def _get_train_sampler(self, *args: Any, **kwargs: Any) -> torch.utils.data.Sampler:
+        # The state knows the epoch in a resumed run as well; samplers that resuming has wrapped are not told.
+        epoch = lambda: int(self.state.epoch or 0)  # noqa: E731
+        return Shuffled(len(self.train_dataset), self.settings.batch, self.settings.seed, epoch)  # type: ignore[arg-type]
+
+    def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, *_: Any, **__: Any) -> Any:
+        batch, settings = Batch(**inputs), self.settings
+        # CD-FUDGE needs logits only where a response was cut off.
+        logits = settings.method == "cd-q" or not bool(batch.ended.all())
+        p = read_prefixes(self.base, batch, settings.layer, logits)
+        target = targets(settings.method, self.accelerator.unwrap_model(model), p, batch.reward, batch.ended)
+        value = model(p.before, p.token)
+        loss = regression_loss(value, target, p.response, batch.length, settings.reduction)
+        if not bool(loss.isfinite()):
+            raise InputError(f"training gave a loss of {loss.item()} at step {self.state.global_step}; lower lr")
+        return loss
+
+
+def train_prefix_scorer(
+    engine: Engine,
+    examples: Sequence[Example],
+    out: str | Path,
+    settings: PrefixTraining = PrefixTraining(),
+    resume: bool = False,
+    callbacks: Sequence[TrainerCallback] = (),
+) -> dict[str, Any]:
+    """Train a prefix scorer on the engine's model into `out`, which `load_scorer` and the engine read; its report.
+
+    Beside config.json and model.safetensors lies report.json: what was trained on what, and on held-out responses R^2,
+    correlation and calibration (see `prefix_report`). Until it is finished, `out`/checkpoints holds what `resume` goes
+    on from, to the same weights. Under `accelerate launch` every process calls this with the same arguments.
+
+    Raises InputError for examples that cannot be used, a layer that is not there, a batch that the processes cannot
+    share, checkpoints of an earlier run where `resume` is not asked for, and the other way round.
+    """
+    out = Path(out)
+    started = time.perf_counter()
+    training, held_out, by = split(encode_all(engine, examples), settings.held_out, settings.seed)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(settings.seed)
+        sizes = (engine.policy.hidden_size, engine.policy.vocab_size, settings.width, settings.layer)
+        scorer = PrefixScorer(*sizes, name=out.absolute().name)
+        scorer.check(engine.policy)
+        known = [item.reward for item in training if item.ended]
+        student = Student(scorer, sum(known) / len(known) if known else 0.0)
+    arguments = _arguments(engine, settings, out / "checkpoints")
+    run = {"model": engine.name, "settings": asdict(settings), "examples": len(examples), "data": _digest(training)}
+    checkpoint = _checkpoint(out, run, resume)
+    trainer = PrefixTrainer(
+        engine.model,
+        settings,
+        model=student,
+        args=arguments,
+        train_dataset=training,
+        data_collator=collate,
+        callbacks=list(callbacks),
+    )
+    trainer.remove_callback(PrinterCallback)  # stdout is for results
+    outcome = trainer.train(resume_from_checkpoint=checkpoint)
+    scorer = student.finished()
+    report = run | {
+        "cut_off": sum(not item.ended for item in training),
+        "tokens": sum(len(item.ids) - item.start for item in training),
+        "training_responses": len(training),
+        "steps": outcome.global_step,
+        "training_loss": outcome.training_loss,
+        "held_out_by": by,
+        "held_out": prefix_report(engine.model, scorer, held_out),
+        "processes": arguments.world_size,
+        "seconds": time.perf_counter() - started,
+    }
+    if trainer.is_world_process_zero():
+        scorer.save(out)
+        (out / "report.json").write_text(json.dumps(report, indent=2) + "\n")
+        shutil.rmtree(out / "checkpoints", ignore_errors=True)
+    PartialState().wait_for_everyone()
+    return report
+
+
+def split(items: Sequence[Encoded], share: float, seed: int) -> tuple[list[Encoded], list[Encoded], str]:
+    """(training, held out, "prompt" or "response"): a share of the prompts, or of the responses to a single prompt."""
+    prompts = sorted({item.prompt for item in items})
+    by = "prompt" if len(prompts) > 1 else "response"
+    keys: Sequence[Any] = [item.prompt for item in items] if by == "prompt" else range(len(items))
+    groups = prompts if by == "prompt" else list(range(len(items)))
+    random.Random(seed).shuffle(groups)
+    away = set(groups[: round(share * len(groups)) or int(share > 0 and len(groups) > 1)])
+    training = [item for item, key in zip(items, keys, strict=True) if key not in away]
+    if not training:
+        raise InputError("no examples to train on; give more, or hold out fewer")
+    return training, [item for item, key in zip(items, keys, strict=True) if key in away], by
+
+
+@torch.no_grad()
+def prefix_report(model: Any, scorer: PrefixScorer, items: Sequence[Encoded], batch: int = 32) -> dict[str, Any]:
+    """How well V(y^t) predicts the reward of y, over all prefixes of the responses that ended.
+
+    r2, correlation; calibration: in ten equal parts of the prefixes by V, the mean V and the mean reward;
+    calibration_error: the mean distance of the two; slope: of the reward on V, 1 if it is calibrated. None where there
+    is nothing to say: no responses, or rewards that are all equal.
+    """
+    ended = [item for item in items if item.ended]
+    report: dict[str, Any] = {"responses": len(ended), "cut_off": len(items) - len(ended)}
+    values, rewards = [torch.empty(0)], [torch.empty(0)]
+    for start in range(0, len(ended), batch):
+        b = Batch(**{k: v.to(model.device) for k, v in collate(ended[start : start + batch]).items()})
+        p = read_prefixes(model, b, scorer.layer, logits=False)
+        values.append(scorer.values_at(p.before, p.token).float().cpu())
+        rewards.append(b.reward[p.response].cpu())
+    v, r = torch.cat(values).double(), torch.cat(rewards).double()
+    report["prefixes"] = len(v)
+    varied = len(v) > 1 and r.std() > 0 and v.std() > 0
+    report["r2"] = 1 - float((r - v).square().sum() / (r - r.mean()).square().sum()) if varied else None
+    covariance = float(((v - v.mean()) * (r - r.mean())).sum()) if varied else 0.0
+    report["correlation"] = covariance / float((len(v) - 1) * v.std() * r.std()) if varied else None
+    report["slope"] = covariance / float((v - v.mean()).square().sum()) if varied else None
+    parts = [part for part in v.argsort().tensor_split(BINS) if len(part)]
+    report["calibration"] = [
+        {"value": float(v[i].mean()), "reward": float(r[i].mean()), "prefixes": len(i)} for i in parts
+    ]
+    distance = sum(len(i) * abs(float(v[i].mean() - r[i].mean())) for i in parts)
+    report["calibration_error"] = distance / len(v) if len(v) else None
+    return report
+
+
+def _arguments(engine: Engine, settings: PrefixTraining, directory: Path) -> TrainingArguments:
+    """What Trainer is told; the batch is shared by processes and accumulation, so that any number does the same."""
+    cpu = engine.policy.device.type == "cpu"
+    arguments = TrainingArguments(
+        output_dir=str(directory),
+        gradient_accumulation_steps=settings.accumulate,
+        num_train_epochs=settings.epochs,
+        learning_rate=settings.lr,
+        lr_scheduler_type="cosine",
+        warmup_steps=0.05,  # a share of all steps
+        weight_decay=settings.weight_decay,
+        max_grad_norm=0.0,  # a sum over tokens is large at every step; AdamW does not mind its scale
+        bf16=settings.bf16,
+        logging_steps=0.1,
+        logging_nan_inf_filter=False,
+        save_strategy="steps" if settings.checkpoint_every else "epoch",
+        save_steps=settings.checkpoint_every or 500,
+        save_total_limit=2,  # a run that is killed while it writes one goes on from the other
+        disable_tqdm=not sys.stderr.isatty(),
+        report_to=[],
+        use_cpu=cpu,
+        ddp_find_unused_parameters=False,
+        dataloader_pin_memory=not cpu,
+        seed=settings.seed,
+        remove_unused_columns=False,
+    )
+    if (arguments.device.type != "cpu") if cpu else (arguments.device != engine.policy.device):
+        raise InputError(f"this process trains on {arguments.device}, the model is on {engine.policy.device}")
+    shares = arguments.world_size * settings.accumulate
+    if settings.batch % shares:
+        raise InputError(
+            f"a batch of {settings.batch} responses cannot be shared by {arguments.world_size} processes that "
+            f"accumulate {settings.accumulate} parts each; make it a multiple of {shares}"
+        )
+    arguments.per_device_train_batch_size = settings.batch // shares
+    arguments._n_gpu = 1  # one process, one device; more need `accelerate launch`
+    return arguments
+
+
+def _digest(items: Sequence[Encoded]) -> str:
+    digest = hashlib.blake2b(digest_size=16)
+    for item in items:
+        digest.update(repr((item.ids, item.start, item.reward, item.ended)).encode())
+    return digest.hexdigest()
+
+
+def _checkpoint(out: Path, run: dict[str, Any], resume: bool) -> str | None:
+    """The checkpoint to go on from, if any; notes what is being run beside it."""
+    directory = out / "checkpoints"
+    whole_ones = []
+    for file in directory.glob("checkpoint-*/trainer_state.json"):  # Trainer writes it last
+        try:
+            whole_ones.append((json.loads(file.read_bytes())["global_step"], str(file.parent)))
+        except (ValueError, KeyError):
+            log.warning("%s is damaged: taking an earlier checkpoint", file.parent)
+    if whole_ones and not resume:
+        raise InputError(f"{directory} holds checkpoints of an earlier run: resume it, or remove them")
+    if resume and not whole_ones:
+        log.warning("no checkpoint in %s: starting from the first step", directory)
+    if whole_ones:
+        before = json.loads((directory / "run.json").read_bytes())
+        old, new = ({k: v for k, v in {**r, **r["settings"]}.items() if k != "settings"} for r in (before, run))
+        changed = sorted(k for k in new if k not in ("checkpoint_every", "accumulate") and new[k] != old.get(k))
+        if changed:
+            raise InputError(f"{directory} is of a run with another {' and '.join(changed)}; it cannot be resumed")
+    PartialState().wait_for_everyone()  # all have looked before one writes
+    if PartialState().is_main_process:
+        directory.mkdir(parents=True, exist_ok=True)
+        (directory / "run.json").write_text(json.dumps(run, indent=2) + "\n")
+    return max(whole_ones)[1] if whole_ones else None
