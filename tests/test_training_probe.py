@@ -202,7 +202,7 @@ class TestLoop:
             training.split(torch.zeros(9, dtype=torch.long), 0.2, torch.Generator())
 
     def test_learns_what_there_is_to_learn(self):
-        samples, pairs = teacher(rows=4000)
+        samples, pairs = teacher(rows=3600)
         found = train_probe(pairs, "qp", lr=5e-2, epochs=30, progress=False)
         assert found.held_out["accuracy"] > 0.95
         assert found.held_out_loss[-1] < 0.2 < math.log(2) * 0.9 < found.train_loss[0]
@@ -218,7 +218,8 @@ class TestLoop:
         best, last = (train_probe(data, "q", keep_best=keep, **options) for keep in (True, False))
         assert best.epoch == 1 + min(range(60), key=best.held_out_loss.__getitem__) < 60
         assert best.held_out["loss"] == pytest.approx(min(last.held_out_loss))
-        assert last.held_out["loss"] == pytest.approx(last.held_out_loss[-1]) > best.held_out["loss"]
+        assert last.held_out["loss"] == pytest.approx(last.held_out_loss[-1])
+        assert last.held_out["loss"] > best.held_out["loss"]
 
     def test_the_same_seed_gives_the_same_bits(self):
         samples, _ = teacher()
@@ -356,10 +357,8 @@ class TestEmbeddings:
         torch.testing.assert_close(found, torch.tensor([r.reward for r in results]), atol=1e-4, rtol=1e-4)
         stopped = [r for r in results if r.finish_reason == "stop"]
         texts = embed(engine, [(r.prompt, r.text) for r in stopped], layer)
-        read = engine.tokenizer  # not every response is the tokens that its text gives
-        same = [
-            i for i, r in enumerate(stopped) if read(r.prompt + r.text).input_ids[1 - len(r.tokens) :] == r.tokens[:-1]
-        ]
+        again = [engine.tokenizer(r.prompt + r.text).input_ids[1 - len(r.tokens) :] for r in stopped]
+        same = [i for i, r in enumerate(stopped) if again[i] == r.tokens[:-1]]  # not every text gives its tokens again
         assert len(same) > len(stopped) // 2
         torch.testing.assert_close(texts[same], embed(engine, [stopped[i] for i in same], layer), atol=1e-4, rtol=1e-4)
 

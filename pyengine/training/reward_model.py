@@ -112,6 +112,7 @@ def default_config(directory: str | Path, evaluate: bool = True, **changes: Any)
         "gradient_accumulation_steps": 16,
         "bf16": gpu,
         "gradient_checkpointing": gpu,
+        "dataloader_pin_memory": gpu,
         "max_length": None,  # TRL would leave longer ones out without a word; here they are refused by line
         "report_to": "none",
         "save_strategy": "no",
