@@ -101,12 +101,13 @@ PEERS = {
 }
 
 
-def test_peers(race, rows):
+def test_peers(race, rows, peak):
     pairs, epochs = preferences(ROWS, WIDTH), 2
     raced = race(lambda: ours(pairs, epochs), {n: lambda f=f: f(pairs, epochs) for n, f in PEERS.items()}, rounds=3)
     if raced is None:
         return
     times, samples = raced
+    extra = peak(lambda: ours(pairs, 1))
     start = time.perf_counter()
     whole = ours(pairs, 150)
     seconds = time.perf_counter() - start
@@ -119,6 +120,8 @@ def test_peers(race, rows):
             "threads": torch.get_num_threads(),
             "seconds_150_epochs": round(seconds, 2),
             "loss_first_last": [round(whole.train_loss[0], 5), round(whole.train_loss[-1], 5)],
+            "gigabytes_of_pairs": round(2 * pairs.chosen.nbytes / 1e9, 3),
+            "gigabytes_beside_them": round(extra / 1e9, 3),
             "epochs_timed": epochs,
             "seconds": {name: round(t, 3) for name, t in times.items()},
             "times_slower": {name: round(t / times["pyengine"], 2) for name, t in times.items()},

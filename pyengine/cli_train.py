@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import shutil
+import sys
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -85,6 +88,8 @@ def reward_model(
         "gradient_accumulation_steps": accumulate,
     }
     config = default_config(out / "checkpoints", evaluate=held_out > 0, seed=seed, **changes)
-    report = train_reward_model(model, data, out, args=config, held_out=held_out, seed=seed)
+    with contextlib.redirect_stdout(sys.stderr):  # transformers prints its log
+        report = train_reward_model(model, data, out, args=config, held_out=held_out, seed=seed)
     if config.process_index == 0:
+        shutil.rmtree(out / "checkpoints", ignore_errors=True)
         print(json.dumps({key: value for key, value in report.items() if key != "calibration"}))

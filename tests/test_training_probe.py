@@ -262,6 +262,13 @@ class TestBadData:
             Samples(torch.zeros(2, 2), torch.tensor([0, math.nan]), torch.arange(2))
         with pytest.raises(InputError, match=r"reward has 3 rows, prompt has 2"):
             Samples(torch.zeros(2, 2), torch.zeros(3), torch.arange(2))
+        for value in (torch.zeros(2, 2, dtype=torch.long), torch.zeros(2, 2, device="meta")):
+            with pytest.raises(InputError, match="embeddings must be floats in the host's memory, got torch"):
+                Samples(value, torch.zeros(2), torch.arange(2))
+        with pytest.raises(InputError, match=r"embeddings must be a tensor of shape \[N, D\], got \[2\]"):
+            Samples(torch.zeros(2), torch.zeros(2), torch.arange(2))
+        with pytest.raises(InputError, match="prompt must hold whole numbers"):
+            Samples(torch.zeros(2, 2), torch.zeros(2), torch.zeros(2))
         with pytest.raises(InputError, match=r"chosen is \[2, 2\], rejected \[2, 3\]"):
             Pairs(torch.zeros(2, 2), torch.zeros(2, 3), torch.arange(2))
 

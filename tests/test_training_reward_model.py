@@ -72,10 +72,10 @@ def write(file, examples, number="label"):
 
 @pytest.fixture(scope="module")
 def trained(base, tmp_path_factory):
-    """(directory, report) of a Bradley-Terry model on 640 pairs from a file."""
+    """(directory, report) of a Bradley-Terry model on 400 pairs from a file."""
     home = tmp_path_factory.mktemp("pairwise")
     args = default_config(home / "checkpoints", num_train_epochs=3, seed=0, **QUICK)
-    report = train_reward_model(base, write(home / "pairs.jsonl", pairs(640)), home / "out", args=args)
+    report = train_reward_model(base, write(home / "pairs.jsonl", pairs(400)), home / "out", args=args)
     return home / "out", report
 
 
@@ -84,8 +84,8 @@ class TestPairwise:
         out, report = trained
         assert json.loads((out / "reward_model.json").read_text()) == report
         assert report["kind"] == "pairwise"
-        assert report["train"] + report["held_out"] == 640
-        assert 40 < report["held_out"] < 100
+        assert report["train"] + report["held_out"] == 400
+        assert 20 < report["held_out"] < 70
         assert report["accuracy"] > 0.8
         assert report["margin"] > 0.5
         assert report["loss"] < math.log(2)
@@ -250,7 +250,8 @@ def test_command(base, tmp_path):
     options = ["--lr", "3e-3", "--batch", "16", "--accumulate", "1", "--held-out", "0.2"]
     done = CliRunner().invoke(cli_train.train, [*arguments, *options], standalone_mode=False)
     assert done.exception is None, done.exception
-    report = json.loads(done.stdout.splitlines()[-1])
+    report = json.loads(done.stdout)
     assert report["train"] + report["held_out"] == 96
     assert 0 <= report["accuracy"] <= 1
     RewardModel.from_pretrained(tmp_path / "out")
+    assert not (tmp_path / "out" / "checkpoints").exists()

@@ -32,6 +32,10 @@ class _Stored:
             if not isinstance(value, Tensor) or value.dim() != 1 + matrix or (matrix and 0 in value.shape):
                 shape = f"a tensor of shape {'[N, D]' if matrix else '[N]'}"
                 raise InputError(f"{field.name} must be {shape}, got {list(getattr(value, 'shape', [])) or value!r}")
+            if value.device.type != "cpu" or (matrix and not value.is_floating_point()):
+                raise InputError(
+                    f"{field.name} must be floats in the host's memory, got {value.dtype} on {value.device}"
+                )
             if len(value) != len(self.prompt):  # type: ignore[attr-defined]
                 raise InputError(f"{field.name} has {len(value)} rows, prompt has {len(self.prompt)}")  # type: ignore[attr-defined]
             if field.name == "prompt":

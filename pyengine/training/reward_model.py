@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-import tempfile
+import shutil
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -83,9 +84,9 @@ def train_reward_model(
         raise InputError("train_reward_model: center_rewards_coefficient needs pairs")
     scorer = _start(model, seed, trust_remote_code)
     rows = [_tokens(scorer, e) for e in examples]
-    with tempfile.TemporaryDirectory() as scratch:
-        config = args or default_config(scratch, evaluate=len(test) > 0, seed=seed)
-        _fit(scorer, [rows[i] for i in train], [rows[i] for i in test], config, Path(out), **trainer)
+    scratch = Path(out) / "checkpoints"  # one that all processes see
+    config = args or default_config(scratch, evaluate=len(test) > 0, seed=seed)
+    _fit(scorer, [rows[i] for i in train], [rows[i] for i in test], config, Path(out), **trainer)
     report: dict[str, Any] = {
         "kind": "pairwise" if isinstance(examples[0], Pair) else "pointwise",
         "base": str(model),
@@ -93,6 +94,8 @@ def train_reward_model(
         "held_out": len(test),
     }
     if config.process_index == 0:
+        if args is None:
+            shutil.rmtree(scratch, ignore_errors=True)
         if len(test):
             report |= evaluate(RewardModel.from_pretrained(out, trust_remote_code), [examples[i] for i in test])
         (Path(out) / REPORT).write_text(json.dumps(report, indent=1) + "\n")
@@ -116,7 +119,7 @@ def default_config(directory: str | Path, evaluate: bool = True, **changes: Any)
         "max_length": None,  # TRL would leave longer ones out without a word; here they are refused by line
         "report_to": "none",
         "save_strategy": "no",
-        "disable_tqdm": None,
+        "disable_tqdm": not sys.stderr.isatty(),
     }
     if evaluate:
         settings |= {
