@@ -100,8 +100,9 @@ def rejection_sample(
     loose = [i for i, a in enumerate(found) if not a.exact]
     if loose:
         warnings.warn(
-            f"rejection_sample: a utility passed the bound {bound:g} at prompt {loose[0]} and {len(loose) - 1} more "
-            f"(up to {max(a.highest for a in found):g}): these draws are not exact; raise the bound",
+            f"rejection_sample: a utility passed the bound {bound:g} (up to {max(a.highest for a in found):g}) at "
+            f"{len(loose)} of {len(found)} prompts, first at prompt {loose[0]}: these draws are not exact; "
+            "raise the bound",
             RuntimeWarning,
             stacklevel=2,
         )

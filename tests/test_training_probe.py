@@ -460,7 +460,7 @@ class TestRejection:
 
     def test_a_bound_that_is_passed_is_reported(self, engine):
         engine.set_scorer(Levels())
-        with pytest.warns(RuntimeWarning, match=r"passed the bound 0.1 at prompt \d"):
+        with pytest.warns(RuntimeWarning, match=r"bound 0.1 \(up to [\d.]+\) at \d of 4 prompts, first at prompt \d"):
             found = rejection_sample(engine, reviews.prompts(4), 0.1, 0.5, sampling=SamplingParams(1, seed=0))
         assert any(not a.exact and a.highest > 0.1 for a in found)
 
