@@ -23,7 +23,7 @@ from pyengine.scorers import Candidates
 from pyengine.training.embeddings import Pairs
 from pyengine.training.probe import train_probe
 
-TESTS = ("training_probe",)
+TESTS = ("training_probe", "embedding_probe")
 ROWS, WIDTH, BATCH, RATE = 40_067, 4096, 1024, 5e-5
 SIZES = {
     "hidden_size": 768,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -140,6 +141,10 @@ def train_probe(
             total += len(pick) * step(pick)
             count += len(pick)
         fit.train_loss.append(total.item() / count)
+        if not math.isfinite(fit.train_loss[-1]):
+            raise InputError(
+                f"train_probe: the loss is {fit.train_loss[-1]} in epoch {epoch}; lower lr, which is {lr:g}"
+            )
         if tested:
             fit.held_out_loss.append(_mean_loss(probe, problem, tested))
         if keep_best and fit.held_out_loss[-1] == min(fit.held_out_loss):
