@@ -142,9 +142,7 @@ def train_probe(
             count += len(pick)
         fit.train_loss.append(total.item() / count)
         if not math.isfinite(fit.train_loss[-1]):
-            raise InputError(
-                f"train_probe: the loss is {fit.train_loss[-1]} in epoch {epoch}; lower lr, which is {lr:g}"
-            )
+            raise InputError(f"train_probe: the loss is {fit.train_loss[-1]} in epoch {epoch}; lower lr from {lr:g}")
         if tested:
             fit.held_out_loss.append(_mean_loss(probe, problem, tested))
         if keep_best and fit.held_out_loss[-1] == min(fit.held_out_loss):
