@@ -59,7 +59,7 @@ def first_probe(width):
 
 
 def descend(model, batches):
-    """The plain loop; batches are (chosen, rejected) or (differences, None). Returns the model and its mean loss."""
+    """The plain loop over (chosen, rejected) or (differences, None). Returns the model and the rows' mean loss."""
     optimizer = torch.optim.Adam([model.weight], lr=RATE)
     losses = []
     for chosen, rejected in batches:
@@ -68,8 +68,8 @@ def descend(model, batches):
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        losses.append(loss.item())
-    return model, statistics.mean(losses)
+        losses.append((loss.item(), len(chosen)))
+    return model, sum(mean * count for mean, count in losses) / sum(count for _, count in losses)
 
 
 def orders(rows, epochs):
@@ -102,7 +102,7 @@ PEERS = {
 
 
 def test_peers(race, rows, peak):
-    pairs, epochs = preferences(ROWS, WIDTH), 2
+    pairs, epochs = preferences(ROWS, WIDTH), 5
     raced = race(lambda: ours(pairs, epochs), {n: lambda f=f: f(pairs, epochs) for n, f in PEERS.items()}, rounds=3)
     if raced is None:
         return
