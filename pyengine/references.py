@@ -21,8 +21,7 @@ from torch import Tensor
 
 from pyengine.errors import InputError, first_line, real, whole
 from pyengine.scorers import Candidates, ScorerLike, parts_of
-
-BATCH = 32  # prompts in one forward pass
+from pyengine.scorers.embedding_probe import last_states
 
 Rewards = Mapping[str, Sequence[float]]  # of samples of the base policy, for each prompt
 Embed = Callable[[Sequence[str]], Tensor]  # N prompts -> [N, D]
@@ -269,37 +268,22 @@ def reference_of(reference: ReferenceLike) -> Reference:
     return _Constant(real(reference, "a reference that is neither References, a mapping nor a path"))
 
 
-@torch.inference_mode()
 def prompt_embeddings(model: Any, tokenizer: Any, prompts: Sequence[str], layer: int = -1) -> Tensor:
     """The hidden state at each prompt's last token, fp32 [N, D] on the CPU.
 
     model: a causal language model of transformers, such as Engine.model. layer: as in its hidden_states, -1 the last.
     """
     ids = [tokenizer(prompt, verbose=False).input_ids for prompt in prompts]
-    longest = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    config = model.config.get_text_config(decoder=True)
+    longest, layers = getattr(config, "max_position_embeddings", None), config.num_hidden_layers + 1
     for prompt, tokens in zip(prompts, ids, strict=True):
         if not tokens:
             raise InputError(f"the prompt {_short(prompt)} has no tokens to embed")
         if longest is not None and len(tokens) > longest:
             raise InputError(f"the prompt {_short(prompt)} has {len(tokens)} tokens, the model reads {longest}")
-    out: list[Tensor] = [torch.empty(0)] * len(ids)
-    order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
-    for start in range(0, len(order), BATCH):
-        rows = order[start : start + BATCH]
-        texts = [torch.tensor(ids[i]) for i in rows]
-        padded = torch.nn.utils.rnn.pad_sequence(texts, batch_first=True)
-        mask = torch.nn.utils.rnn.pad_sequence([torch.ones_like(text) for text in texts], batch_first=True)
-        device = model.device
-        states = model.base_model(
-            input_ids=padded.to(device), attention_mask=mask.to(device), use_cache=False, output_hidden_states=True
-        ).hidden_states
-        if not -len(states) <= layer < len(states):
-            raise InputError(f"prompt_embeddings: layer {layer} is not there, the model has {len(states)}")
-        last = torch.tensor([len(text) - 1 for text in texts], device=device)
-        found = states[layer][torch.arange(len(rows), device=device), last].float().cpu()
-        for i, state in zip(rows, found, strict=True):
-            out[i] = state
-    return torch.stack(out) if out else torch.empty(0, model.config.get_text_config(decoder=True).hidden_size)
+    if not -layers <= layer < layers:
+        raise InputError(f"prompt_embeddings: layer {layer} is not there, the model has {layers}")
+    return last_states(model.base_model, ids, layer)
 
 
 def _short(prompt: str) -> str:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from pyengine.errors import InputError, first_line
+from pyengine.errors import InputError, first_line, whole
 from pyengine.scorers.base import Candidates, Hidden, Policy, Scorer
 
 FORMAT = "pyengine_scorer"
@@ -95,17 +97,32 @@ class PrefixScorer(_HeadScorer):
 
 
 class Probe(_HeadScorer):
-    """A linear function of the hidden state at the last token (Q-Probe, §4.1)."""
+    """A function of the hidden state at the last token (Q-Probe, §4.1): linear, or an MLP with ReLU.
+
+    hidden: widths of the hidden layers; () is the linear probe.
+    """
 
     kind = "probe"
 
-    def __init__(self, hidden_size: int, layer: int = -1, name: str = "probe") -> None:
+    def __init__(self, hidden_size: int, layer: int = -1, name: str = "probe", hidden: Sequence[int] = ()) -> None:
         super().__init__(hidden_size, layer, name)
-        self.head = nn.Linear(hidden_size, 1)
+        self.hidden = tuple(whole(width, f"probe {name!r}: a width in hidden", 1) for width in hidden)
+        sizes = (hidden_size, *self.hidden)
+        layers: list[nn.Module] = []
+        for wide, narrow in pairwise(sizes):
+            layers += [nn.Linear(wide, narrow), nn.ReLU()]
+        self.trunk = nn.Sequential(*layers)
+        self.head = nn.Linear(sizes[-1], 1)
+
+    def config(self) -> dict[str, Any]:
+        return super().config() | {"hidden": list(self.hidden)}
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """Q of each hidden state: [..., D], any float type -> [...], in the type of the weights, with gradients."""
+        return self.head(self.trunk(hidden.to(self.head.weight.dtype)))[..., 0]
 
     def score(self, candidates: Candidates) -> Tensor:
-        hidden = candidates.hidden[self.layer]
-        return self.head(hidden.to(self.head.weight.dtype))[:, 0].float()
+        return self(candidates.hidden[self.layer]).float()
 
 
 def load_head(directory: Path, config: dict[str, Any]) -> PrefixScorer | Probe:

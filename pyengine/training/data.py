@@ -145,7 +145,7 @@ def read_examples(path: str | Path, engine: Engine) -> list[Example]:
     first five faults and counts all; empty lines are skipped.
     """
     found, faults, lines = [], [], 0
-    for number, line in enumerate(_read(path).splitlines(), 1):
+    for number, line in enumerate(read_file(path).splitlines(), 1):
         if not line.strip():
             continue
         lines += 1
@@ -162,7 +162,7 @@ def read_examples(path: str | Path, engine: Engine) -> list[Example]:
 
 
 def _parsed(line: bytes, where: str) -> Example:
-    record = _object(line, where)
+    record = json_object(line, where)
     missing = [key for key in ("prompt", "response", "reward") if key not in record]
     if missing:
         raise InputError(f"{where}: lacks {' and '.join(map(repr, missing))}")
@@ -195,12 +195,12 @@ def write_examples(path: str | Path, examples: Iterable[Example]) -> None:
 def read_prompts(path: str | Path) -> list[str]:
     """Prompts from JSONL lines {"prompt": ...}; one InputError for all lines that cannot be used."""
     found, faults = [], []
-    for number, line in enumerate(_read(path).splitlines(), 1):
+    for number, line in enumerate(read_file(path).splitlines(), 1):
         if not line.strip():
             continue
         where = f"{path}:{number}"
         try:
-            prompt = _object(line, where).get("prompt")
+            prompt = json_object(line, where).get("prompt")
             if not isinstance(prompt, str):
                 raise InputError(f'{where}: needs a string "prompt"')
         except InputError as error:
@@ -213,14 +213,16 @@ def read_prompts(path: str | Path) -> list[str]:
     return found
 
 
-def _read(path: str | Path) -> bytes:
+def read_file(path: str | Path) -> bytes:
+    """The bytes of a file; InputError, naming it, if it cannot be read."""
     try:
         return Path(path).read_bytes()
     except OSError as error:
         raise InputError(f"{path}: {error.strerror}") from error
 
 
-def _object(line: bytes, where: str) -> dict[str, Any]:
+def json_object(line: bytes, where: str) -> dict[str, Any]:
+    """One line of JSONL; InputError, naming `where`, if it is no object."""
     try:
         record = json.loads(line)
     except (ValueError, RecursionError) as error:

@@ -14,6 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from pyengine.losses import ce_loss, pg_loss, q_loss
 from pyengine.worlds.outcomes import best_of_k_mean
 
 Array = NDArray[np.float64]
@@ -52,26 +53,13 @@ def simpson(prompts: int, seed: int, samples: int = SAMPLES, width: int = WIDTH)
     return Simpson(features @ turn, reward)
 
 
-def l_q(score: Tensor, reward: Tensor) -> Tensor:
-    """Mean squared error (Q-Probe), for scores [X, N]."""
-    return (score - reward).square().mean()
-
-
-def l_ce(score: Tensor, reward: Tensor) -> Tensor:
-    """Cross entropy of success (Q-Probe, Eq. 3, with the minus sign that its print lacks)."""
-    return torch.nn.functional.binary_cross_entropy_with_logits(score, reward)
-
-
 def l_pg(score: Tensor, reward: Tensor) -> Tensor:
-    """-E of the reward, above the data's mean, under softmax selection in groups (Q-Probe, Eq. 5 in group form).
-
-    Its mean over groups is an unbiased estimate of -(J - b), for every size of group.
-    """
-    groups = (score.unflatten(1, (-1, GROUP)), (reward - reward.mean()).unflatten(1, (-1, GROUP)))
-    return -(groups[0].softmax(-1) * groups[1]).sum(-1).mean()
+    """`pg_loss` of [X, N] samples, in groups of GROUP, above the data's mean."""
+    groups = (x.unflatten(1, (-1, GROUP)).flatten(0, 1) for x in (score, reward - reward.mean()))
+    return pg_loss(*groups)
 
 
-LOSSES = {"Q": l_q, "CE": l_ce, "PG": l_pg}
+LOSSES = {"Q": q_loss, "CE": ce_loss, "PG": l_pg}
 
 
 def fit(loss: str, data: Simpson, steps: int = 150) -> Array:

@@ -1,0 +1,137 @@
+"""Q-Probe where only samples and embeddings are there: another model reads the text, a probe reads that model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+from transformers import AutoModel
+
+from pyengine import ops
+from pyengine.checkpoint import load_checkpoint
+from pyengine.errors import InputError
+from pyengine.ops import BlockSelection
+from pyengine.scorers.base import Candidates, Scorer
+from pyengine.scorers.heads import Probe
+
+BATCH = 32  # texts in one forward pass
+
+
+@torch.inference_mode()
+def last_states(model: Any, ids: Sequence[Sequence[int]], layer: int, progress: bool | None = False) -> Tensor:
+    """fp32 [N, D] on the CPU: the hidden state `layer` at the last token of each sequence.
+
+    model: a causal transformers model without its head, whose padding on the right changes nothing to its left.
+    layer: as in transformers' hidden_states, -1 the last. progress: a bar; None shows it on a terminal only.
+    """
+    order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
+    out = torch.empty(len(ids), model.config.get_text_config(decoder=True).hidden_size)
+    hide = None if progress is None else not progress
+    for start in tqdm(range(0, len(order), BATCH), desc="embeddings", delay=2, disable=hide, leave=False):
+        rows = order[start : start + BATCH]
+        lengths = torch.tensor([len(ids[i]) for i in rows])
+        padded = torch.zeros(len(rows), int(lengths.max()), dtype=torch.long)
+        for row, i in enumerate(rows):
+            padded[row, : lengths[row]] = torch.tensor(ids[i])
+        mask = (torch.arange(padded.shape[1]) < lengths[:, None]).long()
+        given = {"input_ids": padded.to(model.device), "attention_mask": mask.to(model.device)}
+        states = model(**given, output_hidden_states=True).hidden_states[layer]
+        out[rows] = states[torch.arange(len(rows)), lengths - 1].float().cpu()
+    return out
+
+
+class Embedder:
+    """A model that turns texts into embeddings, with its own tokenizer; any decoder's checkpoint will do."""
+
+    def __init__(self, model: Any, tokenizer: Any, layer: int = -1) -> None:
+        config = model.config.get_text_config(decoder=True)
+        self.model, self.tokenizer, self.layer = model.eval(), tokenizer, layer
+        self.name = f"embedding model {Path(model.config.name_or_path or type(model).__name__).name!r}"
+        self.width, self.longest = config.hidden_size, getattr(config, "max_position_embeddings", None)
+        self.layers = config.num_hidden_layers + 1  # hidden states: the embedding and one for each layer
+        if not -self.layers <= layer < self.layers:
+            raise InputError(f"{self.name} has {self.layers} hidden states, layer {layer} is not among them")
+
+    @classmethod
+    def from_pretrained(cls, path: str | Path, layer: int = -1, trust_remote_code: bool = False) -> Embedder:
+        """Load from a directory or hub id; safetensors only."""
+        model, tokenizer = load_checkpoint(AutoModel, "embedding model", path, trust_remote_code, dtype="auto")
+        return cls(model, tokenizer, layer)
+
+    def __call__(self, texts: Sequence[str], progress: bool | None = False) -> Tensor:
+        """fp32 [N, D] on the CPU: the hidden state at the last token of each text."""
+        ids = [self.tokenizer(text, verbose=False).input_ids for text in texts]
+        for i, (text, tokens) in enumerate(zip(texts, ids, strict=True)):
+            if not tokens:
+                raise InputError(f"{self.name}: text {i} is empty")
+            if self.longest is not None and len(tokens) > self.longest:
+                raise InputError(
+                    f"{self.name} reads {self.longest} tokens, text {i} has {len(tokens)}: {text[:40]!r}...; shorten it"
+                )
+        return last_states(self.model, ids, self.layer, progress)
+
+
+class EmbeddingProbe(Scorer):
+    """A probe on another model's embedding of prompt + completion: any base policy, also with other tokens.
+
+    embed: texts -> fp32 [N, D], an Embedder or a call to somebody's service.
+    """
+
+    def __init__(self, embed: Any, probe: Probe, name: str = "embedding-probe") -> None:
+        if isinstance(embed, Embedder):
+            if probe.hidden_size != embed.width:
+                raise InputError(
+                    f"scorer {name!r} reads embeddings of width {probe.hidden_size}, {embed.name} gives {embed.width}: "
+                    "the probe was trained for another model"
+                )
+            if probe.layer % embed.layers != embed.layer % embed.layers:
+                raise InputError(f"scorer {name!r} was trained on layer {probe.layer}, not on layer {embed.layer}")
+        self.embed, self.probe, self.name = embed, probe, name
+
+    @classmethod
+    def from_pretrained(
+        cls, model: str | Path, probe: Probe, name: str = "embedding-probe", trust_remote_code: bool = False
+    ) -> EmbeddingProbe:
+        """With an embedding model from a directory or hub id, read at the probe's layer."""
+        return cls(Embedder.from_pretrained(model, probe.layer, trust_remote_code), probe, name)
+
+    def move(self, device: torch.device) -> None:
+        self.probe.move(device)
+        if isinstance(self.embed, Embedder):
+            self.embed.model.to(device)
+
+    def score(self, candidates: Candidates) -> Tensor:
+        texts = [p + c for p, c in zip(candidates.prompts, candidates.completions, strict=True)]
+        embeddings = self.embed(texts)
+        if embeddings.shape != (len(texts), self.probe.hidden_size):
+            raise InputError(
+                f"scorer {self.name!r} needs embeddings [{len(texts)}, {self.probe.hidden_size}], "
+                f"got {list(embeddings.shape)}"
+            )
+        return self.probe(embeddings.to(self.probe.head.weight.device)).float()
+
+
+@torch.inference_mode()
+def rerank(
+    probe: Probe, embeddings: Tensor, beta: float = 0.0, seed: Tensor | int = 0, position: Tensor | int = 0
+) -> BlockSelection:
+    """Which of the K samples of each prompt to answer with (Q-Probe, §4.1).
+
+    embeddings: [B, K, D], fp32, bf16 or fp16. beta: 0 is argmax, > 0 draws from softmax(Q / beta); it need not be
+    the one that the probe was trained with. seed, position: as `ops.select_block` takes them.
+    Returns BlockSelection: index int64 [B], probability fp32 [B, K], utility fp32 [B, K], the bias included.
+    """
+    if embeddings.dim() != 3 or embeddings.shape[2] != probe.hidden_size:
+        raise InputError(
+            f"rerank: scorer {probe.name!r} reads embeddings [prompts, samples, {probe.hidden_size}], "
+            f"got {list(embeddings.shape)}"
+        )
+    options: dict[str, Any] = {"beta": beta, "seed": seed, "position": position}
+    if probe.hidden:
+        return ops.select_block(probe(embeddings)[..., None].float(), **options)
+    picked = ops.select_block(hidden=embeddings, probe=probe.head.weight, **options)
+    return picked._replace(utility=picked.utility + probe.head.bias)
