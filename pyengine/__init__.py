@@ -11,9 +11,11 @@ from pyengine.errors import InputError
 if TYPE_CHECKING:
     from pyengine.engine import Engine
     from pyengine.references import LearnedReference, References, Statistics
+    from pyengine.rejection import rejection_sample
     from pyengine.results import Block, Candidate, Event, Result, SamplingParams
     from pyengine.rewards import centred, log_sigmoid, lsc, normalised
     from pyengine.scorers import FunctionScorer, PrefixModel, PrefixScorer, Probe, RewardModel, Scorer, load_scorer
+    from pyengine.scorers.embedding_probe import EmbeddingProbe
     from pyengine.strategies import BestOfK, Blockwise, Tokenwise
 
 __version__ = "0.1.0"
@@ -30,9 +32,11 @@ _HOME = {
     "Result": "results",
     "SamplingParams": "results",
     "centred": "rewards",
+    "rejection_sample": "rejection",
     "log_sigmoid": "rewards",
     "lsc": "rewards",
     "normalised": "rewards",
+    "EmbeddingProbe": "scorers.embedding_probe",
     "FunctionScorer": "scorers",
     "PrefixModel": "scorers",
     "PrefixScorer": "scorers",
@@ -50,6 +54,7 @@ __all__ = [
     "Block",
     "Blockwise",
     "Candidate",
+    "EmbeddingProbe",
     "Engine",
     "Event",
     "FunctionScorer",
@@ -71,6 +76,7 @@ __all__ = [
     "log_sigmoid",
     "lsc",
     "normalised",
+    "rejection_sample",
 ]
 
 

@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -22,6 +23,15 @@ if TYPE_CHECKING:
 train = typer.Typer(help="Train scorers for a frozen model.")
 
 REWARDS = ("sentiment", "politeness", "length")  # the embedded world's exact ones
+
+
+@contextlib.contextmanager
+def packages() -> Iterator[None]:
+    """An import inside that finds nothing says which package training needs."""
+    try:
+        yield
+    except ImportError as error:
+        raise InputError(f"training needs {error.name}: pip install 'tilt-engine[train]'") from error
 
 
 @train.callback()
@@ -65,10 +75,8 @@ def scorer(
     from pyengine.engine import Engine
     from pyengine.training.data import read_examples
 
-    try:
+    with packages():
         from pyengine.training.prefix import PrefixTraining, train_prefix_scorer
-    except ImportError as error:
-        raise InputError(f"training needs {error.name}: pip install 'tilt-engine[train]'") from error
     if not sys.stderr.isatty():
         from transformers.utils import logging
 
@@ -233,7 +241,8 @@ def reward_model(
     seed: Annotated[int, typer.Option(help="Of the split, the new head and the order.")] = 0,
 ) -> None:
     """Train a reward model on preferences or labels, through TRL."""
-    from pyengine.training.reward_model import default_config, train_reward_model
+    with packages():
+        from pyengine.training.reward_model import default_config, train_reward_model
 
     changes = {
         "learning_rate": lr,
