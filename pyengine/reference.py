@@ -45,7 +45,7 @@ class TokenLogprob(NamedTuple):
 class SequenceMoments(NamedTuple):
     """Sums over the tokens of a response, each of shape [P]; what a paired loss is a function of.
 
-    Only logp carries a gradient: weights made of the rest are detached (WPO, §3.1).
+    Only logp carries a gradient: weights made of the rest are detached (WPO).
     """
 
     logp: Tensor  # sum of log-probabilities

@@ -1,4 +1,4 @@
-"""Exact draws from the KL-regularised optimum p0 exp(Q / beta) / Z by rejection sampling (Q-Probe, §4.1)."""
+"""Exact draws from the KL-regularised optimum p0 exp(Q / beta) / Z by rejection sampling (Q-Probe)."""
 
 from __future__ import annotations
 

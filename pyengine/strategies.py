@@ -65,7 +65,7 @@ class Blockwise:
 class BestOfK:
     """Draw k whole responses and keep one.
 
-    selection="softmax" with beta is Q-Probe (§4.1) when the scorer is a probe. KL is bounded by b(k).
+    selection="softmax" with beta is Q-Probe when the scorer is a probe. KL is bounded by b(k).
     """
 
     k: int = 8

@@ -74,7 +74,7 @@ def linear_logprob(
     """Log-probability of each target under softmax(l), with the moments that weights are made of.
 
     l = c tanh(z / c) / temperature with z = hidden . weight^T + bias and c = softcap; without softcap,
-    l = z / temperature. WPO's sampled alignment (§3.1) is logp + 2 lse - lse2, its greedy alignment
+    l = z / temperature. WPO's sampled alignment is logp + 2 lse - lse2, its greedy alignment
     logp + lse - max_logit; one exp an element gives all moments, so they cost next to nothing.
 
     Args:

@@ -51,10 +51,10 @@ def select_block(
     seed: Tensor | int = 0,
     position: Tensor | int = 0,
 ) -> BlockSelection:
-    """Choose one of K candidates a row: argmax, or a draw from softmax(utility / beta) (Q-Probe, §4.1).
+    """Choose one of K candidates a row: argmax, or a draw from softmax(utility / beta) (Q-Probe).
 
     utility = sum_r weights[r] * u_r, where u_r is the score itself or its LSC form
-    log sigmoid(score - reference) (LSC, §2.1). A head of weight 0 is skipped, not multiplied.
+    log sigmoid(score - reference) (LSC). A head of weight 0 is skipped, not multiplied.
 
     Args:
         scores: [B, K, R], fp32, bf16 or fp16; or None, and then

@@ -119,7 +119,7 @@ class EmbeddingProbe(Scorer):
 def rerank(
     probe: Probe, embeddings: Tensor, beta: float = 0.0, seed: Tensor | int = 0, position: Tensor | int = 0
 ) -> BlockSelection:
-    """Which of the K samples of each prompt to answer with (Q-Probe, §4.1).
+    """Which of the K samples of each prompt to answer with (Q-Probe).
 
     embeddings: [B, K, D], fp32, bf16 or fp16. beta: 0 is argmax, > 0 draws from softmax(Q / beta); it need not be
     the one that the probe was trained with. seed, position: as `ops.select_block` takes them.

@@ -97,7 +97,7 @@ class PrefixScorer(_HeadScorer):
 
 
 class Probe(_HeadScorer):
-    """A function of the hidden state at the last token (Q-Probe, §4.1): linear, or an MLP with ReLU.
+    """A function of the hidden state at the last token (Q-Probe): linear, or an MLP with ReLU.
 
     hidden: widths of the hidden layers; () is the linear probe.
     """

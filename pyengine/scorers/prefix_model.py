@@ -19,7 +19,7 @@ KIND = "prefix-model"
 
 
 class PrefixModel(Scorer):
-    """V(y^t, z) of every next token z, by a head on a language model other than the base policy (§1.2).
+    """V(y^t, z) of every next token z, by a head on a language model other than the base policy (Controlled Decoding).
 
     model: a decoder without a language-model head (transformers' AutoModel); head: a PrefixScorer that reads one of
     its layers. It serves base policies of any size and training, a DPO-tuned one among them, as long as they share

@@ -221,7 +221,7 @@ def explained(prediction: torch.Tensor, target: torch.Tensor) -> float:
 
 
 def train_prefix(data: Rollouts, held_out: Rollouts, vocab: int, out: Path, epochs: int = 12) -> None:
-    """CD-FUDGE: every prefix of a response is regressed on the response's reward (§1.2)."""
+    """CD-FUDGE: every prefix of a response is regressed on the response's reward."""
     torch.manual_seed(0)
     scorer = PrefixScorer(data.before.shape[1], vocab, name="prefix")
     batch = min(4096, len(data.token))
@@ -248,7 +248,7 @@ def train_prefix(data: Rollouts, held_out: Rollouts, vocab: int, out: Path, epoc
 
 
 def train_probe(data: Rollouts, held_out: Rollouts, out: Path) -> None:
-    """A linear probe by ridge regression of the reward on the hidden state at every token (L_Q, §4.2)."""
+    """A linear probe by ridge regression of the reward on the hidden state at every token (L_Q)."""
     x = torch.cat([data.at, torch.ones(len(data.at), 1)], -1).double()
     gram = x.T @ x + 1e-3 * len(x) * torch.eye(x.shape[1], dtype=torch.float64)
     solution = torch.linalg.solve(gram, x.T @ data.reward.double()).float()

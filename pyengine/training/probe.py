@@ -1,4 +1,4 @@
-"""Training of probes on embeddings (Q-Probe, §4.2): four losses, and a loop that reads each embedding once a step."""
+"""Training of probes on embeddings (Q-Probe): four losses, and a loop that reads each embedding once a step."""
 
 from __future__ import annotations
 
