@@ -143,7 +143,7 @@ def expectation(logits: Tensor, values: Tensor) -> Tensor:
 
 
 def targets(method: Method, student: Student, p: Prefixes, reward: Tensor, ended: Tensor) -> Tensor:
-    """What V(y^t) is regressed on, fp32 [N], without gradient (Controlled Decoding, §3.1).
+    """What V(y^t) is regressed on, fp32 [N], without gradient (Controlled Decoding).
 
     CD-Q: the reward at the end of a response that ended, else the expected value one token later. CD-FUDGE: for every
     prefix the return of its response, which is the reward if it ended and the expected value at the cut if it was cut
