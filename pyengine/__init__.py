@@ -10,10 +10,10 @@ from pyengine.errors import InputError
 
 if TYPE_CHECKING:
     from pyengine.engine import Engine
-    from pyengine.references import LearnedReference, References, Statistics
     from pyengine.rejection import rejection_sample
     from pyengine.results import Block, Candidate, Event, Result, SamplingParams
     from pyengine.rewards import centred, log_sigmoid, lsc, normalised
+    from pyengine.rewards.references import LearnedReference, References, Statistics
     from pyengine.scorers import FunctionScorer, PrefixModel, PrefixScorer, Probe, RewardModel, Scorer, load_scorer
     from pyengine.scorers.embedding_probe import EmbeddingProbe
     from pyengine.strategies import BestOfK, Blockwise, Tokenwise
@@ -23,9 +23,9 @@ __version__ = "0.1.0"
 # Loaded on first use: importing transformers takes seconds that `pyengine --help` need not spend.
 _HOME = {
     "Engine": "engine",
-    "LearnedReference": "references",
-    "References": "references",
-    "Statistics": "references",
+    "LearnedReference": "rewards.references",
+    "References": "rewards.references",
+    "Statistics": "rewards.references",
     "Block": "results",
     "Candidate": "results",
     "Event": "results",

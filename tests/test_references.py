@@ -25,8 +25,8 @@ from pyengine import (
     lsc,
     normalised,
 )
-from pyengine.references import prompt_embeddings
 from pyengine.rewards import length, sample_rewards
+from pyengine.rewards.references import prompt_embeddings
 from pyengine.scorers import Candidates, Scorer
 from pyengine.worlds import reviews
 

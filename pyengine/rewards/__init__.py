@@ -20,8 +20,8 @@ from torch.nn.functional import logsigmoid
 from tqdm import tqdm
 
 from pyengine.errors import InputError, whole
-from pyengine.references import ReferenceLike, Statistics, reference_of
 from pyengine.results import SamplingParams
+from pyengine.rewards.references import ReferenceLike, Statistics, reference_of
 from pyengine.scorers import Candidates, Scorer, ScorerLike, Transform, Transformed, parts_of
 
 if TYPE_CHECKING:
