@@ -116,7 +116,7 @@ def test_the_gradient_is_that_of_the_loss_by_hand(base, tmp_path, method, layer)
 
 
 def test_a_trunk_learns_what_frozen_states_do_not_tell(base, tmp_path, monkeypatch):
-    """The reward hangs on the first word; over all held-out prefixes frozen states explain little of it, a trunk most.
+    """The reward hangs on the first word: frozen states explain little of it on held-out prefixes, a trunk nearly all.
 
     CD-FUDGE on responses that ended does not run the base policy, whose weights stay as they are.
     """
@@ -125,15 +125,15 @@ def test_a_trunk_learns_what_frozen_states_do_not_tell(base, tmp_path, monkeypat
         vocab_size=320, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, eos_token_id=0
     )
     engine = Engine(transformers.LlamaForCausalLM(config), base.tokenizer)
-    before, examples = copy.deepcopy(engine.model.state_dict()), words_examples(400)
-    settings = {"epochs": 6, "batch": 16, "width": 32, "held_out": 0.2}
+    before, examples = copy.deepcopy(engine.model.state_dict()), words_examples(800)
+    settings = {"epochs": 10, "batch": 16, "width": 32, "held_out": 0.2}
     frozen = train_prefix_scorer(engine, examples, tmp_path / "frozen", PrefixTraining(**settings))
     with monkeypatch.context() as patch:
         patch.setattr(engine.model, "forward", None)
-        settings |= {"trunk": "copy", "trunk_lr": 3e-3}
+        settings |= {"trunk": "copy", "trunk_lr": 1e-3}
         own = train_prefix_scorer(engine, examples, tmp_path / "own", PrefixTraining(**settings))
     assert own["data"] == frozen["data"]
-    assert frozen["held_out"]["r2"] < 0.5
+    assert frozen["held_out"]["r2"] < 0.2
     assert own["held_out"]["r2"] > 0.9
     assert_same(before, engine.model.state_dict())
     after = load_scorer(tmp_path / "own").model.state_dict()
@@ -252,12 +252,24 @@ def test_trunks_that_cannot_be(base, model_dirs, tmp_path):
     refused("trunk must be frozen, copy, a directory or a hub id, got ''", trunk="")
     refused("trunk_lr must be a finite number", trunk_lr=0.0)
     tokenizer = transformers.AutoTokenizer.from_pretrained(model_dirs["llama"])
+    torch.manual_seed(0)
     for name, positions, rows in (("short", 4, 320), ("few", 64, 40), ("foreign", 64, 330)):
         config = transformers.GPT2Config(n_embd=8, n_layer=1, n_head=1, n_positions=positions, vocab_size=rows)
         transformers.GPT2Model(config).save_pretrained(tmp_path / name)
         if name == "foreign":
             tokenizer.add_tokens(["thequick"])
         tokenizer.save_pretrained(tmp_path / name)
+    config = transformers.BertConfig(
+        vocab_size=330,
+        hidden_size=8,
+        num_hidden_layers=1,
+        num_attention_heads=1,
+        intermediate_size=8,
+        initializer_range=0.3,
+    )
+    transformers.BertModel(config).save_pretrained(tmp_path / "encoder")
+    transformers.AutoTokenizer.from_pretrained(model_dirs["llama"]).save_pretrained(tmp_path / "encoder")
+    refused("encoder is not causal: a value would hang on the tokens after it", trunk=str(tmp_path / "encoder"))
     refused(r"short reads 4 tokens, an example has \d+", trunk=str(tmp_path / "short"))
     refused(r"few embeds 40 tokens, the examples hold token \d+", trunk=str(tmp_path / "few"))
     refused("foreign: its vocabulary is not that of model 'llama', token 'thequick'", trunk=str(tmp_path / "foreign"))
@@ -294,10 +306,10 @@ def test_the_command_line(monkeypatch, capsys, model_dirs, tmp_path):
     settings = json.loads((out / "report.json").read_text())["settings"]
     assert (settings["trunk"], settings["trunk_lr"]) == ("copy", 1e-3)
     generate = ("generate", "pack my", "--scorer", out, "--model", model_dirs["gpt2"], "--max-tokens", 6)
-    for strategy, kind in (("tokenwise", "exact"), ("blockwise", "bound")):
+    for strategy, kind in (("tokenwise", "(exact)"), ("blockwise", "bound")):
         code, printed, _ = run(*generate, "--strategy", strategy)
         assert code == 0
-        assert f"({kind})" in printed or kind in printed
+        assert kind in printed
     code, printed, err = run("train", "scorer", *options, "--trunk-lr", 1e-3)
     assert (code, printed, err.count("\n")) == (2, "", 1)
     assert "--trunk-lr is for --trunk copy or another checkpoint" in err

@@ -138,7 +138,8 @@ class PrefixTrainer(Trainer):
         target = targets(settings.method, student, p, batch.reward, batch.ended)
         loss = regression_loss(value, target, p.response, batch.length, settings.reduction)
         if not bool(loss.isfinite()):
-            raise InputError(f"training gave a loss of {loss.item()} at step {self.state.global_step}; lower lr")
+            rates = "lr" if settings.trunk == "frozen" else "lr or trunk_lr"
+            raise InputError(f"training gave a loss of {loss.item()} at step {self.state.global_step}; lower {rates}")
         return loss
 
 

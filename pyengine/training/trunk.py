@@ -27,7 +27,7 @@ def load_trunk(engine: Engine, source: str, items: Sequence[Encoded]) -> tuple[A
 
     source: "copy" of the engine's model, or a directory or hub id with the same vocabulary. In fp32 because updates of
     1e-5 are lost in bf16, whose steps near 0.1 are 5e-4. Raises InputError for a checkpoint that cannot be loaded, has
-    another vocabulary or cannot read the items.
+    another vocabulary, cannot read the items or sees what follows a token.
     """
     name, policy = f"trunk {source}", engine.policy
     if source == "copy":
@@ -49,7 +49,20 @@ def load_trunk(engine: Engine, source: str, items: Sequence[Encoded]) -> tuple[A
     if context is not None and longest > context:
         raise InputError(f"{name} reads {context} tokens, an example has {longest}; shorten it or take another trunk")
     trunk.requires_grad_(True).to(policy.device)
+    if not _causal(trunk, items[0].ids):
+        raise InputError(f"{name} is not causal: a value would hang on the tokens after it; take a causal model")
     return trunk, replace(policy, name=name, hidden_size=config.hidden_size, layers=config.num_hidden_layers + 1)
+
+
+@torch.no_grad()
+def _causal(trunk: Any, ids: list[int]) -> bool:
+    """Whether the states of the first half are the same without the second; a bidirectional model's are not."""
+    if trunk.config.is_encoder_decoder:
+        return False
+    half = len(ids) // 2
+    texts = (torch.tensor([text], device=trunk.device) for text in (ids, ids[:half]))
+    one, other = (trunk(input_ids=text, use_cache=False).last_hidden_state[0, :half] for text in texts)
+    return bool((one - other).norm() <= 1e-3 * other.norm())
 
 
 class TrunkStudent(nn.Module):
