@@ -56,6 +56,10 @@ def scorer(
     max_tokens: Annotated[int | None, typer.Option(help="Most tokens of a roll-out (default: 160).")] = None,
     model: Annotated[str | None, typer.Option(help="Directory or hub id; default: the embedded model.")] = None,
     layer: Annotated[int, typer.Option(help="Hidden state that is read; -1 is the last.")] = -1,
+    trunk: Annotated[
+        str, typer.Option(help="Whose states are read: frozen (the model's), copy (which learns too), or a checkpoint.")
+    ] = "frozen",
+    trunk_lr: Annotated[float | None, typer.Option(help="Peak learning rate of the trunk (default: 1e-5).")] = None,
     width: Annotated[int, typer.Option(help="Width of the scorer.")] = 128,
     epochs: Annotated[int, typer.Option(help="Passes over the responses.")] = 3,
     lr: Annotated[float, typer.Option(help="Peak learning rate; cosine decay.")] = 3e-3,
@@ -71,7 +75,7 @@ def scorer(
     cache_gb: Annotated[float | None, typer.Option(help="GB for keys and values of roll-outs.")] = None,
     trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code", help="Run the model's own code.")] = False,
 ) -> None:
-    """Train a prefix scorer: V of every next token, on the model's hidden states."""
+    """Train a prefix scorer: V of every next token, on the model's hidden states or with a trunk of its own."""
     from pyengine.engine import Engine
     from pyengine.training.data import read_examples
 
@@ -94,7 +98,11 @@ def scorer(
         seed=seed,
         held_out=held_out,
         checkpoint_every=checkpoint_every,
+        trunk=trunk,
+        trunk_lr=1e-5 if trunk_lr is None else trunk_lr,
     )
+    if trunk == "frozen" and trunk_lr is not None:
+        raise InputError("--trunk-lr is for --trunk copy or another checkpoint; a frozen trunk does not learn")
     if (data is None) == (rollouts is None):
         raise InputError("give --data FILE.jsonl, or --rollouts N with --reward")
     for option, value in (("--reward", reward), ("--prompts", prompts), ("--max-tokens", max_tokens)):
@@ -163,7 +171,8 @@ def _show(report: dict[str, Any], out: Path) -> None:
 
     found, settings = report["held_out"], report["settings"]
     table = Table(box=None, show_header=False)
-    table.add_row("prefix scorer", f"{out} ({settings['method']}, layer {settings['layer']} of {report['model']})")
+    own = "" if settings["trunk"] == "frozen" else f"trunk {settings['trunk']}, for "
+    table.add_row("prefix scorer", f"{out} ({settings['method']}, layer {settings['layer']} of {own}{report['model']})")
     table.add_row(
         "trained on",
         f"{report['training_responses']:,} responses, {report['tokens']:,} tokens, {report['cut_off']:,} cut off; "

@@ -1,7 +1,8 @@
 """Prefix scorers trained by regression on responses with a reward: CD-FUDGE and CD-Q (Controlled Decoding).
 
-The base model is frozen: its hidden states are what a `PrefixScorer` reads when the engine decodes, and only the
-scorer learns. transformers' Trainer does the rest: processes, accumulation, bf16, checkpoints and resume.
+The base model is frozen. A scorer reads its hidden states, and only the scorer learns; or it has a trunk of its own
+that learns with it, and becomes a `PrefixModel`. transformers' Trainer does the rest: processes, accumulation, bf16,
+checkpoints and resume.
 """
 
 from __future__ import annotations
@@ -25,8 +26,9 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArgu
 
 from pyengine.engine import Engine
 from pyengine.errors import InputError, real, whole
-from pyengine.scorers import PrefixScorer
+from pyengine.scorers import PrefixModel, PrefixScorer
 from pyengine.training.data import Encoded, Example, encode_all
+from pyengine.training.trunk import TrunkStudent, grouped, load_trunk
 from pyengine.training.values import Batch, Method, Student, collate, read_prefixes, regression_loss, targets
 
 log = logging.getLogger("pyengine")
@@ -40,11 +42,15 @@ class PrefixTraining:
 
     method: "fudge" regresses every prefix on the reward of its whole response, which wants responses of the base
     policy itself; "cd-q" on the value that the scorer expects one token later, which takes responses from anywhere.
-    layer: hidden state of the base model that is read, as in transformers' hidden_states. width: of the scorer.
+    layer: hidden state of the model that is read, as in transformers' hidden_states. width: of the scorer.
     batch: responses in an optimiser step, over all processes and the `accumulate` parts of it. reduction: "sum" adds
     up the tokens of a response, as in the paper; "token_mean" takes their mean, so that long responses weigh no more
     than short ones. held_out: the share of the prompts (of the responses, if there is one prompt) that only the report
     uses. checkpoint_every: optimiser steps; None is an epoch. bf16: mixed precision.
+
+    trunk: whose hidden states are read. "frozen": the base model's. "copy": a copy of the base model's decoder, which
+    learns with the scorer at the learning rate trunk_lr. A directory or hub id: that checkpoint's, likewise; it needs
+    the base model's vocabulary, safetensors and no code of its own.
     """
 
     method: Method = "fudge"
@@ -60,6 +66,8 @@ class PrefixTraining:
     seed: int = 0
     held_out: float = 0.05
     checkpoint_every: int | None = None
+    trunk: str = "frozen"
+    trunk_lr: float = 1e-5
 
     def __post_init__(self) -> None:
         for name, choices in (("method", ("fudge", "cd-q")), ("reduction", ("sum", "token_mean"))):
@@ -71,7 +79,10 @@ class PrefixTraining:
         whole(self.seed, "seed", 0, 2**32 - 1)
         if self.checkpoint_every is not None:
             whole(self.checkpoint_every, "checkpoint_every", 1)
+        if not isinstance(self.trunk, str) or not self.trunk:
+            raise InputError(f"trunk must be frozen, copy, a directory or a hub id, got {self.trunk!r}")
         real(self.lr, "lr", 1e-12)
+        real(self.trunk_lr, "trunk_lr", 1e-12)
         real(self.weight_decay, "weight_decay", 0)
         real(self.held_out, "held_out", 0, 0.9)
 
@@ -95,7 +106,7 @@ class Shuffled(torch.utils.data.Sampler[int]):
 
 
 class PrefixTrainer(Trainer):
-    """transformers' Trainer for a `Student` beside the frozen model that it reads."""
+    """transformers' Trainer for a `Student` beside the frozen model that it reads, or for a `TrunkStudent`."""
 
     def __init__(self, base: Any, settings: PrefixTraining, **arguments: Any) -> None:
         super().__init__(**arguments)
@@ -106,16 +117,29 @@ class PrefixTrainer(Trainer):
         epoch = lambda: int(self.state.epoch or 0)  # noqa: E731
         return Shuffled(len(self.train_dataset), self.settings.batch, self.settings.seed, epoch)  # type: ignore[arg-type]
 
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
+        optimizer = super().create_optimizer(*args, **kwargs)
+        own = getattr(self.model, "trunk", None)
+        return optimizer if own is None else grouped(optimizer, own, self.settings.trunk_lr)
+
     def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, *_: Any, **__: Any) -> Any:
         batch, settings = Batch(**inputs), self.settings
         # CD-FUDGE needs logits only where a response was cut off.
         logits = settings.method == "cd-q" or not bool(batch.ended.all())
-        p = read_prefixes(self.base, batch, settings.layer, logits)
-        target = targets(settings.method, self.accelerator.unwrap_model(model), p, batch.reward, batch.ended)
-        value = model(p.before, p.token)
+        student = self.accelerator.unwrap_model(model)
+        if isinstance(student, TrunkStudent):
+            value, p = model(batch)
+            student = student.student
+            if logits:
+                p = p._replace(logits=read_prefixes(self.base, batch, -1, logits).logits)
+        else:
+            p = read_prefixes(self.base, batch, settings.layer, logits)
+            value = model(p.before, p.token)
+        target = targets(settings.method, student, p, batch.reward, batch.ended)
         loss = regression_loss(value, target, p.response, batch.length, settings.reduction)
         if not bool(loss.isfinite()):
-            raise InputError(f"training gave a loss of {loss.item()} at step {self.state.global_step}; lower lr")
+            rates = "lr" if settings.trunk == "frozen" else "lr or trunk_lr"
+            raise InputError(f"training gave a loss of {loss.item()} at step {self.state.global_step}; lower {rates}")
         return loss
 
 
@@ -127,23 +151,27 @@ def train_prefix_scorer(
     resume: bool = False,
     callbacks: Sequence[TrainerCallback] = (),
 ) -> dict[str, Any]:
-    """Train a prefix scorer on the engine's model into `out`, which `load_scorer` and the engine read; its report.
+    """Train a prefix scorer for the engine's model into `out`, which `load_scorer` and the engine read; its report.
 
-    Beside config.json and model.safetensors lies report.json: what was trained on what, and on held-out responses R^2,
-    correlation and calibration (see `prefix_report`). Until it is finished, `out`/checkpoints holds what `resume` goes
-    on from, to the same weights. Under `accelerate launch` every process calls this with the same arguments.
+    `out` is a `PrefixScorer`, or with a trunk of its own a `PrefixModel` (config.json, head/ and model/).
+    Beside it lies report.json: what was trained on what, and on held-out responses R^2, correlation and calibration
+    (see `prefix_report`). Until it is finished, `out`/checkpoints holds what `resume` goes on from, to the same
+    weights. Under `accelerate launch` every process calls this with the same arguments.
 
-    Raises InputError for examples that cannot be used, a layer that is not there, a batch that the processes cannot
-    share, checkpoints of an earlier run where `resume` is not asked for, and the other way round.
+    Raises InputError for examples or a trunk that cannot be used, a layer that is not there, a batch that the processes
+    cannot share, checkpoints of an earlier run where `resume` is not asked for, and the other way round.
     """
     out = Path(out)
     started = time.perf_counter()
     training, held_out, by = split(encode_all(engine, examples), settings.held_out, settings.seed)
+    trunk, read = engine.model, engine.policy
+    if settings.trunk != "frozen":
+        trunk, read = load_trunk(engine, settings.trunk, [*training, *held_out])
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(settings.seed)
-        sizes = (engine.policy.hidden_size, engine.policy.vocab_size, settings.width, settings.layer)
+        sizes = (read.hidden_size, read.vocab_size, settings.width, settings.layer)
         scorer = PrefixScorer(*sizes, name=out.absolute().name)
-        scorer.check(engine.policy)
+        scorer.check(read)
         known = [item.reward for item in training if item.ended]
         student = Student(scorer, sum(known) / len(known) if known else 0.0)
     arguments = _arguments(engine, settings, out / "checkpoints")
@@ -152,7 +180,7 @@ def train_prefix_scorer(
     trainer = PrefixTrainer(
         engine.model,
         settings,
-        model=student,
+        model=student if settings.trunk == "frozen" else TrunkStudent(trunk, student),
         args=arguments,
         train_dataset=training,
         data_collator=collate,
@@ -168,12 +196,15 @@ def train_prefix_scorer(
         "steps": outcome.global_step,
         "training_loss": outcome.training_loss,
         "held_out_by": by,
-        "held_out": prefix_report(engine.model, scorer, held_out),
+        "held_out": prefix_report(trunk, scorer, held_out),
         "processes": arguments.world_size,
         "seconds": time.perf_counter() - started,
     }
     if trainer.is_world_process_zero():
-        scorer.save(out)
+        if settings.trunk == "frozen":
+            scorer.save(out)
+        else:
+            PrefixModel(trunk, engine.tokenizer, scorer, scorer.name).save(out)
         (out / "report.json").write_text(json.dumps(report, indent=2) + "\n")
         shutil.rmtree(out / "checkpoints", ignore_errors=True)
     PartialState().wait_for_everyone()
@@ -247,7 +278,7 @@ def _arguments(engine: Engine, settings: PrefixTraining, directory: Path) -> Tra
         disable_tqdm=not sys.stderr.isatty(),
         report_to=[],
         use_cpu=cpu,
-        ddp_find_unused_parameters=False,
+        ddp_find_unused_parameters=settings.trunk != "frozen",  # those above the layer that is read
         dataloader_pin_memory=not cpu,
         seed=settings.seed,
         remove_unused_columns=False,

@@ -14,7 +14,7 @@ from pyengine.training.data import Encoded
 
 Method = Literal["fudge", "cd-q"]
 CHUNK = 2**24  # elements of Q that exist at once where an expectation over the vocabulary is taken: 64 MB in fp32
-ROWS, PASS = 8, 1024  # responses in one pass of the base model; more if they have less than so many tokens
+ROWS, PASS = 8, 1024  # responses in one pass of a model; more if they have less than so many tokens
 
 
 class Batch(NamedTuple):
@@ -48,12 +48,17 @@ class Prefixes(NamedTuple):
     after: Tensor  # [N, D] hidden state at y_t
     last: Tensor  # [N] bool: y_t is the last token that there is
     response: Tensor  # [N] row of the batch
-    logits: Tensor | None  # [N, V] of the base model after y_t
+    logits: Tensor | None  # [N, V] of the base policy after y_t
 
 
 @torch.no_grad()
 def read_prefixes(model: Any, batch: Batch, layer: int, logits: bool) -> Prefixes:
-    """What the frozen model says of a batch, each response read once; `logits` whether those are kept.
+    """What a frozen model says of a batch, without gradient; see `gather_prefixes`."""
+    return gather_prefixes(model, batch, layer, logits)
+
+
+def gather_prefixes(model: Any, batch: Batch, layer: int, logits: bool) -> Prefixes:
+    """What a model says of a batch, each response read once; `logits` whether those are kept.
 
     Rows of like length are read together: the batch as it is would be two thirds padding on reviews.
     """
