@@ -21,6 +21,28 @@ class Reader(BranchingDecoder):
     """The decoder of a scorer's model. A block costs one pass over its new tokens, where reading the text anew costs
     K times the whole prefix."""
 
+    def __init__(
+        self, scorer: RewardModel | PrefixModel, layers: tuple[int, ...], max_rows: int, budget: float | None
+    ) -> None:
+        super().__init__(scorer.model, layers, max_rows, budget)
+        self.name, self.longest = scorer.name, scorer.longest
+
+    def join(self, prompts: list[Prompt]) -> None:
+        for prompt in prompts:
+            self._fits_context(len(prompt.ids))
+        super().join(prompts)
+
+    def _fits_context(self, tokens: int) -> None:
+        if tokens > self.longest:
+            raise InputError(
+                f"scorer {self.name!r} reads {self.longest} tokens, a candidate has {tokens}; shorten max_tokens or "
+                "take another scorer"
+            )
+
+    def _fit_context(self, tails: list[list[int]]) -> None:
+        for i, tail in enumerate(tails):
+            self._fits_context(self._sequences[i // self._k].length + len(tail))
+
     def score(self, tails: list[list[int]], eos: Collection[int] = ()) -> Tensor:
         """fp32 [N] of each branch at its last token; all of them are extended in one pass."""
         raise NotImplementedError
@@ -49,20 +71,7 @@ class RewardReader(Reader):
     """A causal sequence classifier; its "logits" are the score [N, 1] of each prefix."""
 
     def __init__(self, scorer: RewardModel, max_rows: int, budget: float | None) -> None:
-        super().__init__(scorer.model, (), max_rows, budget)
-        self.name, self.longest = scorer.name, scorer.longest
-
-    def join(self, prompts: list[Prompt]) -> None:
-        for prompt in prompts:
-            self._fits_context(len(prompt.ids))
-        super().join(prompts)
-
-    def _fits_context(self, tokens: int) -> None:
-        if tokens > self.longest:
-            raise InputError(
-                f"reward model {self.name!r} reads {self.longest} tokens, a candidate has {tokens}; shorten max_tokens "
-                "or take another reward model"
-            )
+        super().__init__(scorer, (), max_rows, budget)
 
     def _read(self, ids: Tensor, positions: Tensor, rows: Tensor | None) -> Frontier:
         hidden = self.model.base_model(input_ids=ids, position_ids=positions, use_cache=False).last_hidden_state[0]
@@ -71,8 +80,7 @@ class RewardReader(Reader):
     @torch.inference_mode()
     def score(self, tails: list[list[int]], eos: Collection[int] = ()) -> Tensor:
         tails = [[token for token in tail if token not in eos] for tail in tails]  # as text, it is not there
-        for i, tail in enumerate(tails):
-            self._fits_context(self._sequences[i // self._k].length + len(tail))
+        self._fit_context(tails)
         scores = self.fork().logits  # of tails that add nothing
         for _, here, frontier in self._extend_by(tails):
             scores = torch.where(here[:, None], frontier.logits, scores)
@@ -86,8 +94,12 @@ class PrefixReader(Reader):
     """A prefix model: its frontier carries the hidden states that the head reads, and no logits."""
 
     def __init__(self, scorer: PrefixModel, max_rows: int, budget: float | None) -> None:
-        super().__init__(scorer.model, (scorer.head.layer,), max_rows, budget)
+        super().__init__(scorer, (scorer.head.layer,), max_rows, budget)
         self.scorer, self.head, self._states = scorer, scorer.head, torch.empty(0)
+
+    def append(self, tokens: Tensor) -> Frontier:
+        self._fits_context(max(s.length for s in self._sequences) + self._tail_len + 1)
+        return super().append(tokens)
 
     def _read(self, ids: Tensor, positions: Tensor, rows: Tensor | None) -> Frontier:
         output = self.model(input_ids=ids, position_ids=positions, use_cache=False, output_hidden_states=True)
@@ -98,6 +110,7 @@ class PrefixReader(Reader):
     @torch.inference_mode()
     def score(self, tails: list[list[int]], eos: Collection[int] = ()) -> Tensor:
         """V(y^t) = Q[t-1, y_t], from the state before the last token of each branch; no tail is empty."""
+        self._fit_context(tails)
         before = self.fork().hidden[self.head.layer]
         found = before.clone()
         row = torch.arange(len(tails), device=before.device)

@@ -100,6 +100,20 @@ def test_stored_and_loaded_it_serves_another_base(engine, model_dirs, tmp_path):
     assert [r.reward for r in found] == pytest.approx([score_of(scorer, other, r) for r in found], abs=1e-4)
 
 
+@pytest.mark.parametrize("strategy", [Tokenwise(1.0), Blockwise(2, 4), BestOfK(2)])
+def test_a_context_that_is_too_short_is_said(engine, strategy):
+    scorer = prefix_model(engine)
+    scorer.longest = 20
+    engine.set_scorer(scorer)
+    sampling = SamplingParams(max_tokens=64, seed=1)
+    with pytest.raises(InputError, match="'values' reads 20 tokens"):
+        engine.generate([PROMPTS[0]] * 4, strategy, [sampling] * 4)
+    scorer.longest = 300  # the reader is made anew with its scorer
+    engine.set_scorer(None)
+    engine.set_scorer(scorer)
+    assert engine.generate(PROMPTS[0], strategy, sampling)
+
+
 def test_what_does_not_fit_is_refused(engine, monkeypatch):
     scorer = prefix_model(engine)
     with pytest.raises(InputError, match="reads a width of 40, its model has 48"):

@@ -88,7 +88,7 @@ def test_a_candidate_beyond_the_judges_context_is_refused(engine):
     engine.set_scorer(reward_model(engine.tokenizer, config))
     assert engine._judge.readers
     engine.eos = frozenset()
-    with pytest.raises(InputError, match="reward model 'judge' reads 24 tokens, a candidate has"):
+    with pytest.raises(InputError, match="scorer 'judge' reads 24 tokens, a candidate has"):
         engine.generate("the quick", Blockwise(2, 4), SamplingParams(max_tokens=40, seed=1))
     with pytest.raises(InputError, match="reads 24 tokens"):
         engine.generate("sphinx of quartz " * 9, Blockwise(2, 4), SamplingParams(max_tokens=4, seed=1))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,7 @@ class PrefixModel(Scorer):
         if head.hidden_size != width:
             raise InputError(f"scorer {name!r}: its head reads a width of {head.hidden_size}, its model has {width}")
         self.model, self.tokenizer, self.head, self.name = model.eval(), tokenizer, head.eval(), name
+        self.longest = getattr(model.config, "max_position_embeddings", None) or math.inf
 
     @classmethod
     def from_pretrained(cls, path: str | Path, trust_remote_code: bool = False) -> PrefixModel:
@@ -82,6 +84,11 @@ class PrefixModel(Scorer):
         found = []
         for prompt, tokens in zip(candidates.prompt_ids, candidates.tokens, strict=True):
             before = [*prompt, *tokens[:-1]]
+            if len(before) > self.longest:
+                raise InputError(
+                    f"scorer {self.name!r} reads {self.longest} tokens, a response has {len(before)} before its last "
+                    "one; shorten max_tokens or take another scorer"
+                )
             last = torch.tensor(tokens[-1:], device=self.model.device)
             found.append(self.head.values_at(self.states(before)[-1:], last))
         return torch.cat(found).float()
