@@ -121,4 +121,6 @@ def _judge(search: _Search, result: Result, bound: float, beta: float) -> None:
         if search.uniforms.pop(0) < math.exp(min((utility - bound) / beta, 0.0)):
             search.accepted = Accepted(result, search.draws, utility, True)
     if search.accepted is not None:
-        search.accepted.highest, search.accepted.exact = search.highest, search.highest <= bound
+        # Utilities are fp32, so that one at the bound may lie a rounding above it.
+        within = search.highest <= bound + 1e-6 * max(1.0, abs(bound))
+        search.accepted.highest, search.accepted.exact = search.highest, within

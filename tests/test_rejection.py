@@ -82,3 +82,13 @@ class TestRejection:
             rejection_sample(engine, "The", 1.0, 0.0)
         with pytest.raises(InputError, match="2 prompts but 1 SamplingParams"):
             rejection_sample(engine, ["The", "My"], 1.0, 1.0, sampling=[SamplingParams()])
+
+
+def test_a_utility_at_the_bound_is_exact(embedded_engine, recwarn):
+    """.1 as fp32 lies above .1."""
+    embedded_engine.set_scorer(lambda prompts, completions: [0.1] * len(prompts))
+    (found,) = rejection_sample(
+        embedded_engine, "Review of the Harbour, a bakery:", 0.1, 1.0, sampling=SamplingParams(8, seed=0)
+    )
+    assert found.exact
+    assert not recwarn.list

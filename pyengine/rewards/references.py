@@ -90,9 +90,9 @@ class References:
         if not prompts or not responses or not parts:
             raise InputError("References.canned needs a scorer and at least one prompt and one response")
         for part in parts:
-            if part.scorer.layers:
+            if part.scorer.layers or part.scorer.scores_tokens:
                 raise InputError(
-                    f"scorer {part.name!r} reads the base policy's hidden states, canned responses are text only: "
+                    f"scorer {part.name!r} reads hidden states or tokens, canned responses are text only: "
                     "use a reward model or a function"
                 )
         chosen = [responses[_hash(seed, prompt) % len(responses)] for prompt in prompts]

@@ -281,7 +281,7 @@ def features(chain: Chain) -> Array:
 
 
 class Visited(NamedTuple):
-    """Prefixes that have not ended: (t, z) [N] of each, and the reward [N] of the whole response it was met in."""
+    """Prefixes that have not ended: (t, z) [N] of each, and the reward [N] still to come in the response it is of."""
 
     t: NDArray[np.intp]
     z: NDArray[np.intp]
@@ -291,9 +291,9 @@ class Visited(NamedTuple):
 def visited(chain: Chain, responses: Sequence[Sequence[int]]) -> Visited:
     """Every prefix y^t, t >= 1, of whole responses."""
     rows = [
-        (t + 1, z, chain.reward(y))
+        (t + 1, z, chain.reward(y) - gained)
         for y in responses
-        for t, z in enumerate(y)
+        for t, (z, gained) in enumerate(zip(y, np.cumsum(chain.gain[list(y)]), strict=True))
         if z != chain.states and t + 1 < chain.cap
     ]
     t, z, reward = zip(*rows, strict=True)
@@ -334,8 +334,18 @@ def fit_cd_q(chain: Chain, data: Visited, sweeps: int = 400) -> Array:
     return table
 
 
+def tabular_cd_q(chain: Chain, data: Visited) -> Array:
+    """CD-Q on a table, V [cap + 1, S + 1]: its target wherever the data went, the mean reward to come elsewhere."""
+    met = np.zeros(chain.final.shape, dtype=bool)
+    met[data.t, data.z] = True
+    table = _with_ends(chain, np.full((chain.cap + 1, chain.states), data.reward.mean()))
+    for _ in range(chain.cap + 1):
+        table = np.where(met, backup(chain, table), table)
+    return table
+
+
 def mean_reward(chain: Chain, data: Visited) -> Array:
-    """Tabular CD-FUDGE, V [cap + 1, S + 1]: the mean reward of the responses through (t, z); NaN where none went."""
+    """Tabular CD-FUDGE, V [cap + 1, S + 1]: the mean reward to come after (t, z); NaN where none went."""
     total, count = np.zeros(chain.final.shape), np.zeros(chain.final.shape)
     np.add.at(total, (data.t, data.z), data.reward)
     np.add.at(count, (data.t, data.z), 1.0)

@@ -57,6 +57,8 @@ def best_of_k_law(base: Array, score: Array, k: float) -> Array:
 
 def gibbs_law(base: Array, utility: Array, weight: float) -> Array:
     """The KL-regularised optimum p0 exp(weight u) / Z over the last axis (Controlled Decoding, Theorem 2.1)."""
+    if weight == 0:  # 0 * -inf is no utility
+        return base / base.sum(-1, keepdims=True)
     tilted = base * np.exp(weight * (utility - utility.max(-1, keepdims=True)))
     return tilted / tilted.sum(-1, keepdims=True)
 
