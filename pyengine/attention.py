@@ -10,7 +10,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any, NamedTuple, Protocol
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -67,25 +66,26 @@ def _attention(
 AttentionInterface.register(NAME, _attention)
 
 
-# How many have hooked a model, and what its attention was before the first: whoever ends last gives it back.
-_HOOKED: WeakKeyDictionary[Any, tuple[int, str]] = WeakKeyDictionary()
+# By the id of a config, which a model may share with its body and which lives as long as the hook: how many have hooked
+# it, and what its attention was before the first. Whoever ends last gives it back.
+_HOOKED: dict[int, tuple[int, str]] = {}
 
 
 @contextmanager
 def hooked(model: Any) -> Iterator[None]:
     """The model's attention is ours inside; ValueError where the model does not let it."""
-    count, before = _HOOKED.get(model, (0, model.config._attn_implementation))
+    count, before = _HOOKED.get(id(model.config), (0, model.config._attn_implementation))
     if count == 0:
         model.set_attn_implementation(NAME)
-    _HOOKED[model] = (count + 1, before)
+    _HOOKED[id(model.config)] = (count + 1, before)
     try:
         if model.config._attn_implementation != NAME:
             raise ValueError("its attention does not go through transformers' AttentionInterface")
         yield
     finally:
-        count, before = _HOOKED.pop(model)
+        count, before = _HOOKED.pop(id(model.config))
         if count > 1:
-            _HOOKED[model] = (count - 1, before)
+            _HOOKED[id(model.config)] = (count - 1, before)
         else:
             model.set_attn_implementation(before)
 
@@ -93,7 +93,7 @@ def hooked(model: Any) -> Iterator[None]:
 @contextmanager
 def unhooked(model: Any) -> Iterator[None]:
     """Inside `hooked`, the model is its own for as long."""
-    found = _HOOKED.get(model)
+    found = _HOOKED.get(id(model.config))
     if found:
         model.set_attn_implementation(found[1])
     try:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
-import math
 import os
 import platform
 import sys
@@ -113,14 +112,8 @@ def read_prompts(arguments: list[str], file: Path | None, complain: Any) -> Iter
 
 
 def to_json(record: Any) -> str:
-    """JSON without NaN and Infinity, which are not JSON: a score that is not finite becomes null."""
-
-    def finite(value: Any) -> Any:
-        if isinstance(value, dict):
-            return {key: finite(item) for key, item in value.items()}
-        if isinstance(value, list):
-            return [finite(item) for item in value]
-        return None if isinstance(value, float) and not math.isfinite(value) else value
+    """JSON; a score that is not finite becomes null."""
+    from pyengine.results import finite
 
     return json.dumps(finite(record), allow_nan=False)
 
@@ -245,9 +238,9 @@ def curve(
     reward: Annotated[
         str | None, typer.Option(help="What is measured, and what best-of-K follows; default: the scorer.")
     ] = None,
-    tokenwise: Annotated[str, typer.Option(help="Weights λ; none is none.")] = "1,2,4,8",
-    blockwise: Annotated[str, typer.Option(help="K x M, as in 4x16.")] = "2x16,4x16,8x16,8x8",
-    best_of_k: Annotated[str, typer.Option(help="K.")] = "2,4,8,16",
+    tokenwise: Annotated[str, typer.Option(help="Weights λ; empty is none.")] = "1,2,4,8",
+    blockwise: Annotated[str, typer.Option(help="K x M, as in 4x16; empty is none.")] = "2x16,4x16,8x16,8x8",
+    best_of_k: Annotated[str, typer.Option(help="K; empty is none.")] = "2,4,8,16",
     max_tokens: Annotated[int, typer.Option(help="Most new tokens.")] = 128,
     temperature: Annotated[float, typer.Option(help="Of every strategy.")] = 1.0,
     seed: Annotated[int, typer.Option(help="Seed.")] = 0,
@@ -259,9 +252,19 @@ def curve(
     from pyengine.results import SamplingParams
     from pyengine.strategies import BestOfK, Blockwise, Tokenwise
 
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError as error:
+        raise InputError("curve: drawing needs matplotlib: pip install 'tilt-engine[train]'") from error
     whole(prompts, "curve: --prompts", 1)
     if not out.absolute().parent.is_dir():
         raise InputError(f"curve: --out {out}: no such directory")
+    failures: list[str] = []
+
+    def complain(message: str) -> None:
+        failures.append(message)
+        print(f"pyengine: {message}", file=sys.stderr)
+
     followed, measured = make_scorer(scorer), None if reward is None else make_scorer(reward)
     plans: list[Any] = [(Tokenwise(w), followed) for (w,) in settings(tokenwise, "--tokenwise", float)]
     plans += [(Blockwise(k, m), followed) for k, m in settings(blockwise, "--blockwise", int, int)]
@@ -271,7 +274,7 @@ def curve(
 
         texts = reviews.prompts(prompts)
     else:
-        texts = [text for _, text in read_prompts([], input, fail)][:prompts]
+        texts = [text for _, text in read_prompts([], input, complain)][:prompts]
     engine = load_engine(model, None, device, None, trust_remote_code)
     sampling = [SamplingParams(max_tokens, temperature, seed=seed + i) for i in range(len(texts))]
     points = curves.measure(engine, texts, plans, measured, sampling)
@@ -280,6 +283,8 @@ def curve(
     curves.save(points, out.with_name(out.name + ".json"), **about)
     title = f"{engine.name}, {len(texts)} prompts, following {scorer}"
     curves.draw(points, out.with_name(out.name + ".png"), title, reward or scorer)
+    if failures:
+        raise typer.Exit(2)
 
 
 def settings(text: str, option: str, *types: Any) -> list[tuple[Any, ...]]:

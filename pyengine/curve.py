@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import os
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,8 +20,8 @@ from tqdm import tqdm
 from pyengine import ledger
 from pyengine.engine import Engine
 from pyengine.errors import InputError
-from pyengine.results import SamplingParams
-from pyengine.scorers import ScorerLike
+from pyengine.results import SamplingParams, finite, seeded
+from pyengine.scorers import Scorer, ScorerLike, parts_of
 from pyengine.strategies import BASE, Blockwise, Strategy, Tokenwise
 
 COLOURS = {"base": "#7a7a7a", "tokenwise": "#1b6ca8", "blockwise": "#c8553d", "best-of-K": "#4f8f4f"}
@@ -50,8 +51,6 @@ class Point:
 
 def label(strategy: Strategy) -> tuple[str, str]:
     """(family, setting), as tables and pictures name them."""
-    if strategy == BASE:
-        return "base", ""
     if isinstance(strategy, Tokenwise):
         budget = f"{strategy.kl_budget:g} nats a {strategy.per}" if strategy.kl_budget else f"λ={strategy.weight:g}"
         return "tokenwise", budget
@@ -69,36 +68,58 @@ def measure(
     sampling: SamplingParams | Sequence[SamplingParams] | None = None,
     progress: bool | None = None,
 ) -> list[Point]:
-    """The base policy first, then a point for each (strategy, the scorer that it follows), from the same seeds.
+    """The base policy first, then a point for each (strategy, the scorer that it follows), these from the same seeds.
 
-    reward: what is measured, where that is not what is followed: the true reward beside a learned scorer. The
-    engine's scorer is restored at the end.
+    The base draws from seeds of its own: best-of-K has the base's response to a seed among its candidates, and would
+    tie with it where an independent one may win. reward: what is measured, where that is not what is followed: the
+    true reward beside a learned scorer. The engine's scorer is restored at the end.
     """
     if not plans:
         raise InputError("a curve needs at least one strategy")
     if not prompts:
         raise InputError("a curve needs prompts")
-    given = [sampling or SamplingParams()] * len(prompts) if not isinstance(sampling, Sequence) else list(sampling)
-    # The base draws from seeds of its own: best-of-K has the base's response to a seed among its candidates, and
-    # would tie with it where an independent one may win.
-    apart = [p if p.seed is None else dataclasses.replace(p, seed=p.seed ^ 1 << 40) for p in given]
+    given = seeded(prompts, sampling)
+    apart = [dataclasses.replace(p, seed=(p.seed or 0) ^ 1 << 40) for p in given]
+    loaded: dict[object, list[tuple[float, Scorer]]] = {}  # each path once
+
+    def terms(scorer: ScorerLike) -> list[tuple[float, Scorer]]:
+        key = str(scorer) if isinstance(scorer, (str, os.PathLike)) else id(scorer)
+        if key not in loaded:
+            loaded[key] = [part.term() for part in parts_of(scorer)]
+        if not loaded[key]:
+            raise InputError("a curve needs a scorer for every strategy")
+        return loaded[key]
+
     before = [part.term() for part in engine.parts]
-    everything = [(BASE, plans[0][1]), *plans]
     points, base_rewards = [], list[float]()
     hide = None if progress is None else not progress
     try:
-        for strategy, scorer in tqdm(everything, unit="strategy", disable=hide, leave=False):
-            engine.set_scorer([(1.0, scorer)] if reward is None else [(1.0, scorer), (0.0, reward)])
+        for i, (strategy, scorer) in enumerate(
+            tqdm([(BASE, plans[0][1]), *plans], unit="strategy", disable=hide, leave=False)
+        ):
+            followed = terms(scorer)
+            measured = followed if reward is None else terms(reward)
+            reported = [] if reward is None else [(0.0, one) for _, one in measured]
+            engine.set_scorer([*followed, *reported])
+            runs = strategy
+            if isinstance(strategy, Tokenwise) and strategy.kl_budget is not None and strategy.per == "sequence":
+                runs = engine.calibrate(prompts, strategy.kl_budget, given, progress=False)
             start = time.perf_counter()
-            results = engine.generate(prompts, strategy, apart if strategy == BASE else given, progress=False)
+            results = engine.generate(prompts, runs, given if i else apart, progress=False)
             seconds = time.perf_counter() - start
-            measured = engine.parts[-1].name
-            rewards = [r.rewards[measured] if reward is not None else r.reward or 0.0 for r in results]
+            names = [part.name for part in engine.parts[-len(measured) :]]
+            rewards = [
+                sum(weight * r.rewards[name] for (weight, _), name in zip(measured, names, strict=True) if weight)
+                for r in results
+            ]
+            bad = next((j for j, r in enumerate(rewards) if math.isnan(r)), None)
+            if bad is not None:
+                raise InputError(f"curve: {' + '.join(names)} is NaN for prompt {bad} under {strategy}")
             base_rewards = base_rewards or rewards
             gain, wins = ledger.expected_reward(rewards, base_rewards), ledger.win_rate(rewards, base_rewards)
             points.append(
                 Point(
-                    *label(strategy),
+                    *(label(strategy) if i else ("base", "")),
                     reward=gain.mean,
                     gain=gain.gain,
                     error=gain.error,
@@ -111,7 +132,7 @@ def measure(
                 )
             )
     finally:
-        engine.set_scorer(before)
+        engine.set_scorer(before or None)
     return points
 
 
@@ -133,10 +154,9 @@ def report(points: Sequence[Point]) -> None:
 
 
 def save(points: Sequence[Point], path: Path, **about: object) -> None:
-    """JSON: what it is `about`, then the points; NaN, which JSON lacks, becomes null."""
-    rows = [dataclasses.asdict(point) for point in points]
-    rows = [{k: None if isinstance(v, float) and math.isnan(v) else v for k, v in row.items()} for row in rows]
-    path.write_text(json.dumps({**about, "points": rows}, indent=1) + "\n")
+    """JSON: what it is `about`, then the points; a number that is not finite, which JSON lacks, becomes null."""
+    record = finite({**about, "points": [dataclasses.asdict(point) for point in points]})
+    path.write_text(json.dumps(record, indent=1, allow_nan=False) + "\n")
 
 
 def draw(points: Sequence[Point], path: Path, title: str, unit: str = "reward") -> None:
@@ -153,8 +173,8 @@ def draw(points: Sequence[Point], path: Path, title: str, unit: str = "reward") 
         if not mine:
             continue
         line = mine if family == "base" else [base, *mine]
-        face = colour if mine[0].kl_kind == "exact" else "white"
-        name = family if mine[0].kl_kind == "exact" else f"{family} (KL: upper bound)"
+        bounded = any(p.kl_kind == "bound" for p in mine)
+        face, name = ("white", f"{family} (KL: upper bound)") if bounded else (colour, family)
         axis.plot([p.kl for p in line], [p.reward for p in line], "-", color=colour, alpha=0.6)
         x, y, spread = ([getattr(p, field) for p in mine] for field in ("kl", "reward", "error"))
         axis.errorbar(x, y, spread, fmt="o", color=colour, markerfacecolor=face, label=name, capsize=2)

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import math
-import secrets
 import warnings
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import ExitStack, closing
-from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -24,7 +22,7 @@ from pyengine.decoder import Prompt
 from pyengine.errors import InputError, first_line, real
 from pyengine.fallback import choose_decoder
 from pyengine.proposal import Row, Tail, Tilt, propose
-from pyengine.results import Event, Result, SamplingParams
+from pyengine.results import Event, Result, SamplingParams, seeded
 from pyengine.scorers import Part, Policy, PrefixModel, ScorerLike, parts_of
 from pyengine.selection import Judge, Request
 from pyengine.strategies import BASE, BestOfK, Blockwise, Strategy, Tokenwise
@@ -137,7 +135,7 @@ class Engine:
         on stderr after two seconds; None shows it on a terminal only.
         """
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
-        strategy, sampling = self._settled(prompts, strategy, sampling)
+        strategy, sampling = self._settled(prompts, strategy, sampling, progress)
         requests = self._requests(prompts, sampling)
         results: dict[int, Result] = {}
         hide = None if progress is None else not progress
@@ -159,7 +157,7 @@ class Engine:
 
     def calibrate(
         self,
-        prompts: Sequence[str],
+        prompts: str | Sequence[str],
         kl_budget: float,
         sampling: SamplingParams | Sequence[SamplingParams] | None = None,
         progress: bool | None = None,
@@ -169,20 +167,25 @@ class Engine:
         Decodes all prompts several times, from the same seeds. The fewer they are, the larger the steps in which
         their mean can move: where none falls within 1 %, the nearest is taken, with a warning that says what it is.
         """
-        sampling = self._seeded(prompts, sampling)
+        prompts = [prompts] if isinstance(prompts, str) else list(prompts)
+        if not prompts:
+            raise InputError("calibrate needs prompts")
+        sampling = seeded(prompts, sampling)
+        _check_budget(sampling)
         wanted = math.sqrt(Tokenwise(kl_budget=kl_budget).kl_budget or 0)
         weight, low, high = 1.0, 0.0, math.inf
         best, gap = 0.0, math.inf
         for _ in range(CALIBRATION_RUNS):
             results = self.generate(prompts, Tokenwise(weight), sampling, progress)
-            # The square root of the KL is nearly linear in λ.
             root = math.sqrt(sum(r.kl for r in results) / len(results))
             if abs(root**2 / wanted**2 - 1) < gap:
                 best, gap = weight, abs(root**2 / wanted**2 - 1)
             if gap <= 0.01:
                 break
             low, high = (weight, high) if root < wanted else (low, weight)
-            guess = weight * min(max(wanted / root, 0.1), 10.0) if root else 10 * weight
+            # The root of the KL is nearly linear in λ, the more so the smaller it is.
+            most = 10.0 if root > 1e-2 else 1e6
+            guess = weight * min(max(wanted / root, 0.1), most) if root else 1e3 * weight
             weight = guess if low < guess < high else (low + high) / 2
         else:
             warnings.warn(
@@ -194,31 +197,20 @@ class Engine:
         return Tokenwise(best)
 
     def _settled(
-        self, prompts: list[str], strategy: Strategy | None, sampling: SamplingParams | Sequence[SamplingParams] | None
+        self,
+        prompts: list[str],
+        strategy: Strategy | None,
+        sampling: SamplingParams | Sequence[SamplingParams] | None,
+        progress: bool | None = None,
     ) -> tuple[Strategy, SamplingParams | Sequence[SamplingParams] | None]:
         """A strategy that can be run as it is: a budget for whole sequences becomes a weight."""
         if not isinstance(strategy, Tokenwise) or strategy.kl_budget is None:
             return strategy or BASE, sampling
-        sampling = self._seeded(prompts, sampling)
-        for p in sampling:
-            if p.temperature == 0 or p.top_k or p.top_p < 1 or p.min_p:
-                raise InputError("Tokenwise: kl_budget needs a temperature above 0, and no top_k, top_p or min_p")
+        sampling = seeded(prompts, sampling)
+        _check_budget(sampling)
         if strategy.per == "sequence" and prompts:
-            strategy = self.calibrate(prompts, strategy.kl_budget, sampling)
+            strategy = self.calibrate(prompts, strategy.kl_budget, sampling, progress)
         return strategy, sampling
-
-    @staticmethod
-    def _seeded(
-        prompts: Sequence[str], sampling: SamplingParams | Sequence[SamplingParams] | None
-    ) -> list[SamplingParams]:
-        """One SamplingParams for each prompt, every one with a seed."""
-        if sampling is None or isinstance(sampling, SamplingParams):
-            params = [sampling or SamplingParams()] * len(prompts)
-        else:
-            params = list(sampling)
-            if len(params) != len(prompts):
-                raise InputError(f"{len(prompts)} prompts but {len(params)} SamplingParams: give one, or one for each")
-        return [p if p.seed is not None else replace(p, seed=secrets.randbits(63)) for p in params]
 
     def _events(self, request: Request, commits: Iterator[_Commit]) -> Iterator[Event]:
         """Commits with their new text; a character that is not whole yet waits for the next one."""
@@ -254,7 +246,7 @@ class Engine:
         self, prompts: list[str], sampling: SamplingParams | Sequence[SamplingParams] | None
     ) -> list[Request]:
         requests = []
-        for i, (prompt, p) in enumerate(zip(prompts, self._seeded(prompts, sampling), strict=True)):
+        for i, (prompt, p) in enumerate(zip(prompts, seeded(prompts, sampling), strict=True)):
             ids = self.encode(prompt, f"prompt {i}")
             room = p.max_tokens if self.context is None else min(p.max_tokens, self.context - len(ids))
             assert p.seed is not None
@@ -400,6 +392,12 @@ class Engine:
             seed=request.given_seed,
             blocks=request.blocks,
         )
+
+
+def _check_budget(sampling: Sequence[SamplingParams]) -> None:
+    for p in sampling:
+        if p.temperature == 0 or p.top_k or p.top_p < 1 or p.min_p:
+            raise InputError("Tokenwise: kl_budget needs a temperature above 0, and no top_k, top_p or min_p")
 
 
 def _mix(seed: int, words: Sequence[int]) -> int:

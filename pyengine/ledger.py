@@ -11,7 +11,7 @@ from torch import Tensor
 
 from pyengine.errors import InputError, whole
 
-STEPS = 16  # of the search for a weight; 6 are enough where nothing is extreme
+STEPS = 24  # of the search for a weight; 6 are enough where nothing is extreme
 
 
 def best_of_k_bound(k: int) -> float:
@@ -109,7 +109,7 @@ def expected_reward(rewards: Sequence[float] | Tensor, baseline: Sequence[float]
     if len(ours) != len(theirs):
         raise InputError(f"expected_reward: {len(ours)} prompts against {len(theirs)} of the baseline")
     gains = ours.mean(1) - theirs.mean(1)
-    spread = theirs.std().item() if theirs.numel() > 1 else 0.0
+    spread = theirs.std().item() if theirs.max() > theirs.min() else 0.0  # rounding gives equal ones a std above 0
     gain = gains.mean().item()
     return Gain(ours.mean().item(), gain, gain / spread if spread else math.nan, _error(gains))
 
@@ -135,14 +135,20 @@ def solve_weight(logits: Tensor, values: Tensor, budget: Tensor | float, tempera
     logits, values: [N, V]; budget, temperature: a number or [N], both positive. Relative error of the KL below 1 %
     wherever the budget can be met. Where it cannot (the most that a tilt can cost is -log of the base's mass on the
     best tokens; tokens of value -inf cost at least -log of the mass on the others), the λ returned comes as near as
-    λ > 0 can; where every value is equal it is 0. Asks nothing of the host, so it can be captured in a CUDA graph.
+    λ > 0 can; where every value is equal it is 0. Nothing passes between host and device, so that a CUDA graph can
+    hold it.
 
     KL(λ) = λ E_λ[v] - log E_0[exp(λ v)] has the derivative λ Var_λ(v), so sqrt(2 KL) is nearly linear in λ: Newton's
     method on it, inside a bracket.
     """
     logits, values = logits.double(), values.double()
-    temperature = torch.as_tensor(temperature, dtype=torch.float64, device=logits.device).expand(len(logits))
-    wanted = (2 * torch.as_tensor(budget, dtype=torch.float64, device=logits.device)).sqrt().expand(len(logits))
+
+    def column(given: Tensor | float) -> Tensor:
+        if isinstance(given, Tensor):
+            return given.to(logits).expand(len(logits))
+        return torch.full((len(logits),), float(given), dtype=torch.float64, device=logits.device)
+
+    temperature, wanted = column(temperature), (2 * column(budget)).sqrt()
     base = torch.log_softmax(logits / temperature[:, None], -1)
     there = (base > -torch.inf) & (values > -torch.inf)
     best = values.masked_fill(~there, -torch.inf).amax(-1, keepdim=True)
@@ -159,7 +165,10 @@ def solve_weight(logits: Tensor, values: Tensor, budget: Tensor | float, tempera
 
     flat = ~(reach > 0)  # NaN, too: the draw reports such rows
     reach = torch.where(flat, 1.0, reach)
-    low, high = torch.zeros_like(wanted), 1e6 / reach
+    # Beyond `high` no mass is left but on the best tokens; the nearest value below them says where that is.
+    nearest = -below.masked_fill(below == 0, -torch.inf).amax(-1)
+    low, high = torch.zeros_like(wanted), 1e3 / torch.where(flat, 1.0, nearest)
+    least = torch.minimum(1e-6 / reach, 1e-3 * high)
     _, variance = moments(low)
     weight = torch.minimum(wanted / variance.sqrt(), high / 4)
     for _ in range(STEPS):
@@ -168,6 +177,8 @@ def solve_weight(logits: Tensor, values: Tensor, budget: Tensor | float, tempera
         low, high = torch.where(root < wanted, weight, low), torch.where(root < wanted, high, weight)
         newton = weight + (wanted - root) * root / (weight * variance)
         # Else the geometric middle, since a weight may be off by many orders of magnitude.
-        other = torch.where((newton > low) & (newton < high), newton, (torch.maximum(low, 1e-6 * high) * high).sqrt())
+        other = torch.where((newton > low) & (newton < high), newton, (torch.maximum(low, least) * high).sqrt())
         weight = torch.where((root - wanted).abs() <= 1e-6 * wanted, weight, other)
-    return torch.where(flat, 0.0, weight).float()
+    # A token of value -inf is forbidden at any weight above 0, which fp32 must not round to 0.
+    forbids = ((base > -torch.inf) & ~there).any(-1) & there.any(-1)
+    return torch.where(flat & ~forbids, 0.0, weight.clamp(min=1e-30)).float()

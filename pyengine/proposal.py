@@ -37,9 +37,13 @@ class Tilt:
         own = {decoder: move(decoder).hidden for decoder in dict.fromkeys(self.beside.values())}
         return [own[self.beside[i]] if i in self.beside else hidden for i in range(len(self.parts))]
 
-    def values(self, read: Sequence[Hidden]) -> Tensor | None:
-        """V of every next token, [R, N, V]."""
-        found = [part.scorer.values(hidden) for (_, part), hidden in zip(self.parts, read, strict=True)]
+    def values(self, read: Sequence[Hidden], vocab: int) -> Tensor | None:
+        """V of every next token, [R, N, vocab]; what pads a vocabulary in one model and not in another has the mean."""
+        found = [part.scorer.values(hidden)[:, :vocab] for (_, part), hidden in zip(self.parts, read, strict=True)]
+        for i, values in enumerate(found):
+            if values.shape[1] < vocab:
+                rest = values.mean(1, keepdim=True).expand(-1, vocab - values.shape[1])
+                found[i] = torch.cat([values, rest], 1)
         return torch.stack(found) if found else None
 
     def weights(
@@ -104,7 +108,7 @@ def propose(
     for step in range(steps):
         tick()
         before = frontier.hidden
-        values = tilt.values(read)
+        values = tilt.values(read, frontier.logits.shape[1])
         weights = tilt.weights(frontier.logits, values, given, columns["temperature"])
         drawn.append((slots, ops.tilt_sample(frontier.logits, values, weights, **columns)))
         token = drawn[-1][1].token
@@ -249,7 +253,7 @@ class Loop:
 
     def step(self) -> None:
         """Draw, record, append; everything stays on the device."""
-        values = self.tilt.values([self.hidden] * len(self.tilt.parts))
+        values = self.tilt.values([self.hidden] * len(self.tilt.parts), self.logits.shape[1])
         weights = self.tilt.weights(self.logits, values, self.weights, self.columns["temperature"])
         drawn = ops.tilt_sample(self.logits, values, weights, **self.columns)
         for to, x in zip(self.record, drawn, strict=True):

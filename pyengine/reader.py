@@ -102,6 +102,8 @@ class PrefixReader(Reader):
         return super().append(tokens)
 
     def _read(self, ids: Tensor, positions: Tensor, rows: Tensor | None) -> Frontier:
+        # A base policy may draw a row that pads its vocabulary, which this model does not embed.
+        ids = ids.clamp(max=self.model.get_input_embeddings().weight.shape[0] - 1)
         output = self.model(input_ids=ids, position_ids=positions, use_cache=False, output_hidden_states=True)
         self._states = output.hidden_states[self.head.layer][0]
         states = self._states if rows is None else self._states[rows]
@@ -118,7 +120,7 @@ class PrefixReader(Reader):
             states = self._states.unflatten(0, (len(tails), -1))
             found = torch.where(here[:, None], torch.cat([before[:, None], states], 1)[row, at], found)
             before = states[:, -1]
-        token = torch.tensor([tail[-1] for tail in tails], device=before.device)
+        token = torch.tensor([tail[-1] for tail in tails], device=before.device).clamp(max=self.head.vocab_size - 1)
         return self.head.values_at(found, token).float()
 
     def recompute(self, ids: list[int]) -> float:
@@ -155,14 +157,16 @@ def _mismatch(reader: Reader) -> str | None:
     vocab, pad = model.get_input_embeddings().weight.shape[0], model.config.pad_token_id
     ids = [token for token in ((7 * i + 3) % vocab for i in range(20)) if token != pad]
     tails = [[ids[11], ids[12]], [ids[13]], [ids[16]], [ids[14], ids[15]]]
-    reader.open(2, 2)
+    most, reader.max_rows = reader.max_rows, max(4, reader.max_rows)
     try:
+        reader.open(2, 2)
         reader.join([Prompt(ids[:9], 8), Prompt(ids[3:7], 8)])
         found = reader.score(tails).tolist()
         reader.commit(torch.tensor([0, 3], device=model.device))
         found += reader.score([[ids[1]]] * 4)[::2].tolist()
     finally:
         reader.close()
+        reader.max_rows = most
     whole = [(ids[:9] if i < 2 else ids[3:7]) + tail for i, tail in enumerate(tails)]
     whole += [[*whole[0], ids[1]], [*whole[3], ids[1]]]
     wanted = [reader.recompute(text) for text in whole]

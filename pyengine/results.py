@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import math
+import secrets
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from pyengine.errors import real, whole
+from pyengine.errors import InputError, real, whole
 
 FinishReason = Literal["stop", "length"]  # an EOS token; max_tokens or the end of the context
 
@@ -38,6 +41,17 @@ class SamplingParams:
         }
         for name, value in checked.items():
             object.__setattr__(self, name, value)  # NumPy's numbers become Python's
+
+
+def seeded(prompts: Sequence[str], sampling: SamplingParams | Sequence[SamplingParams] | None) -> list[SamplingParams]:
+    """One SamplingParams for each prompt, every one with a seed; InputError for another number of them."""
+    if sampling is None or isinstance(sampling, SamplingParams):
+        params = [sampling or SamplingParams()] * len(prompts)
+    else:
+        params = list(sampling)
+        if len(params) != len(prompts):
+            raise InputError(f"{len(prompts)} prompts but {len(params)} SamplingParams: give one, or one for each")
+    return [p if p.seed is not None else dataclasses.replace(p, seed=secrets.randbits(63)) for p in params]
 
 
 @dataclass
@@ -104,3 +118,12 @@ class Event:
     tokens: list[int]
     block: Block | None = None
     result: Result | None = None
+
+
+def finite(value: Any) -> Any:
+    """A record without NaN and Infinity, which are not JSON: a number that is not finite becomes None."""
+    if isinstance(value, dict):
+        return {key: finite(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

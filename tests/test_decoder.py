@@ -6,6 +6,7 @@ import pytest
 import torch
 import transformers
 
+import pyengine.attention as attention_module
 import pyengine.decoder as decoder_module
 from pyengine import Engine, InputError, SamplingParams
 from pyengine.cache import PAGE
@@ -158,6 +159,7 @@ def test_a_shared_system_prompt_is_prefilled_once(model_dirs):
 def test_a_long_prompt_is_read_in_several_passes(model_dirs, name, monkeypatch):
     """Its first page is shared, and windows begin in an earlier pass than they end in."""
     monkeypatch.setattr(decoder_module, "PREFILL_TOKENS", 50)
+    monkeypatch.setattr(attention_module, "QUERIES", 16)  # whose masks are written out at once
     model = load(model_dirs[name])
     decoder, seen = BranchingDecoder(model, LAYERS, 64, BUDGET), []
     forward = decoder._forward

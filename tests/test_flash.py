@@ -139,13 +139,15 @@ def test_what_it_cannot_serve_goes_elsewhere(dtype, width, page, window, served)
 
 def test_the_dispatcher_sends_full_attention_layers_there(monkeypatch):
     monkeypatch.setitem(sys.modules, "flash_attn", Double("flash_attn"))
-    monkeypatch.setattr(ops.tree_attention.__globals__["flash"], "serves", lambda query, page, window: not window)
     monkeypatch.setitem(ops.tree_attention.__globals__, "ATTENTION", "flash")
     query, stores, tree, key, value = problem()
     run = ops.tree_attention.__globals__["_tree_attention_gpu"]
+    sinks = torch.linspace(-1, 4, 4)
     before = ops.LAUNCHES.copy()
-    run(query, key, value, *stores, *tree, 32**-0.5, 0, 0.0, None)
+    found = run(query, key, value, *stores, *tree, 0.3, 0, 3.0, sinks)
     assert ops.LAUNCHES - before == {"tree_attention/flash": 1}
+    want = reference.tree_attention(query, *stores, tree, scale=0.3, softcap=3.0, sinks=sinks)
+    torch.testing.assert_close(found, want, atol=0.03, rtol=0.02)
 
 
 @pytest.mark.parametrize(("asked", "word"), [("flash", "not installed"), ("best", "must be")])

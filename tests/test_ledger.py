@@ -162,3 +162,38 @@ def test_the_solver_at_its_edges():
     assert weight[[1, 3, 4]].tolist() == [0, 0, 0]
     kl = tilted_kl(logits[[0, 2]], torch.where(logits == -inf, -inf, values)[[0, 2]], weight[[0, 2]], 1.0)
     torch.testing.assert_close(kl, torch.tensor([0.5, math.log(3)]).double(), atol=0, rtol=0.01)
+
+
+@pytest.mark.parametrize("worst", [-1e6, -1e9, torch.finfo(torch.float32).min])
+def test_a_finite_mask_among_the_values_leaves_the_budget(worst):
+    logits, values = torch.zeros(1, 5), torch.tensor([[0.0, 1.0, 2.0, 3.0, worst]])
+    found = tilted_kl(logits, values, solve_weight(logits, values, 0.3), 1.0)
+    assert found.item() == pytest.approx(0.3, rel=0.01)
+
+
+def test_heavy_tails_are_solved():
+    """Values over ten orders of magnitude."""
+    g = torch.Generator().manual_seed(0)
+    logits, values = 4 * torch.randn(500, 200, generator=g), torch.exp(6 * torch.randn(500, 200, generator=g))
+    found = tilted_kl(logits, values, solve_weight(logits, values, 0.1), 1.0)
+    most = -torch.log_softmax(logits.double(), -1).gather(1, values.argmax(-1, keepdim=True))[:, 0]
+    torch.testing.assert_close(found, most.clamp(max=0.1), atol=0, rtol=0.01)
+
+
+@pytest.mark.parametrize("rest", [[0.0, 0.0], [0.0, 1.0]])
+def test_forbidden_tokens_stay_forbidden_where_that_costs_more_than_the_budget(rest):
+    logits, values = torch.zeros(1, 4), torch.tensor([[*rest, -math.inf, -math.inf]])
+    weight = solve_weight(logits, values, 0.01)
+    assert weight.item() > 0
+    assert torch.softmax(logits + weight * values, -1)[0, 2:].tolist() == [0, 0]
+
+
+def test_nothing_is_copied_from_the_host(monkeypatch):
+    """A CUDA graph cannot hold a copy: numbers are filled in on the device."""
+    monkeypatch.setattr(torch, "as_tensor", None)
+    monkeypatch.setattr(torch, "tensor", None)
+    assert solve_weight(torch.zeros(1, 3), torch.eye(3)[:1], 0.1, 0.7).item() > 0
+
+
+def test_equal_rewards_of_the_base_have_no_standard_deviation():
+    assert math.isnan(expected_reward([0.2] * 24, [0.1] * 24).normalised)

@@ -6,6 +6,7 @@ import pytest
 import torch
 import transformers
 
+import pyengine.reader as reader_module
 from pyengine import BestOfK, Blockwise, Engine, InputError, PrefixModel, PrefixScorer, SamplingParams, Tokenwise
 from pyengine.scorers import Candidates, Scorer, load_scorer
 
@@ -114,13 +115,74 @@ def test_a_context_that_is_too_short_is_said(engine, strategy):
     assert engine.generate(PROMPTS[0], strategy, sampling)
 
 
+@pytest.mark.parametrize("rows", [2, 700])
+def test_heads_may_pad_the_vocabulary_otherwise(engine, rows):
+    """Fewer and more rows than the base's head: what both lack has the mean value, what the base lacks is cut."""
+    scorer, vocab = prefix_model(engine), len(engine.tokenizer)
+    scorer.model.resize_token_embeddings(vocab + rows, mean_resizing=False)
+    torch.manual_seed(1)
+    scorer.head = PrefixScorer(48, vocab + rows, 32).eval()
+    engine.set_scorer(scorer)
+    (result,) = engine.generate(PROMPTS[0], Tokenwise(1.5), SamplingParams(10, seed=2))
+    ids = engine.encode(result.prompt)
+    whole = torch.tensor([ids + result.tokens])
+    at = slice(len(ids) - 1, -1)
+    with torch.inference_mode():
+        values = scorer.head.values({-1: scorer.states(whole[0].tolist())[at]})[:, : engine.policy.vocab_size]
+        rest = values.mean(1, keepdim=True).expand(-1, engine.policy.vocab_size - values.shape[1])
+        logits = engine.model(input_ids=whole).logits[0, at] + 1.5 * torch.cat([values, rest], 1)
+    want = torch.log_softmax(logits, -1).gather(1, torch.tensor(result.tokens)[:, None])[:, 0]
+    torch.testing.assert_close(torch.tensor(result.logp_policy), want, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("strategy", [Blockwise(3, 6), BestOfK(3)])
+def test_a_block_may_be_read_in_several_passes(engine, monkeypatch, strategy):
+    scorer = prefix_model(engine)
+    engine.set_scorer(scorer)
+    sampling = SamplingParams(max_tokens=14, seed=5)
+    want = engine.generate(PROMPTS, strategy, sampling)
+    monkeypatch.setattr(reader_module, "PREFILL_TOKENS", 9 * 2)
+    found = engine.generate(PROMPTS, strategy, sampling)
+    for a, b in zip(want, found, strict=True):
+        assert a.tokens == b.tokens
+        for one, other in zip(a.blocks, b.blocks, strict=True):
+            utilities = [c.utility for c in other.candidates]
+            assert [c.utility for c in one.candidates] == pytest.approx(utilities, abs=1e-4)
+
+
+def test_the_body_of_the_base_model_can_be_the_trunk(engine):
+    """Both share a config, and with it what attention they use."""
+    body = PrefixModel(engine.model.model, engine.tokenizer, PrefixScorer(64, engine.policy.vocab_size), "body")
+    engine.set_scorer(body)
+    (result,) = engine.generate(PROMPTS[0], Tokenwise(1.0), SamplingParams(5, seed=0))
+    assert result.reward == pytest.approx(score_of(body, engine, result), abs=1e-4)
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+def test_few_rows_are_enough_for_a_reader(model_dirs, rows):
+    engine = Engine.from_pretrained(model_dirs["llama"], cache_gb=0.01, max_rows=rows)
+    engine.set_scorer(prefix_model(engine))
+    assert engine._judge.readers[0].max_rows == rows
+    assert len(engine.generate(PROMPTS, Tokenwise(1.0), SamplingParams(4, seed=0))) == 3
+
+
+@pytest.mark.parametrize("damage", ["head/config.json", "head/model.safetensors", "model/model.safetensors"])
+def test_a_damaged_directory_is_named(engine, tmp_path, damage):
+    prefix_model(engine).save(tmp_path / "values")
+    (tmp_path / "values" / damage).unlink()
+    with pytest.raises(InputError, match="values"):
+        load_scorer(tmp_path / "values")
+
+
 def test_what_does_not_fit_is_refused(engine, monkeypatch):
     scorer = prefix_model(engine)
     with pytest.raises(InputError, match="reads a width of 40, its model has 48"):
         PrefixModel(scorer.model, engine.tokenizer, PrefixScorer(40, engine.policy.vocab_size))
     small = PrefixModel(scorer.model, engine.tokenizer, PrefixScorer(48, 99), "small")
-    with pytest.raises(InputError, match="'small' scores a vocabulary of 99 tokens"):
+    with pytest.raises(InputError, match="'small': its head scores 99 tokens, the tokenizer has"):
         engine.set_scorer(small)
+    with pytest.raises(InputError, match="its head reads layer 9, its model has 4"):
+        PrefixModel(scorer.model, engine.tokenizer, PrefixScorer(48, engine.policy.vocab_size, layer=9))
     other = transformers.PreTrainedTokenizerFast.from_pretrained(engine.tokenizer.name_or_path)
     other.add_tokens(["thequick"])
     foreign = PrefixModel(scorer.model, other, PrefixScorer(48, engine.policy.vocab_size), "foreign")

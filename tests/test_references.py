@@ -134,7 +134,10 @@ class TestReferences:
             (lambda: References({7: math.nan}), "the reference of 7 must be"),
             (lambda: References({"a": math.nan}), "the reference of 'a' must be a finite number"),
             (lambda: References.canned(reviews.length, [], ["no"]), "at least one prompt and one response"),
-            (lambda: References.canned(pyengine.embedded("probe"), ["a"], ["no"]), "'probe' reads hidden states or tokens"),
+            (
+                lambda: References.canned(pyengine.embedded("probe"), ["a"], ["no"]),
+                "'probe' reads hidden states or tokens",
+            ),
             (lambda: References.canned(length(), ["a"], ["no"]), "'length' counts tokens"),
             (lambda: Statistics.of([]), "at least one reward"),
             (lambda: Statistics.of([0.0, math.inf]), "reward 1 must be a finite number"),

@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import AutoModel
 
 from pyengine.checkpoint import load_checkpoint
-from pyengine.errors import InputError
+from pyengine.errors import InputError, first_line
 from pyengine.scorers.base import Candidates, Hidden, Policy, Scorer
 from pyengine.scorers.heads import FORMAT, PrefixScorer, load_head
 
@@ -24,15 +24,19 @@ class PrefixModel(Scorer):
 
     model: a decoder without a language-model head (transformers' AutoModel); head: a PrefixScorer that reads one of
     its layers. It serves base policies of any size and training, a DPO-tuned one among them, as long as they share
-    its tokenizer. In the engine it reads each prompt once and each token once, in a branching cache of its own.
+    its tokenizer's vocabulary (by how many rows their heads pad it may differ). In the engine it reads each prompt once
+    and each token once, in a branching cache of its own.
     """
 
     scores_tokens = True
 
     def __init__(self, model: Any, tokenizer: Any, head: PrefixScorer, name: str = KIND) -> None:
-        width = model.config.get_text_config(decoder=True).hidden_size
+        config = model.config.get_text_config(decoder=True)
+        width, layers = config.hidden_size, config.num_hidden_layers + 1
         if head.hidden_size != width:
             raise InputError(f"scorer {name!r}: its head reads a width of {head.hidden_size}, its model has {width}")
+        if not -layers <= head.layer < layers:
+            raise InputError(f"scorer {name!r}: its head reads layer {head.layer}, its model has {layers}")
         self.model, self.tokenizer, self.head, self.name = model.eval(), tokenizer, head.eval(), name
         self.longest = getattr(model.config, "max_position_embeddings", None) or math.inf
 
@@ -41,9 +45,12 @@ class PrefixModel(Scorer):
         """What `save` wrote; safetensors only."""
         directory = Path(path)
         model, tokenizer = load_checkpoint(AutoModel, "scorer", directory / "model", trust_remote_code)
-        head_config = json.loads((directory / "head" / "config.json").read_bytes())
-        head = load_head(directory / "head", head_config)
-        assert isinstance(head, PrefixScorer)
+        try:
+            head = load_head(directory / "head", json.loads((directory / "head" / "config.json").read_bytes()))
+        except (OSError, ValueError, KeyError) as error:
+            raise InputError(f"scorer {path}: its head: {first_line(error)}") from error
+        if not isinstance(head, PrefixScorer):
+            raise InputError(f"scorer {path}: its head is not a prefix scorer")
         return cls(model, tokenizer, head, directory.name)
 
     def save(self, directory: str | Path) -> None:
@@ -56,13 +63,17 @@ class PrefixModel(Scorer):
         self.head.save(path / "head")
 
     def check(self, policy: Policy) -> None:
-        if self.head.vocab_size != policy.vocab_size:
-            raise InputError(
-                f"scorer {self.name!r} scores a vocabulary of {self.head.vocab_size} tokens, "
-                f"{policy.name} has {policy.vocab_size}: they need the same tokenizer"
-            )
         if self.tokenizer.get_vocab() != policy.tokenizer.get_vocab():
             raise InputError(f"scorer {self.name!r} and {policy.name} have different vocabularies")
+        for what, rows in (
+            ("its head scores", self.head.vocab_size),
+            ("its model embeds", self.model.get_input_embeddings().weight.shape[0]),
+        ):
+            if rows < len(policy.tokenizer):
+                raise InputError(
+                    f"scorer {self.name!r}: {what} {rows} tokens, the tokenizer has {len(policy.tokenizer)}: they do "
+                    "not belong together"
+                )
 
     def move(self, device: torch.device) -> None:
         self.model.to(device)
