@@ -25,23 +25,19 @@ from pyengine import BestOfK, Blockwise, Engine, PrefixModel, SamplingParams, To
 from pyengine.curve import label
 from pyengine.ledger import best_of_k_bound, best_of_k_law, divergence, expected_reward
 from pyengine.results import Result
+from pyengine.rewards import length as length_reward
 from pyengine.scorers import PrefixScorer, ScorerLike, load_scorer
 from pyengine.strategies import BASE, Strategy
 from pyengine.training.data import Example, roll_out
 from pyengine.training.prefix import PrefixTraining, train_prefix_scorer
 from pyengine.worlds import reviews
 
-ERRORS = 3  # standard errors that a gain must exceed
-MINUTES = 5  # that a scorer may take, its roll-outs included
+ERRORS, MINUTES = 3, 5  # standard errors that a gain must exceed; what a scorer may take, its roll-outs included
 LONGEST, CAP = 128, 256  # tokens: of the length reward, and of any response
 PROMPTS = reviews.prompts(96)
 TRAIN, TEST = PROMPTS[:64], PROMPTS[64:]
-# Roll-outs, the base policy and what is compared with it draw apart: best-of-K would find the base's own response
-# among its candidates.
+# First seeds: drawn together, best-of-K would find the base policy's own response among its candidates.
 ROLLOUTS, APART = 10_000, 1_000
-
-SENTIMENT = reviews.sentiment_of
-POLITENESS = reviews.politeness_of
 
 
 @dataclass
@@ -52,10 +48,10 @@ class Found:
     results: list[Result]
 
     def sentiment(self) -> np.ndarray:
-        return np.array([SENTIMENT(r.text) for r in self.results])
+        return np.array([reviews.sentiment_of(r.text) for r in self.results])
 
     def politeness(self) -> np.ndarray:
-        return np.array([POLITENESS(r.text) for r in self.results])
+        return np.array([reviews.politeness_of(r.text) for r in self.results])
 
     def length(self) -> np.ndarray:
         return np.array([length(len(r.tokens)) for r in self.results])
@@ -69,11 +65,6 @@ class Found:
 def length(tokens: int) -> float:
     """Controlled Decoding's length reward (§5): log(T / T_max), the EOS counted."""
     return math.log(min(tokens, LONGEST) / LONGEST)
-
-
-def longest(prompts: Sequence[str], completions: Sequence[str]) -> list[float]:
-    """The same for text, which best-of-K selects by: with the EOS behind it, and always in the policy's own tokens."""
-    return [length(len(ids) + 1) for ids in policy().tokenizer(list(completions)).input_ids]
 
 
 @cache
@@ -93,7 +84,7 @@ def rollouts(count: int) -> tuple[list[Example], float]:
 
 REWARDS: dict[str, Callable[[Example], float]] = {
     "sentiment": lambda e: e.reward,
-    "politeness": lambda e: POLITENESS(e.response),
+    "politeness": lambda e: reviews.politeness_of(e.response),
     "length": lambda e: length(len(e.tokens or [])),
 }
 
@@ -108,9 +99,11 @@ def train(reward: str, method: str, count: int) -> tuple[PrefixScorer, dict[str,
         out = Path(scratch) / f"{reward}-{method}"
         report = train_prefix_scorer(policy(), examples, out, PrefixTraining(method=method, seed=SEED))
         scorer = load_scorer(out)
-    assert isinstance(scorer, PrefixScorer)
-    seconds = drawing + time.perf_counter() - start
-    return scorer, {"seconds": seconds, "r2": report["held_out"]["r2"], "responses": len(examples)}
+    return scorer, {
+        "seconds": drawing + time.perf_counter() - start,
+        "r2": report["held_out"]["r2"],
+        "responses": len(examples),
+    }
 
 
 def follow(engine: Engine, scorer: ScorerLike | None, strategy: Strategy, count: int) -> Found:
@@ -128,12 +121,9 @@ def follow(engine: Engine, scorer: ScorerLike | None, strategy: Strategy, count:
 def point(found: Found, rewards: np.ndarray, base: np.ndarray) -> dict[str, object]:
     """What a curve holds of a strategy."""
     family, setting = label(found.strategy)
-    gain = expected_reward(rewards.tolist(), base.tolist())
-    kind = found.results[0].kl_kind
-    return {"strategy": family, "setting": setting, "reward": gain.mean, "gain": gain.gain, "error": gain.error} | {
-        "kl": found.kl,
-        "kl_kind": kind,
-    }
+    g = expected_reward(rewards.tolist(), base.tolist())
+    known = {"strategy": family, "setting": setting, "kl": found.kl, "kl_kind": found.results[0].kl_kind}
+    return known | {"reward": g.mean, "gain": g.gain, "error": g.error}
 
 
 def gain(row: Row, name: str, rewards: np.ndarray, base: np.ndarray, sign: int = 1, asserted: bool = True) -> str:
@@ -141,9 +131,8 @@ def gain(row: Row, name: str, rewards: np.ndarray, base: np.ndarray, sign: int =
     found = expected_reward(rewards.tolist(), base.tolist())
     row.figures[name] = {"gain": found.gain, "se": found.error, "n": len(rewards), "mean": found.mean}
     if asserted:
-        row.checks[f"{name}: {found.gain:+.3f} ± {found.error:.3f}, over {ERRORS} s.e."] = bool(
-            sign * found.gain > ERRORS * found.error
-        )
+        held = sign * found.gain > ERRORS * found.error
+        row.checks[f"{name}: {found.gain:+.3f} ± {found.error:.3f}, over {ERRORS} s.e."] = held
     return f"{found.gain:+.2f}±{found.error:.2f}"
 
 
@@ -204,7 +193,7 @@ def r1(sizes: Sizes) -> Row:
 
 @on_one_thread
 def r2(sizes: Sizes) -> Row:
-    """The share of best-of-50's gain that blockwise K = 6 reaches, with its error by the delta method."""
+    """The share of best-of-50's gain over the base that blockwise K = 6 reaches; its error by the delta method."""
     row = Row(
         "R2",
         "reviews, length log(T/128): blockwise K=6 reaches best-of-50 at no more KL",
@@ -214,12 +203,12 @@ def r2(sizes: Sizes) -> Row:
     )
     n, engine = sizes.reviews, policy()
     scorer, about = train("length", "fudge", sizes.rollouts)
-    none, best = follow(engine, None, BASE, n), follow(engine, longest, BestOfK(50), n)
+    none, best = follow(engine, None, BASE, n), follow(engine, length_reward(LONGEST), BestOfK(50), n)
     base, top = none.length(), best.length()
     most = best_of_k_bound(50)
     tokens = torch.tensor([len(e.tokens or []) for e in rollouts(sizes.rollouts)[0]]).clamp(max=LONGEST)
     levels, counts = tokens.unique(return_counts=True)
-    law = counts.double() / counts.sum()
+    law = counts.double() / len(tokens)
     # Selection by length changes the law of the length alone, which hardly depends on the prompt.
     spent = divergence(best_of_k_law(law, levels, 50), law)
     reached, parts = {}, []
@@ -264,7 +253,6 @@ def tuned(pairs: int, count: int) -> tuple[Engine, float]:
     # from where the lent scorer gained +.19 blockwise (K = 8) and nothing tokenwise (+.01 ± .02 at λ = 4).
     stride = max(len(rows) // pairs, 1)  # of all prompts
     with tempfile.TemporaryDirectory() as scratch:
-        path = pyengine.embedded("policy")
         arguments = DPOConfig(
             output_dir=scratch,
             beta=0.1,
@@ -272,16 +260,15 @@ def tuned(pairs: int, count: int) -> tuple[Engine, float]:
             num_train_epochs=1,
             per_device_train_batch_size=16,
             max_length=None,
-            report_to=[],
-            save_strategy="no",
-            logging_strategy="no",
-            disable_tqdm=True,
+            seed=SEED,
             use_cpu=True,
             bf16=False,
-            seed=SEED,
+            disable_tqdm=True,
+            report_to=[],
+            save_strategy="no",
         )
         trainer = DPOTrainer(
-            model=AutoModelForCausalLM.from_pretrained(path),
+            model=AutoModelForCausalLM.from_pretrained(pyengine.embedded("policy")),
             args=arguments,
             train_dataset=Dataset.from_list(rows[::stride][:pairs]),
             processing_class=policy().tokenizer,
@@ -309,8 +296,8 @@ def log_ratios(results: Sequence[Result]) -> np.ndarray:
 
 def lent(reward: str, sizes: Sizes) -> PrefixModel:
     """A scorer of the embedded policy as a model of its own, for any base with its tokenizer."""
-    head, _ = train(reward, "fudge", sizes.rollouts)
-    return PrefixModel(AutoModel.from_pretrained(pyengine.embedded("policy")), policy().tokenizer, head, reward)
+    own = AutoModel.from_pretrained(pyengine.embedded("policy"))
+    return PrefixModel(own, policy().tokenizer, train(reward, "fudge", sizes.rollouts)[0], reward)
 
 
 @on_one_thread
@@ -326,11 +313,11 @@ def r3(sizes: Sizes) -> Row:
     none, original = follow(engine, None, BASE, n), follow(policy(), None, BASE, n)
     base, ratio = none.sentiment(), log_ratios(none.results)
     apart, error = float(ratio.mean()), float(ratio.std(ddof=1) / math.sqrt(n))
-    row.figures |= {"KL(tuned || original)": {"mean": apart, "se": error}, "DPO seconds": seconds, "pairs": sizes.pairs}
+    row.figures |= {"KL(tuned || original)": {"mean": apart, "se": error}, "DPO seconds": seconds, "responses": n}
     alone = gain(row, "DPO alone", base, original.sentiment(), asserted=False)
     row.exact = (
-        f"DPO, {sizes.pairs} pairs, {seconds:.0f} s: sentiment {original.sentiment().mean():+.2f} -> {base.mean():+.2f} "
-        f"({alone}), KL from the original {apart:.2f}±{error:.2f}"
+        f"DPO, {sizes.pairs} pairs, {seconds:.0f} s: sentiment {original.sentiment().mean():+.2f} -> "
+        f"{base.mean():+.2f} ({alone}), KL from the original {apart:.2f}±{error:.2f}"
     )
     throughput = []
     for k in (4, 8):
@@ -341,8 +328,7 @@ def r3(sizes: Sizes) -> Row:
         gap = gain(row, f"K={k} blockwise over best-of-K", block.sentiment(), best.sentiment(), asserted=False)
         throughput.append(f"K={k}: blockwise {texts[0]}, best-of-K (true reward) {texts[1]}, apart {gap}")
     tilt = follow(engine, happy, Tokenwise(4.0), n)
-    text = gain(row, "tokenwise λ=4", tilt.sentiment(), base)
-    both, manners = [], []
+    tilted, both, manners = gain(row, "tokenwise λ=4", tilt.sentiment(), base), [], []
     for weight in (1.0, -1.0):
         found = follow(engine, 1.0 * happy + weight * polite, Blockwise(8, 16), n)
         moved = gain(row, f"w={weight:+g}, politeness", found.politeness(), none.politeness(), int(weight))
@@ -357,8 +343,7 @@ def r3(sizes: Sizes) -> Row:
         shifted = float(log_ratios(found.results).mean())
         row.figures[f"KL from the original, {name}"] = {"approximate": found.kl + apart, "averaged": found.kl + shifted}
         totals.append(f"{name} ≈{found.kl + apart:.1f} ({found.kl + shifted:.1f} as decoded)")
-    row.figures["responses"] = n
-    row.engine = f"{'; '.join(throughput)}; tokenwise λ=4 {text}; {'; '.join(both)}; KL: {', '.join(totals)}"
+    row.engine = f"{'; '.join(throughput)}; tokenwise λ=4 {tilted}; {'; '.join(both)}; KL: {', '.join(totals)}"
     return row
 
 
