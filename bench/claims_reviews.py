@@ -347,4 +347,4 @@ def r3(sizes: Sizes) -> Row:
     return row
 
 
-CLAIMS: list[Callable[[Sizes], Row]] = [r1, r2, r3]
+CLAIMS = [r1, r2, r3]
