@@ -1,4 +1,4 @@
-"""Draws docs/claims.svg from bench/results/claims.json: python bench/claims_plot.py."""
+"""Draws docs/claims.svg and docs/claims_reviews.svg from bench/results/claims.json: python bench/claims_plot.py."""
 
 from __future__ import annotations
 
@@ -10,7 +10,9 @@ import matplotlib.pyplot as plt
 
 HERE = Path(__file__).parent
 SVG = HERE.parent / "docs" / "claims.svg"
+REVIEWS = SVG.with_name("claims_reviews.svg")
 BLOCKS = ("#f0c9a8", "#e3986b", "#c8553d", "#7d2e1e")  # M = 8, 16, 32, 64
+COLOURS = ("#1b6ca8", "#c8553d", "#6fa8d0", "#e3986b", "#2f8f5b")
 matplotlib.rcParams["svg.hashsalt"] = "pyengine"  # the same file from the same numbers
 
 
@@ -57,5 +59,44 @@ def draw(report) -> Path:
     return SVG
 
 
+def sampled(axis, lines):
+    """Points with their standard errors, each line from the base policy; hollow where the KL is an upper bound."""
+    base = lines["base"][0]
+    axis.plot(base["kl"], base["reward"], "o", color="#7a7a7a", label="base policy", markersize=4)
+    others = {name: points for name, points in lines.items() if name != "base"}
+    for (name, points), colour in zip(others.items(), COLOURS, strict=False):
+        bound = points[0]["kl_kind"] == "bound"
+        kl, reward = ([p[key] for p in [base, *points]] for key in ("kl", "reward"))
+        axis.plot(kl, reward, "-", color=colour, alpha=0.5, linewidth=1.2)
+        spread, face = [p["error"] for p in points], "white" if bound else colour
+        label = f"{name} (bound)" if bound else name
+        axis.errorbar(
+            kl[1:], reward[1:], spread, fmt="o", color=colour, markerfacecolor=face, markersize=4, label=label
+        )
+        for p in points:
+            axis.annotate(p["setting"], (p["kl"], p["reward"]), xytext=(3, -8), textcoords="offset points", fontsize=5)
+    axis.set_xlabel("KL from the base policy (nats a response)")
+
+
+def draw_reviews(report) -> Path:
+    """Both panels through the engine on the embedded review model."""
+    figures = {row["id"]: row["figures"] for row in report["claims"]}
+    figure, axes = plt.subplots(1, 2, figsize=(10, 4))
+    for axis, name, reward, title in (
+        (axes[0], "R1", "exact sentiment", "Reviews: scorers trained from scratch"),
+        (axes[1], "R2", "log(T / 128)", "Reviews: length, K = 6 and best-of-50"),
+    ):
+        sampled(axis, figures[name]["curves"])
+        axis.set_ylabel(reward)
+        axis.set_title(title, fontsize=9)
+        axis.grid(alpha=0.3)
+        axis.legend(frameon=False, fontsize=7)
+    figure.tight_layout()
+    figure.savefig(REVIEWS, metadata={"Date": None})
+    plt.close(figure)
+    return REVIEWS
+
+
 if __name__ == "__main__":
-    print(draw(json.loads((HERE / "results" / "claims.json").read_text())))
+    found = json.loads((HERE / "results" / "claims.json").read_text())
+    print(draw(found), draw_reviews(found))
