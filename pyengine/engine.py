@@ -174,19 +174,20 @@ class Engine:
         _check_budget(sampling)
         wanted = math.sqrt(Tokenwise(kl_budget=kl_budget).kl_budget or 0)
         weight, low, high = 1.0, 0.0, math.inf
-        best, gap = 0.0, math.inf
+        best, gap, above = 0.0, math.inf, 0
         for _ in range(CALIBRATION_RUNS):
             results = self.generate(prompts, Tokenwise(weight), sampling, progress)
-            root = math.sqrt(sum(r.kl for r in results) / len(results))
+            root = math.sqrt(max(0.0, sum(r.kl for r in results) / len(results)))
             if abs(root**2 / wanted**2 - 1) < gap:
                 best, gap = weight, abs(root**2 / wanted**2 - 1)
             if gap <= 0.01:
                 break
             low, high = (weight, high) if root < wanted else (low, weight)
-            # The root of the KL is nearly linear in λ, the more so the smaller it is.
-            most = 10.0 if root > 1e-2 else 1e6
-            guess = weight * min(max(wanted / root, 0.1), most) if root else 1e3 * weight
-            weight = guess if low < guess < high else (low + high) / 2
+            # The root of the KL is nearly linear in λ, the more so the smaller it is; far above it has a ceiling.
+            factor = min(wanted / root, 10.0 if root > 1e-2 else 1e6) if root else 1e3
+            above = above + 1 if low == 0 and root > wanted else 0
+            guess = weight * min(factor, 10.0 ** (1 - above) if above else math.inf)
+            weight = guess if low < guess < high else math.sqrt(max(low, 1e-6 * high) * high)
         else:
             warnings.warn(
                 f"no λ spends {kl_budget:g} nats on these {len(prompts)} prompts: {best:.4g} comes nearest, "
