@@ -63,7 +63,7 @@ class Found:
 
 
 def length(tokens: int) -> float:
-    """Controlled Decoding's length reward (§5): log(T / T_max), the EOS counted."""
+    """Controlled Decoding's length reward: log(T / T_max), the EOS counted."""
     return math.log(min(tokens, LONGEST) / LONGEST)
 
 
