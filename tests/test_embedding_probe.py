@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 
@@ -77,6 +78,11 @@ class TestEmbeddings:
         candidates = Candidates(["ab", "ab"], [[1], [1]], {}, {}, lambda tokens: ["c", "def"])
         with torch.inference_mode():
             torch.testing.assert_close(scorer.score(candidates), probe(torch.tensor([[3.0, 0, 1], [5, 0, 1]])))
+            for like in (list, np.array):
+                lengths = EmbeddingProbe(lambda texts: like([[len(t), 0.0, 1.0] for t in texts]), probe)
+                torch.testing.assert_close(lengths.score(candidates), probe(torch.tensor([[3.0, 0, 1], [5, 0, 1]])))
+            with pytest.raises(InputError, match="'embedding-probe': embed gives no matrix: "):
+                EmbeddingProbe(lambda texts: [[1.0], [1.0, 2.0]], probe).score(candidates)
             with pytest.raises(InputError, match=r"needs embeddings \[2, 3\], got \[1, 3\]"):
                 EmbeddingProbe(lambda texts: torch.zeros(1, 3), probe).score(candidates)
 

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from pyengine.errors import InputError
+from pyengine.errors import InputError, real
 from pyengine.scorers.base import (
     Candidates,
     FunctionScorer,
@@ -95,8 +95,9 @@ def _flatten(scorer: Any, weight: float) -> list[tuple[float, Scorer]]:
     if isinstance(scorer, Sequence):
         parts = []
         for item in scorer:
-            if not (isinstance(item, (tuple, list)) and len(item) == 2 and isinstance(item[0], (int, float))):
+            if not (isinstance(item, (tuple, list)) and len(item) == 2):
                 raise InputError(f"a list of scorers holds (weight, scorer) pairs, got {item!r}")
-            parts += _flatten(item[1], weight * item[0])
+            name = getattr(item[1], "name", None) or getattr(item[1], "__name__", str(item[1]))
+            parts += _flatten(item[1], weight * real(item[0], f"scorer {name!r}: its weight"))
         return parts
     raise InputError(f"not a scorer: {scorer!r}; give a Scorer, a directory, a callable or (weight, scorer) pairs")

@@ -13,7 +13,7 @@ from transformers import AutoModel
 
 from pyengine import ops
 from pyengine.checkpoint import load_checkpoint
-from pyengine.errors import InputError
+from pyengine.errors import InputError, first_line
 from pyengine.ops import BlockSelection
 from pyengine.scorers.base import Candidates, Scorer
 from pyengine.scorers.heads import Probe
@@ -78,7 +78,7 @@ class Embedder:
 class EmbeddingProbe(Scorer):
     """A probe on another model's embedding of prompt + completion: any base policy, also with other tokens.
 
-    embed: texts -> fp32 [N, D], an Embedder or a call to somebody's service.
+    embed: texts -> [N, D], an Embedder or a call to somebody's service; a tensor, a NumPy array or lists of numbers.
     """
 
     def __init__(self, embed: Any, probe: Probe, name: str = "embedding-probe") -> None:
@@ -106,7 +106,10 @@ class EmbeddingProbe(Scorer):
 
     def score(self, candidates: Candidates) -> Tensor:
         texts = [p + c for p, c in zip(candidates.prompts, candidates.completions, strict=True)]
-        embeddings = self.embed(texts)
+        try:
+            embeddings = torch.as_tensor(self.embed(texts))
+        except (TypeError, ValueError) as error:
+            raise InputError(f"scorer {self.name!r}: embed gives no matrix: {first_line(error)}") from error
         if embeddings.shape != (len(texts), self.probe.hidden_size):
             raise InputError(
                 f"scorer {self.name!r} needs embeddings [{len(texts)}, {self.probe.hidden_size}], "
