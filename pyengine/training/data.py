@@ -141,8 +141,9 @@ def read_examples(path: str | Path, engine: Engine) -> list[Example]:
     """Examples from JSONL lines {"prompt", "response", "reward"}, checked against the engine's model.
 
     Optional in a line: "finish_reason", "stop" (the default: the response is whole) or "length" (it was cut off), and
-    "tokens", the response's ids as `write_examples` keeps them. Raises one InputError that names file and line of the
-    first five faults and counts all; empty lines are skipped.
+    "tokens", the response's ids as `write_examples` keeps them; where these end without an EOS, finish_reason must be
+    there. Raises one InputError that names file and line of the first five faults and counts all; empty lines are
+    skipped.
     """
     found, faults, lines = [], [], 0
     for number, line in enumerate(read_file(path).splitlines(), 1):
@@ -150,8 +151,15 @@ def read_examples(path: str | Path, engine: Engine) -> list[Example]:
             continue
         lines += 1
         try:
-            example = _parsed(line, f"{path}:{number}")
-            encode(engine, example)
+            where = f"{path}:{number}"
+            record = json_object(line, where)
+            example = _parsed(record, where)
+            tokens = encode(engine, example).ids
+            if example.tokens is not None and "finish_reason" not in record and tokens[-1] not in engine.eos:
+                raise InputError(
+                    f'{where}: its tokens end without an EOS: give "finish_reason", "length" if the response was cut '
+                    'off, "stop" if its environment ended it there'
+                )
             found.append(example)
         except InputError as error:
             faults.append(str(error))
@@ -161,11 +169,11 @@ def read_examples(path: str | Path, engine: Engine) -> list[Example]:
     return found
 
 
-def _parsed(line: bytes, where: str) -> Example:
-    record = json_object(line, where)
+def _parsed(record: dict[str, Any], where: str) -> Example:
     missing = [key for key in ("prompt", "response", "reward") if key not in record]
     if missing:
-        raise InputError(f"{where}: lacks {' and '.join(map(repr, missing))}")
+        pair = ": it is a pair" if "chosen" in record else ""
+        raise InputError(f"{where}: lacks {' and '.join(map(repr, missing))}{pair}")
     for key in ("prompt", "response"):
         if not isinstance(record[key], str):
             raise InputError(f"{where}: {key!r} must be a string, got {record[key]!r:.40}")
@@ -243,7 +251,7 @@ def _raise(faults: Sequence[str], total: int, things: str) -> None:
 
 def roll_out(
     engine: Engine,
-    prompts: Sequence[str],
+    prompts: str | Sequence[str],
     reward: ScorerLike,
     per_prompt: int = 1,
     max_tokens: int = 128,
@@ -253,10 +261,13 @@ def roll_out(
     """`per_prompt` responses of the base policy (temperature 1, no filters) to each prompt, with their rewards.
 
     The j-th response to a prompt is drawn with seed + j, so the same call gives the same examples; a prompt that comes
-    again goes on counting. The engine's own scorer is back when this returns. Raises InputError, naming prompt and
-    sample, for a reward that is not finite.
+    again goes on counting. The engine's own scorer is back when this returns. Raises InputError for a prompt
+    that cannot be decoded, by its place in `prompts`, and, naming prompt and sample, for a reward that is not finite.
     """
     whole(per_prompt, "roll_out: per_prompt", 1)
+    prompts = [prompts] if isinstance(prompts, str) else list(prompts)
+    for i, prompt in enumerate(prompts):
+        engine.encode(prompt, f"prompt {i}")
     seen: Counter[str] = Counter()
     asked, sampling = [], []
     for prompt in prompts:
