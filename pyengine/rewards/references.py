@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from pyengine.errors import InputError, first_line, real, whole
-from pyengine.scorers import Candidates, ScorerLike, parts_of
+from pyengine.scorers import Candidates, ScorerLike, parts_of, score_texts
 from pyengine.scorers.embedding_probe import last_states
 
 Rewards = Mapping[str, Sequence[float]]  # of samples of the base policy, for each prompt
@@ -89,19 +89,10 @@ class References:
         parts, prompts, responses = parts_of(scorer), list(dict.fromkeys(prompts)), list(responses)
         if not prompts or not responses or not parts:
             raise InputError("References.canned needs a scorer and at least one prompt and one response")
-        for part in parts:
-            if part.scorer.layers:
-                raise InputError(
-                    f"scorer {part.name!r} reads the base policy's hidden states, canned responses are text only: "
-                    "use a reward model or a function"
-                )
         chosen = [responses[_hash(seed, prompt) % len(responses)] for prompt in prompts]
         # Their tokens are not known: `length` refuses a response of none.
         candidates = Candidates(prompts, [[]] * len(prompts), {}, {}, lambda tokens: chosen)
-        total = torch.zeros(len(prompts), dtype=torch.float64)
-        with torch.inference_mode():
-            for part in parts:
-                total += part.weight * part.utilities(part.scorer.score(candidates), prompts).cpu()
+        total = score_texts(parts, candidates)
         name = parts[0].name if len(parts) == 1 and parts[0].weight == 1 else ""
         return cls(dict(zip(prompts, total.tolist(), strict=True)), name, "canned", samples=1)
 

@@ -9,6 +9,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from pyengine.errors import InputError, real
 from pyengine.scorers.base import (
     Candidates,
@@ -43,6 +46,7 @@ __all__ = [
     "Transformed",
     "load_scorer",
     "parts_of",
+    "score_texts",
 ]
 
 
@@ -81,6 +85,23 @@ def parts_of(scorer: ScorerLike | None) -> list[Part]:
         else:
             parts.append(Part(weight, name, part))
     return parts
+
+
+@torch.inference_mode()
+def score_texts(parts: Sequence[Part], candidates: Candidates) -> Tensor:
+    """The weighted sum of the parts, fp64 [N] on the CPU, for candidates without hidden states.
+
+    Raises InputError, naming the scorer, for one that reads the base policy's.
+    """
+    total = torch.zeros(len(candidates.tokens), dtype=torch.float64)
+    for part in parts:
+        if part.scorer.layers:
+            raise InputError(
+                f"scorer {part.name!r} reads the base policy's hidden states, which are not there where responses are "
+                "given: use a reward model or a function"
+            )
+        total += part.weight * part.utilities(part.scorer.score(candidates), candidates.prompts).cpu()
+    return total
 
 
 def _flatten(scorer: Any, weight: float) -> list[tuple[float, Scorer]]:
