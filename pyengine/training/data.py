@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+import random
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from pyengine.engine import Engine
-from pyengine.errors import InputError, whole
+from pyengine.errors import InputError, real, whole
 from pyengine.results import SamplingParams
 from pyengine.scorers import ScorerLike
 from pyengine.strategies import BASE
@@ -86,7 +87,7 @@ def encode_all(engine: Engine, examples: Iterable[Example]) -> list[Encoded]:
             out.append(encode(engine, example))
         except InputError as error:
             faults.append(str(error))
-    _raise(faults, len(out) + len(faults), "examples")
+    raise_all(faults, len(out) + len(faults), "examples")
     return out
 
 
@@ -163,7 +164,7 @@ def read_examples(path: str | Path, engine: Engine) -> list[Example]:
             found.append(example)
         except InputError as error:
             faults.append(str(error))
-    _raise(faults, lines, "lines")
+    raise_all(faults, lines, "lines")
     if not found:
         raise InputError(f'{path}: no examples; it needs lines {{"prompt", "response", "reward"}}')
     return found
@@ -215,7 +216,7 @@ def read_prompts(path: str | Path) -> list[str]:
             faults.append(str(error))
         else:
             found.append(prompt)
-    _raise(faults, len(found) + len(faults), "lines")
+    raise_all(faults, len(found) + len(faults), "lines")
     if not found:
         raise InputError(f'{path}: no prompts; it needs lines {{"prompt": ...}}')
     return found
@@ -240,13 +241,27 @@ def json_object(line: bytes, where: str) -> dict[str, Any]:
     return record
 
 
-def _raise(faults: Sequence[str], total: int, things: str) -> None:
+def raise_all(faults: Sequence[str], total: int, things: str) -> None:
     """One InputError for all faults; none if there are none."""
     if len(faults) == 1:
         raise InputError(faults[0])
     if faults:
         rest = f"; and {len(faults) - SHOWN} more" if len(faults) > SHOWN else ""
         raise InputError(f"{len(faults)} of {total} {things} cannot be used: {'; '.join(faults[:SHOWN])}{rest}")
+
+
+def split(keys: Sequence[Any], share: float, seed: int) -> tuple[list[int], list[int]]:
+    """Rows to train on and rows held out, so that no key (a prompt) is on both sides; at least one key on each.
+
+    A share of 0 holds nothing out. Raises InputError where a share above 0 meets a single key.
+    """
+    share = real(share, "held_out", 0, 0.9)
+    known = sorted(set(keys))
+    if share and len(known) < 2:
+        raise InputError("held_out: holding prompts out needs at least two of them; give held_out=0 to train on all")
+    random.Random(seed).shuffle(known)
+    away = set(known[: min(max(1, round(share * len(known))), len(known) - 1)] if share else ())
+    return [i for i, key in enumerate(keys) if key not in away], [i for i, key in enumerate(keys) if key in away]
 
 
 def roll_out(
