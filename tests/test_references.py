@@ -286,10 +286,12 @@ class TestLearnedReference:
                 with torch.inference_mode():
                     want = engine.model(ids, output_hidden_states=True).hidden_states[layer][0, -1]
                 torch.testing.assert_close(found[i], want, atol=1e-4, rtol=1e-4)
-        with pytest.raises(InputError, match="layer 9 is not there"):
+        with pytest.raises(InputError, match="has 3 hidden states, layer 9"):
             prompt_embeddings(engine.model, engine.tokenizer, prompts, 9)
-        with pytest.raises(InputError, match="no tokens"):
+        with pytest.raises(InputError, match="the model: prompt 1 is empty"):
             prompt_embeddings(engine.model, engine.tokenizer, ["fine", ""])
+        with pytest.raises(InputError, match=r"the model reads 512 tokens, prompt 1 has \d+; shorten it"):
+            prompt_embeddings(engine.model, engine.tokenizer, ["fine", " wonderful" * 600])
 
 
 class TestSamples:

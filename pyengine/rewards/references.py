@@ -265,16 +265,7 @@ def prompt_embeddings(model: Any, tokenizer: Any, prompts: Sequence[str], layer:
     model: a causal language model of transformers, such as Engine.model. layer: as in its hidden_states, -1 the last.
     """
     ids = [tokenizer(prompt, verbose=False).input_ids for prompt in prompts]
-    config = model.config.get_text_config(decoder=True)
-    longest, layers = getattr(config, "max_position_embeddings", None), config.num_hidden_layers + 1
-    for prompt, tokens in zip(prompts, ids, strict=True):
-        if not tokens:
-            raise InputError(f"the prompt {_short(prompt)} has no tokens to embed")
-        if longest is not None and len(tokens) > longest:
-            raise InputError(f"the prompt {_short(prompt)} has {len(tokens)} tokens, the model reads {longest}")
-    if not -layers <= layer < layers:
-        raise InputError(f"prompt_embeddings: layer {layer} is not there, the model has {layers}")
-    return last_states(model.base_model, ids, layer)
+    return last_states(model.base_model, ids, layer, label="prompt")
 
 
 def _short(prompt: str) -> str:

@@ -16,7 +16,7 @@ from pyengine.engine import Engine
 from pyengine.errors import InputError, first_line, whole
 from pyengine.results import Result
 from pyengine.scorers import Candidates, ScorerLike, parts_of, score_texts
-from pyengine.scorers.embedding_probe import last_states
+from pyengine.scorers.embedding_probe import check_layer, last_states
 from pyengine.training.data import Example, encode_all
 from pyengine.training.examples import Pair
 
@@ -133,11 +133,11 @@ def embed(
     read at its EOS, as a probe in the engine reads it, one that was cut off at its last token. Raises one InputError
     for all that the model cannot read.
     """
-    layers = engine.policy.layers
-    if not -layers <= layer < layers:
-        raise InputError(f"{engine.policy.name} has {layers} hidden states, layer {layer} is not among them")
+    name = engine.policy.name
+    check_layer(engine.model, layer, name)
     examples = [_example(response, f"response {i}") for i, response in enumerate(responses)]
-    return last_states(engine.model.base_model, [e.ids for e in encode_all(engine, examples)], layer, progress)
+    ids = [e.ids for e in encode_all(engine, examples)]
+    return last_states(engine.model.base_model, ids, layer, name, "response", progress)
 
 
 def _example(response: Result | Example | tuple[str, str], where: str) -> Example:
