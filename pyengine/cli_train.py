@@ -186,7 +186,7 @@ def _same_rollouts(about: Path, wanted: dict[str, Any]) -> None:
     if differ:
         raise InputError(
             f"--resume: the roll-outs in {about.parent} were made with another {' and '.join(differ)}; give the same, "
-            "or leave --resume out and draw new ones"
+            "or another --out"
         )
 
 
