@@ -42,7 +42,7 @@ def preferences(rows, width):
     lean = torch.randn(width) * width**-0.5
     chosen, rejected = torch.randn(rows, width), torch.randn(rows, width)
     chosen += lean
-    return Pairs(chosen, rejected, torch.arange(rows))
+    return Pairs(chosen, rejected, torch.arange(rows), layer=-1)
 
 
 def ours(pairs, epochs):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 import pyengine
-from pyengine.errors import InputError, whole
+from pyengine.errors import InputError, real, whole
 
 if TYPE_CHECKING:
     from pyengine.engine import Engine
@@ -108,6 +107,8 @@ def scorer(
     for option, value in (("--reward", reward), ("--prompts", prompts), ("--max-tokens", max_tokens)):
         if data is not None and value is not None:
             raise InputError(f"{option} is for --rollouts; the responses of --data are there already")
+    if max_tokens is not None:
+        whole(max_tokens, "--max-tokens", 1)
     if rollouts is not None and reward is None:
         raise InputError(f"--rollouts needs --reward: a scorer's directory, or {', '.join(REWARDS)}")
     if model is not None and rollouts is not None and prompts is None:
@@ -121,7 +122,7 @@ def scorer(
     else:
         assert rollouts is not None
         assert reward is not None
-        examples = _rollouts(engine, out, rollouts, reward, prompts, max_tokens or 160, seed, resume)
+        examples = _rollouts(engine, out, rollouts, reward, prompts, max_tokens or 160, seed, resume, model)
     report = train_prefix_scorer(engine, examples, out, settings, resume)
     if int(os.environ.get("RANK", "0")) == 0:
         _show(report, out)
@@ -136,29 +137,57 @@ def _rollouts(
     max_tokens: int,
     seed: int,
     resume: bool,
+    model: str | None,
 ) -> list[Example]:
     """`count` roll-outs over the prompts in turn, kept as rollouts.jsonl; a resumed run reads them there.
 
-    Each of several processes draws them all: equal seeds, equal roll-outs.
+    rollouts.json beside it says how they were made, and a resumed run must want the same. Each of several processes
+    draws them all: equal seeds, equal roll-outs.
     """
+    import hashlib
     from itertools import cycle, islice
 
     from pyengine.training.data import read_examples, read_prompts, roll_out, write_examples
     from pyengine.worlds import reviews
 
-    file = out / "rollouts.jsonl"
+    file, about = out / "rollouts.jsonl", out / "rollouts.json"
     whole(count, "--rollouts", 1)
-    if resume and file.is_file():
-        examples = read_examples(file, engine)
-        if len(examples) != count:
-            raise InputError(f"--resume: {file} holds {len(examples)} roll-outs, not {count}")
-        return examples
     texts = reviews.prompts(96) if prompts is None else read_prompts(prompts)
+    wanted = {
+        "model": model or "embedded",
+        "reward": reward,
+        "prompts": hashlib.blake2b(json.dumps(texts).encode(), digest_size=16).hexdigest(),
+        "max_tokens": max_tokens,
+        "seed": seed,
+        "count": count,
+    }
+    if resume and file.is_file():
+        _same_rollouts(about, wanted)
+        return read_examples(file, engine)
     scored: Any = getattr(reviews, reward) if reward in REWARDS else reward
     examples = roll_out(engine, list(islice(cycle(texts), count)), scored, max_tokens=max_tokens, seed=seed)
     if int(os.environ.get("RANK", "0")) == 0:
+        out.mkdir(parents=True, exist_ok=True)
+        file.unlink(missing_ok=True)  # whenever this is killed, no roll-outs lie beside another's description
+        about.write_text(json.dumps(wanted, indent=1) + "\n")
         write_examples(file, examples)
     return examples
+
+
+def _same_rollouts(about: Path, wanted: dict[str, Any]) -> None:
+    """InputError unless the roll-outs that are kept were made as they are wanted."""
+    try:
+        made = json.loads(about.read_bytes())
+        differ = [key for key, value in wanted.items() if made.get(key) != value]
+    except (OSError, ValueError, AttributeError) as error:
+        raise InputError(
+            f"--resume: {about} does not say how the roll-outs beside it were made; give them as --data, or start anew"
+        ) from error
+    if differ:
+        raise InputError(
+            f"--resume: the roll-outs in {about.parent} were made with another {' and '.join(differ)}; give the same, "
+            "or another --out"
+        )
 
 
 def _show(report: dict[str, Any], out: Path) -> None:
@@ -190,16 +219,20 @@ def _show(report: dict[str, Any], out: Path) -> None:
 
 @train.command()
 def probe(
-    data: Annotated[Path, typer.Argument(help="Embeddings (.safetensors), or JSONL of responses or pairs.")],
+    data: Annotated[
+        Path, typer.Argument(help="Embeddings (.safetensors), or JSONL: responses with a reward, or pairs (qp).")
+    ],
     out: Annotated[Path, typer.Option(help="Directory of the probe.")],
     loss: Annotated[str, typer.Option(help="q, ce or pg on rewards, qp on pairs.")],
     model: Annotated[str | None, typer.Option(help="Reads JSONL; directory or hub id, default: embedded.")] = None,
-    layer: Annotated[int, typer.Option(help="Hidden state that the probe reads; -1 is the last.")] = -1,
+    layer: Annotated[
+        int | None, typer.Option(help="Hidden state that the probe reads (default: -1, the last; or that embedded).")
+    ] = None,
     hidden: Annotated[list[int] | None, typer.Option(help="Width of a hidden layer, may be repeated.")] = None,
     lr: Annotated[float, typer.Option(help="Adam's learning rate.")] = 5e-5,
     epochs: Annotated[int, typer.Option(help="Passes over the data.")] = 150,
     batch: Annotated[int | None, typer.Option(help="Rows, groups (pg) or pairs (qp) in a step.")] = None,
-    beta: Annotated[float, typer.Option(help="Of the softmax in loss pg.")] = 1.0,
+    beta: Annotated[float | None, typer.Option(help="Of the softmax in loss pg (default: 1).")] = None,
     group: Annotated[int | None, typer.Option(help="Samples in a group of loss pg (default: all of a prompt).")] = None,
     held_out: Annotated[float, typer.Option(help="Share of the prompts that is not trained on.")] = 0.1,
     keep_best: Annotated[bool, typer.Option("--keep-best", help="Keep the epoch of lowest held-out loss.")] = False,
@@ -207,32 +240,34 @@ def probe(
     seed: Annotated[int, typer.Option(help="Of the split, the first weights and the order.")] = 0,
 ) -> None:
     """Train a probe on hidden states (Q-Probe)."""
+    from pyengine.training.data import read_examples
     from pyengine.training.embeddings import embed_examples, load_embeddings
-    from pyengine.training.examples import read_examples
-    from pyengine.training.probe import BATCHES, train_probe
+    from pyengine.training.examples import Pair, read_preferences
+    from pyengine.training.probe import probe_settings, train_probe
 
-    if loss not in BATCHES:
-        raise InputError(f"--loss must be one of {', '.join(BATCHES)}, got {loss!r}")
+    settings: dict[str, Any] = {
+        "lr": lr,
+        "epochs": epochs,
+        "batch": batch,
+        "beta_train": beta,
+        "group": group,
+        "held_out": held_out,
+        "keep_best": keep_best,
+        "seed": seed,
+    }
+    probe_settings(loss, loss == "qp", **settings)  # type: ignore[arg-type]
+    for width in hidden or ():
+        whole(width, "--hidden", 1)
     if data.suffix == ".safetensors":
         found = load_embeddings(data)
     else:
-        examples = read_examples(data)
+        examples: Any = read_preferences(data) if loss == "qp" else None
+        if examples and not isinstance(examples[0], Pair):
+            raise InputError(f"{data}: --loss qp needs pairs, lines {{'prompt', 'chosen', 'rejected'}}")
         path: Any = pyengine.embedded("policy") if model is None else model
-        found = embed_examples(pyengine.Engine.from_pretrained(path, device=device), examples, layer)
-    fit = train_probe(
-        found,
-        loss,
-        hidden=hidden or (),
-        layer=layer,
-        lr=lr,
-        epochs=epochs,
-        batch=batch,
-        beta_train=beta,
-        group=group,
-        held_out=held_out,
-        keep_best=keep_best,
-        seed=seed,
-    )
+        engine = pyengine.Engine.from_pretrained(path, device=device)
+        found = embed_examples(engine, examples or read_examples(data, engine), -1 if layer is None else layer)
+    fit = train_probe(found, loss, hidden=hidden or (), layer=layer, **settings)  # type: ignore[arg-type]
     fit.save(out)
     print(json.dumps({"epoch": fit.epoch, "train_loss": fit.train_loss[-1], "held_out": fit.held_out}))
 
@@ -250,8 +285,13 @@ def reward_model(
     seed: Annotated[int, typer.Option(help="Of the split, the new head and the order.")] = 0,
 ) -> None:
     """Train a reward model on preferences or labels, through TRL."""
+    whole(batch, "--batch", 1)
+    whole(accumulate, "--accumulate", 1)
+    whole(seed, "--seed", 0, 2**32 - 1)
+    real(lr, "--lr", 1e-12)
+    real(epochs, "--epochs", 1e-12)
     with packages():
-        from pyengine.training.reward_model import default_config, train_reward_model
+        from pyengine.training.reward_model import default_config, scratch, train_reward_model
 
     changes = {
         "learning_rate": lr,
@@ -259,9 +299,9 @@ def reward_model(
         "per_device_train_batch_size": batch,
         "gradient_accumulation_steps": accumulate,
     }
-    config = default_config(out / "checkpoints", evaluate=held_out > 0, seed=seed, **changes)
-    with contextlib.redirect_stdout(sys.stderr):  # transformers prints its log
-        report = train_reward_model(model, data, out, args=config, held_out=held_out, seed=seed)
+    with scratch(out) as directory:
+        config = default_config(directory, evaluate=held_out > 0, seed=seed, **changes)
+        with contextlib.redirect_stdout(sys.stderr):  # transformers prints its log
+            report = train_reward_model(model, data, out, args=config, held_out=held_out, seed=seed)
     if config.process_index == 0:
-        shutil.rmtree(out / "checkpoints", ignore_errors=True)
         print(json.dumps({key: value for key, value in report.items() if key != "calibration"}))

@@ -76,6 +76,8 @@ def rejection_sample(
     given = [sampling or SamplingParams()] * len(prompts) if not isinstance(sampling, Sequence) else list(sampling)
     if len(given) != len(prompts):
         raise InputError(f"{len(prompts)} prompts but {len(given)} SamplingParams: give one, or one for each")
+    for i, prompt in enumerate(prompts):
+        engine.encode(prompt, f"prompt {i}")
     searches = []
     for i, (prompt, own) in enumerate(zip(prompts, given, strict=True)):
         seed = random.SystemRandom().getrandbits(63) if own.seed is None else own.seed

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 
@@ -45,10 +46,22 @@ class TestEmbeddings:
         assert len(same) > len(stopped) // 2
         torch.testing.assert_close(texts[same], embed(engine, [stopped[i] for i in same], layer), atol=1e-4, rtol=1e-4)
 
+    def test_texts_are_encoded_as_training_encodes_them(self, engine):
+        """Nothing merges across the border ("bak" + "ery"), and a text that ends in an EOS gets no second one."""
+        for prompt, text, given in (
+            ("Review of the Harbour, a bak", "ery.", "ery."),
+            ("Review of the Harbour, a bakery:", " Lovely.", " Lovely.<|endoftext|>"),
+        ):
+            ids = [*engine.tokenizer(prompt).input_ids, *engine.tokenizer(text).input_ids, 0]
+            assert ids != [*engine.tokenizer(prompt + given).input_ids, 0]
+            with torch.inference_mode():
+                want = engine.model(torch.tensor([ids]), output_hidden_states=True).hidden_states[1][0, -1]
+            torch.testing.assert_close(embed(engine, [(prompt, given)], 1)[0], want, atol=1e-4, rtol=1e-4)
+
     def test_what_cannot_be_read(self, engine):
-        with pytest.raises(InputError, match="response 1 is empty"):
+        with pytest.raises(InputError, match="response 1: the response is empty"):
             embed(engine, [("a", "b"), ("a", " ")])
-        with pytest.raises(InputError, match=r"response 0 has \d+ tokens with its prompt, .* reads 512"):
+        with pytest.raises(InputError, match=r"response 0: prompt and response have \d+ \+ \d+ tokens, .* reads 512"):
             embed(engine, [("a", " wonderful" * 600)])
         with pytest.raises(InputError, match="has 3 hidden states, layer 3"):
             embed(engine, [("a", "b")], layer=3)
@@ -77,6 +90,11 @@ class TestEmbeddings:
         candidates = Candidates(["ab", "ab"], [[1], [1]], {}, {}, lambda tokens: ["c", "def"])
         with torch.inference_mode():
             torch.testing.assert_close(scorer.score(candidates), probe(torch.tensor([[3.0, 0, 1], [5, 0, 1]])))
+            for like in (list, np.array):
+                lengths = EmbeddingProbe(lambda texts: like([[len(t), 0.0, 1.0] for t in texts]), probe)
+                torch.testing.assert_close(lengths.score(candidates), probe(torch.tensor([[3.0, 0, 1], [5, 0, 1]])))
+            with pytest.raises(InputError, match="'embedding-probe': embed gives no matrix: "):
+                EmbeddingProbe(lambda texts: [[1.0], [1.0, 2.0]], probe).score(candidates)
             with pytest.raises(InputError, match=r"needs embeddings \[2, 3\], got \[1, 3\]"):
                 EmbeddingProbe(lambda texts: torch.zeros(1, 3), probe).score(candidates)
 

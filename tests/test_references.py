@@ -114,6 +114,16 @@ class TestReferences:
         counts = [sum(c == refusal for _, c in seen[:400]) for refusal in refusals]
         assert min(counts) > 133 - 4 * 9.4  # standard error of a third of 400 draws
 
+    def test_canned_responses_to_a_weighted_sum(self):
+        def width(prompts, completions):
+            return [float(len(c)) for c in completions]
+
+        def depth(prompts, completions):
+            return [float(len(p)) for p in prompts]
+
+        found = References.canned([(0.5, width), (-3.0, depth)], ["abc"], [" No."])
+        assert (found.values, found.scorer) == ({"abc": 0.5 * 4 - 3.0 * 3}, "")
+
     def test_canned_responses_to_a_reward_model(self):
         judge = RewardModel.from_pretrained(pyengine.embedded("reward-model"))
         found = References.canned(judge, [PROMPT], [" The bread was lovely."])
@@ -190,6 +200,15 @@ class TestLearnedReference:
         for prompt in rewards:
             want = mean[prompt] + scipy.stats.norm.ppf(0.85) * std[prompt]
             assert known.lookup([prompt])[0] == pytest.approx(want, abs=1e-6)
+
+    @pytest.mark.parametrize("ddof", [0, 1])
+    def test_the_std_is_that_of_ddof(self, ddof):
+        """Two samples d apart: a std of d / 2, and of d / sqrt 2 with ddof 1."""
+        embed, mean, std, rewards = self.world()
+        known = LearnedReference.fit(rewards, embed, quantile=0.85, ridge=1e-10, ddof=ddof)
+        for prompt in list(rewards)[:5]:
+            want = mean[prompt] + scipy.stats.norm.ppf(0.85) * std[prompt] * (2**0.5 if ddof else 1)
+            assert known.lookup([prompt])[0] == pytest.approx(want, abs=1e-5)
 
     def test_the_spread_stays_within_what_was_seen(self):
         embed, mean, std, rewards = self.world()
@@ -270,10 +289,12 @@ class TestLearnedReference:
                 with torch.inference_mode():
                     want = engine.model(ids, output_hidden_states=True).hidden_states[layer][0, -1]
                 torch.testing.assert_close(found[i], want, atol=1e-4, rtol=1e-4)
-        with pytest.raises(InputError, match="layer 9 is not there"):
+        with pytest.raises(InputError, match="has 3 hidden states, layer 9"):
             prompt_embeddings(engine.model, engine.tokenizer, prompts, 9)
-        with pytest.raises(InputError, match="no tokens"):
+        with pytest.raises(InputError, match="the model: prompt 1 is empty"):
             prompt_embeddings(engine.model, engine.tokenizer, ["fine", ""])
+        with pytest.raises(InputError, match=r"the model reads 512 tokens, prompt 1 has \d+; shorten it"):
+            prompt_embeddings(engine.model, engine.tokenizer, ["fine", " wonderful" * 600])
 
 
 class TestSamples:

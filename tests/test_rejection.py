@@ -80,6 +80,8 @@ class TestRejection:
         engine.set_scorer(Levels())
         with pytest.raises(InputError, match="beta must be above 0"):
             rejection_sample(engine, "The", 1.0, 0.0)
+        with pytest.raises(InputError, match="prompt 1 is empty"):  # of those given, not of all draws
+            rejection_sample(engine, ["The", ""], 1.0, 1.0)
         with pytest.raises(InputError, match="2 prompts but 1 SamplingParams"):
             rejection_sample(engine, ["The", "My"], 1.0, 1.0, sampling=[SamplingParams()])
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 
+import numpy as np
 import pytest
 import torch
 import transformers
@@ -134,6 +135,11 @@ class TestBadInput:
     def test_weight_that_is_not_finite(self, weight):
         with pytest.raises(InputError, match="its weight must be a finite number"):
             parts_of([(weight, reviews.sentiment)])
+
+    @pytest.mark.parametrize("kind", [np.float32, np.float64, np.int64, torch.tensor])
+    def test_weights_of_other_libraries_are_numbers(self, kind):
+        (part,) = parts_of([(kind(2), reviews.sentiment)])
+        assert (part.weight, type(part.weight)) == (2.0, float)
 
     def test_missing_directory(self):
         with pytest.raises(InputError, match="no such directory"):

@@ -8,11 +8,13 @@ import math
 import pytest
 import transformers
 
+import pyengine
 from pyengine import Engine, InputError, SamplingParams
 from pyengine.training.data import Example, encode, encode_all, read_examples, read_prompts, roll_out, write_examples
 from pyengine.worlds import reviews
 
 PROMPT = "Review of the Harbour, a bakery:"
+SAID = transformers.AutoTokenizer.from_pretrained(pyengine.embedded("policy"))(" The bread was lovely.").input_ids
 
 
 def jsonl(path, *records):
@@ -71,6 +73,7 @@ def test_sentencepiece_keeps_its_spaces(sentencepiece_tokenizer, model_dirs):
         (record(response=" A.<|endoftext|> B."), "bad.jsonl:2: the response has an EOS at token"),
         (record(response=" A.<|endoftext|>", finish_reason="length"), 'is "length", but the response ends with an EOS'),
         (record(tokens=[745]), "token 745 is not in the vocabulary of 745 tokens"),
+        (record(tokens=SAID), "bad.jsonl:2: its tokens end without an EOS"),
         (record(tokens=[5, 0]), "its tokens do not spell its response: they are another tokenizer's"),
     ],
 )
@@ -90,6 +93,14 @@ def test_all_bad_lines_are_told_together(engine, tmp_path):
         read_examples(jsonl(tmp_path / "empty.jsonl", ""), engine)
     with pytest.raises(InputError, match="No such file"):
         read_examples(tmp_path / "none.jsonl", engine)
+
+
+def test_tokens_without_an_eos_need_a_finish_reason(engine, tmp_path):
+    """An environment may end a response where no EOS stands; that its last token has the reward must be said."""
+    lines = [record(tokens=SAID, finish_reason=reason) for reason in ("stop", "length")] + [record(tokens=[*SAID, 0])]
+    found = encode_all(engine, read_examples(jsonl(tmp_path / "good.jsonl", *lines), engine))
+    assert [i.ended for i in found] == [True, False, True]
+    assert [i.ids[i.start :] for i in found] == [SAID, SAID, [*SAID, 0]]
 
 
 def test_lines_are_read_as_they_are(engine, tmp_path):
@@ -124,6 +135,18 @@ def test_roll_outs_are_the_base_policys_and_survive_the_disk(engine, tmp_path):
     write_examples(tmp_path / "r.jsonl", found)
     again = read_examples(tmp_path / "r.jsonl", engine)
     assert encode_all(engine, again) == encode_all(engine, found)
+
+
+def test_a_prompt_that_cannot_be_decoded_is_that_of_the_list(engine):
+    with pytest.raises(InputError, match="prompt 1 is empty"):
+        roll_out(engine, [PROMPT, ""], reviews.sentiment, per_prompt=3, max_tokens=1)
+
+
+def test_the_engine_keeps_its_scorer_when_decoding_fails(engine):
+    engine.set_scorer(reviews.length)
+    with pytest.raises(InputError, match="one number for each"):
+        roll_out(engine, [PROMPT], lambda prompts, completions: [0.0, 0.0], max_tokens=1)
+    assert [p.name for p in engine.parts] == ["length"]
 
 
 def test_a_reward_that_is_not_finite_names_prompt_and_sample(engine):

@@ -19,7 +19,7 @@ import pyengine
 from pyengine import Blockwise, Engine, InputError, PrefixScorer, SamplingParams, Tokenwise, cli, load_scorer
 from pyengine.training import prefix
 from pyengine.training.data import Example, encode_all, read_examples, roll_out, write_examples
-from pyengine.training.prefix import PrefixTraining, Shuffled, split, train_prefix_scorer
+from pyengine.training.prefix import PrefixTraining, Shuffled, held_apart, train_prefix_scorer
 from pyengine.training.values import Batch, Student, collate, read_prefixes, regression_loss, targets
 from pyengine.worlds import reviews
 
@@ -97,16 +97,19 @@ def test_an_epoch_is_every_example_once_in_whole_batches():
 def test_whole_prompts_are_held_out(small):
     engine, examples = small
     items = encode_all(engine, examples)
-    training, held_out, by = split(items, 0.2, seed=1)
+    training, held_out, by = held_apart(items, 0.2, seed=1)
     assert by == "prompt"
     assert len(training) + len(held_out) == 40
     assert held_out
     assert not {i.prompt for i in training} & {i.prompt for i in held_out}
     one = [item for item in items if item.prompt == items[0].prompt]
-    training, held_out, by = split(one, 0.3, seed=1)
+    training, held_out, by = held_apart(one, 0.3, seed=1)
     assert by == "response"
     assert 0 < len(held_out) < len(training)
-    assert split(items, 0.0, 0)[1] == []
+    assert held_apart(items, 0.0, 0)[1] == []
+    two = [items[0], next(item for item in items if item.prompt != items[0].prompt)]
+    assert [len(part) for part in held_apart(two, 0.9, 0)[:2]] == [1, 1]
+    assert held_apart(two[:1], 0.9, 0)[:2] == (two[:1], [])
 
 
 @pytest.mark.parametrize("method", ["fudge", "cd-q"])
@@ -159,6 +162,23 @@ def test_the_report_by_hand(small):
     assert report["r2"] == pytest.approx(1 - rest / (statistics.pvariance(r) * len(r)), abs=1e-5)
     assert report["correlation"] == pytest.approx(statistics.correlation(v, r), abs=1e-5)
     assert report["slope"] == pytest.approx(statistics.linear_regression(v, r).slope, abs=1e-5)
+    # Ten equal parts by V. Which of equal V fall to either side of a border is open: that bounds a part's reward.
+    ranked, parts = sorted(v), report["calibration"]
+    sizes = [len(pairs) // 10 + (i < len(pairs) % 10) for i in range(10)]
+    assert [part["prefixes"] for part in parts] == sizes
+    ends = [sum(sizes[: i + 1]) for i in range(10)]
+    for part, start, end in zip(parts, [0, *ends], ends, strict=False):
+        assert part["value"] == pytest.approx(statistics.mean(ranked[start:end]), abs=1e-5)
+        inside = [b for a, b in pairs if ranked[start] < a < ranked[end - 1]]
+        border = [b for a, b in pairs if a in (ranked[start], ranked[end - 1])]
+        open_ = part["prefixes"] - len(inside)
+        low, high = sum(sorted(border)[:open_]), sum(sorted(border)[len(border) - open_ :])
+        total = part["reward"] * part["prefixes"] - sum(inside)
+        assert low - 1e-3 <= total <= high + 1e-3
+    assert sum(part["reward"] * part["prefixes"] for part in parts) == pytest.approx(sum(r), abs=1e-3)
+    distance = sum(part["prefixes"] * abs(part["value"] - part["reward"]) for part in parts) / len(pairs)
+    assert report["calibration_error"] == pytest.approx(distance)
+    assert distance > 0.1
     mean = statistics.mean(part["value"] * part["prefixes"] for part in report["calibration"]) * 10 / len(pairs)
     assert mean == pytest.approx(statistics.mean(v), abs=1e-5)
     nothing = prefix.prefix_report(engine.model, scorer, [])
@@ -325,9 +345,44 @@ def test_roll_outs_on_the_command_line(run, tmp_path):
     code, printed, _ = run("generate", PROMPT, "--scorer", out, "--strategy", "tokenwise", "--max-tokens", 9)
     assert code == 0
     assert "(exact)" in printed
-    code, _, err = run("train", "scorer", "--rollouts", 9, *options, "--resume")
+    drawn = (out / "rollouts.jsonl").read_bytes()
+
+    def resume(count=20, *changes):
+        return run("train", "scorer", "--rollouts", count, *options, *changes, "--resume")
+
+    for changes, named in (
+        ((9,), "count"),
+        ((20, "--reward", "sentiment"), "reward"),
+        ((20, "--seed", 1), "seed"),
+        ((20, "--max-tokens", 13, "--reward", "sentiment"), "reward and max_tokens"),
+    ):
+        code, _, err = resume(*changes)
+        assert (code, err.count("\n")) == (2, 1)
+        assert f"were made with another {named}; give the same" in err
+    asked.write_text(json.dumps({"prompt": PROMPT}) + "\n")
+    assert "another prompts;" in resume()[2]
+    (out / "rollouts.json").unlink()
+    code, _, err = resume()
     assert (code, err.count("\n")) == (2, 1)
-    assert "rollouts.jsonl holds 20 roll-outs, not 9" in err
+    assert "rollouts.json does not say how the roll-outs beside it were made" in err
+    assert (out / "rollouts.jsonl").read_bytes() == drawn
+
+
+def test_a_resumed_command_reads_the_roll_outs_that_it_drew(run, tmp_path, monkeypatch):
+    """Killed after they were drawn: the same command with --resume draws none again."""
+    import pyengine.training.data
+    import pyengine.training.prefix
+
+    def killed(*_):
+        raise InputError("killed")
+
+    options = ("--rollouts", 12, "--reward", "length", "--max-tokens", 6, "--epochs", 1, "--out", tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(pyengine.training.prefix, "train_prefix_scorer", killed)
+        assert "killed" in run("train", "scorer", *options)[2]
+    with monkeypatch.context() as patch:
+        patch.setattr(pyengine.training.data, "roll_out", killed)
+        assert run("train", "scorer", *options, "--resume")[0] == 0
 
 
 @pytest.mark.parametrize(
@@ -338,6 +393,10 @@ def test_roll_outs_on_the_command_line(run, tmp_path):
         (("--data", "x.jsonl", "--reward", "length"), "--reward is for --rollouts"),
         (("--rollouts", 3), "--rollouts needs --reward"),
         (("--rollouts", 3, "--reward", "length", "--model", "m"), "need --prompts"),
+        (
+            ("--rollouts", 3, "--reward", "length", "--max-tokens", 0),
+            "--max-tokens must be a whole number of at least 1",
+        ),
         (("--rollouts", 0, "--reward", "length"), "--rollouts must be a whole number of at least 1"),
         (("--rollouts", 3, "--reward", "/no/such/scorer"), "scorer /no/such/scorer: no such directory"),
         (("--data", "/no/such.jsonl"), "/no/such.jsonl: No such file"),

@@ -12,11 +12,14 @@ from safetensors.torch import save_file
 from torch import nn
 from typer.testing import CliRunner
 
-from pyengine import BestOfK, InputError, Probe, SamplingParams, cli_train, load_scorer, ops
+import pyengine
+from pyengine import BestOfK, InputError, Probe, SamplingParams, cli_train, load_scorer, lsc, ops, rewards
 from pyengine.losses import ce_loss, pg_loss, q_loss, qp_loss
+from pyengine.scorers import Candidates
 from pyengine.training import probe as training
-from pyengine.training.embeddings import Pairs, Samples, load_embeddings, samples_of
-from pyengine.training.examples import Pair, Scored, read_examples
+from pyengine.training.data import read_examples, roll_out, split, write_examples
+from pyengine.training.embeddings import Pairs, Samples, embed_examples, load_embeddings, samples_of
+from pyengine.training.examples import Labelled, Pair, read_preferences
 from pyengine.training.probe import train_probe
 from pyengine.worlds import reviews
 
@@ -113,11 +116,11 @@ def teacher(rows=900, width=32, prompts=90, dtype=torch.float32):
     generator = torch.Generator().manual_seed(3)
     states, w = (torch.randn(n, width, generator=generator) for n in (rows, 1))
     prompt = torch.arange(rows) % prompts
-    samples = Samples(states.to(dtype), torch.sigmoid(states @ w[0]), prompt)
+    samples = Samples(states.to(dtype), torch.sigmoid(states @ w[0]), prompt, -1)
     left, right = states[::2], states[1::2]
     wins = (left @ w[0] > right @ w[0])[:, None]
     better, worse = torch.where(wins, left, right), torch.where(wins, right, left)
-    return samples, Pairs(better.to(dtype), worse.to(dtype), prompt[: rows // 2])
+    return samples, Pairs(better.to(dtype), worse.to(dtype), prompt[: rows // 2], -1)
 
 
 def plain(data, loss, probe, batches, lr, baseline, beta):
@@ -143,9 +146,11 @@ class TestLoop:
         samples, pairs = teacher(dtype=dtype)
         data = pairs if loss == "qp" else samples
         options = {"epochs": 10, "lr": 2e-3, "batch": 35 if loss == "pg" else 128, "held_out": 0.1, "seed": 7}
-        fit = train_probe(data, loss, hidden=hidden, group=5, beta_train=0.5, progress=False, **options)
+        if loss == "pg":
+            options |= {"group": 5, "beta_train": 0.5}
+        fit = train_probe(data, loss, hidden=hidden, progress=False, **options)
         order = torch.Generator().manual_seed(7)
-        train, _ = training.split(data.prompt, 0.1, order)
+        train = torch.tensor(split(data.prompt.tolist(), 0.1, 7)[0])
         epochs = [list(training._batches(data.prompt, train, loss, options["batch"], 5, order)) for _ in range(10)]
         assert len(epochs[0][-1]) < options["batch"]
         torch.manual_seed(7)
@@ -162,7 +167,7 @@ class TestLoop:
 
     def test_every_row_comes_once_an_epoch_in_a_new_order(self):
         prompt, order = torch.arange(60) // 6, torch.Generator().manual_seed(0)
-        for loss, group in (("q", None), ("pg", 3), ("pg", None)):
+        for loss, group in (("q", None), ("pg", 3), ("pg", 6)):
             epochs = [torch.cat(list(training._batches(prompt, torch.arange(60), loss, 7, group, order))) for _ in "ab"]
             assert all(sorted(e.flatten().tolist()) == list(range(60)) for e in epochs)
             assert not torch.equal(*epochs)
@@ -177,12 +182,14 @@ class TestLoop:
 
     def test_prompts_are_held_out_whole(self):
         samples, _ = teacher()
-        train, test = training.split(samples.prompt, 0.2, torch.Generator().manual_seed(0))
+        train, test = split(samples.prompt.tolist(), 0.2, seed=0)
         assert len(samples.prompt[test].unique()) == 18
         assert not set(samples.prompt[test].tolist()) & set(samples.prompt[train].tolist())
-        assert sorted(train.tolist() + test.tolist()) == list(range(900))
+        assert sorted(train + test) == list(range(900))
+        assert [len(rows) for rows in split([4, 4, 9], 0.9, 0)] in ([1, 2], [2, 1])
+        assert split([4, 4], 0.0, 0) == ([0, 1], [])
         with pytest.raises(InputError, match="at least two"):
-            training.split(torch.zeros(9, dtype=torch.long), 0.2, torch.Generator())
+            split([0] * 9, 0.2, 0)
 
     def test_learns_what_there_is_to_learn(self):
         samples, pairs = teacher(rows=3600)
@@ -193,10 +200,26 @@ class TestLoop:
         chosen = train_probe(samples, "pg", lr=5e-2, epochs=30, group=4, progress=False).held_out
         assert chosen["reward_argmax"] > chosen["reward_base"] + 0.2
 
+    def test_rewards_of_selection_by_hand(self):
+        """Q = x, three groups of two prompts and three samples; weights 1/4, 1/4 and 1/2 at x / beta = 0, 0, log 2."""
+        x = torch.tensor([[0.0, 0.0, 0.5 * math.log(2)], [0.5 * math.log(2), 0.0, 0.0]])
+        reward = torch.tensor([[1.0, 2.0, 6.0], [3.0, 5.0, 4.0]])
+        probe = Probe(1)
+        with torch.no_grad():
+            probe.head.weight.fill_(1.0)
+            probe.head.bias.zero_()
+        data = Samples(x.reshape(6, 1), reward.flatten(), torch.arange(6) // 3, -1)
+        problem = training._problem(data, "pg", torch.arange(6), 0.5)
+        found = training._metrics(probe, problem, [torch.arange(3)[None], torch.arange(3, 6)[None]])
+        assert found["reward_base"] == pytest.approx(3.5)
+        assert found["reward_softmax"] == pytest.approx(((1 + 2) / 4 + 6 / 2 + 3 / 2 + (5 + 4) / 4) / 2)
+        assert found["reward_argmax"] == pytest.approx((6 + 3) / 2)
+        assert found["correlation"] == pytest.approx(torch.corrcoef(torch.stack([x, reward]).flatten(1))[0, 1].item())
+
     def test_keeps_the_epoch_that_was_best_on_held_out_prompts(self):
         """40 noisy rows of width 64: the longer, the worse."""
         torch.manual_seed(0)
-        data = Samples(torch.randn(40, 64), torch.randn(40), torch.arange(40))
+        data = Samples(torch.randn(40, 64), torch.randn(40), torch.arange(40), -1)
         options = {"lr": 1e-2, "epochs": 60, "held_out": 0.3, "progress": False}
         best, last = (train_probe(data, "q", keep_best=keep, **options) for keep in (True, False))
         assert best.epoch == 1 + min(range(60), key=best.held_out_loss.__getitem__) < 60
@@ -215,16 +238,20 @@ class TestLoop:
 class TestBadData:
     def test_groups_of_unequal_size_name_the_prompt(self):
         prompt = torch.tensor([4] * 5 + [9] * 5 + [7] * 4)
-        data = Samples(torch.zeros(14, 3), torch.zeros(14), prompt)
+        data = Samples(torch.zeros(14, 3), torch.zeros(14), prompt, -1)
         with pytest.raises(InputError, match="prompt 7 has 4 samples, loss 'pg' needs 5 like the others"):
             train_probe(data, "pg", held_out=0)
         with pytest.raises(InputError, match="prompt 7 has 4 samples, loss 'pg' needs a multiple of 5"):
             train_probe(data, "pg", group=5, held_out=0)
+        # Alone on its side of the split each of these would look as it should.
+        two = Samples(torch.zeros(10, 3), torch.zeros(10), torch.tensor([0] * 4 + [1] * 6), -1)
+        with pytest.raises(InputError, match="prompt 1 has 6 samples, loss 'pg' needs 4 like the others"):
+            train_probe(two, "pg", held_out=0.5, epochs=1)
 
     def test_rewards_that_the_loss_cannot_use(self):
         samples, pairs = teacher()
         with pytest.raises(InputError, match=r"rewards in 0 \.\. 1, row 3 has 1.5"):
-            train_probe(Samples(torch.zeros(5, 2), torch.tensor([0, 1, 0.5, 1.5, 2]), torch.arange(5)), "ce")
+            train_probe(Samples(torch.zeros(5, 2), torch.tensor([0, 1, 0.5, 1.5, 2]), torch.arange(5), -1), "ce")
         with pytest.raises(InputError, match="'qp' needs Pairs"):
             train_probe(samples, "qp")
         with pytest.raises(InputError, match="'pg' needs Samples"):
@@ -235,11 +262,40 @@ class TestBadData:
             train_probe(samples, "pg", beta_train=0.0)
         with pytest.raises(InputError, match="keep_best needs held_out"):
             train_probe(samples, "q", held_out=0, keep_best=True)
+        for name, value in (("beta_train", 0.1), ("group", 5)):
+            with pytest.raises(InputError, match=f"{name} is for loss 'pg', not for 'ce'"):
+                train_probe(samples, "ce", **{name: value})
+        for name, value in (("lr", 0.0), ("seed", -1), ("epochs", 0), ("batch", 0), ("held_out", 0.95)):
+            with pytest.raises(InputError, match=f"train_probe: {name} must be"):
+                train_probe(samples, "q", **{name: value})
+
+    def test_layers(self):
+        """The probe reads what was embedded; who does not know which hidden state that is must say so."""
+        states, options = (torch.zeros(4, 2), torch.zeros(4), torch.arange(4)), {"epochs": 1, "progress": False}
+        assert train_probe(Samples(*states, 1), "q", **options).probe.layer == 1
+        assert train_probe(Samples(*states, 1), "q", layer=1, **options).probe.layer == 1
+        assert train_probe(Samples(*states), "q", layer=2, **options).probe.layer == 2
+        with pytest.raises(InputError, match="the embeddings are of layer 1, not of layer -1"):
+            train_probe(Samples(*states, 1), "q", layer=-1, **options)
+        with pytest.raises(InputError, match="do not say which hidden state they are; give the layer"):
+            train_probe(Samples(*states), "q", **options)
+        with pytest.raises(InputError, match=r"layer must be a whole number .*, got 1\.5"):
+            Samples(*states, 1.5)
 
     def test_a_loss_that_runs_away(self):
         samples, _ = teacher()
-        with pytest.raises(InputError, match=r"the loss is (inf|nan) in epoch \d; lower lr from 1e\+30"):
+        with pytest.raises(InputError, match=r"the (held-out )?loss is (inf|nan) in epoch \d; lower lr from 1e\+30"):
             train_probe(samples, "q", lr=1e30, keep_best=True, progress=False)
+
+    @pytest.mark.parametrize("keep_best", [True, False])
+    def test_a_held_out_loss_that_runs_away(self, keep_best):
+        """Rows of 1e30, whose squared error overflows, on one side of the split only."""
+        away = split(list(range(20)), 0.1, 0)[1]
+        states = torch.ones(20, 2)
+        states[away] = 1e30
+        data = Samples(states, torch.zeros(20), torch.arange(20), -1)
+        with pytest.raises(InputError, match=r"the held-out loss is (inf|nan) in epoch 1; lower lr"):
+            train_probe(data, "q", keep_best=keep_best, progress=False)
 
     def test_rows_that_are_not_numbers(self):
         bad = torch.zeros(5000, 2)
@@ -266,7 +322,15 @@ class TestBadData:
             data.save(tmp_path / "data.safetensors")
             again = load_embeddings(tmp_path / "data.safetensors")
             assert type(again) is type(data)
-            assert all(torch.equal(vars(data)[name], value) for name, value in vars(again).items())
+            assert all(torch.equal(vars(data)[n], v) for n, v in vars(again).items() if n != "layer")
+            assert again.layer == -1
+        unknown = {"embeddings": torch.zeros(2, 2), "reward": torch.zeros(2), "prompt": torch.arange(2)}
+        save_file(unknown, tmp_path / "unknown.safetensors")
+        assert load_embeddings(tmp_path / "unknown.safetensors").layer is None
+        for layer in (torch.tensor([1]), torch.tensor(1.0)):
+            save_file(unknown | {"layer": layer}, tmp_path / "odd.safetensors")
+            with pytest.raises(InputError, match=r"odd.safetensors: layer must be one whole number"):
+                load_embeddings(tmp_path / "odd.safetensors")
         save_file({"embeddings": torch.zeros(2, 2)}, tmp_path / "half.safetensors")
         with pytest.raises(InputError, match="must hold embeddings, reward, prompt"):
             load_embeddings(tmp_path / "half.safetensors")
@@ -279,34 +343,39 @@ class TestBadData:
         ("line", "message"),
         [
             ("{", "not JSON"),
-            ('{"prompt": "a"}', "lacks response, reward"),
+            ('{"prompt": "a"}', "lacks response, label"),
             ('{"prompt": "a", "chosen": "b"}', "lacks rejected"),
             ('["a"]', "must be a JSON object"),
-            ('{"prompt": "a", "response": " ", "reward": 1}', "response is empty"),
-            ('{"prompt": "a", "response": 3, "reward": 1}', "response is not a string: 3"),
-            ('{"prompt": "a", "response": "b", "reward": NaN}', "reward must be a finite number, got nan"),
-            ('{"prompt": "a", "response": "b", "reward": "high"}', "reward must be a finite number, got 'high'"),
+            ('{"prompt": "a", "response": " ", "label": 1}', "response is empty"),
+            ('{"prompt": "a", "response": 3, "label": 1}', "response is not a string: 3"),
+            ('{"prompt": "a", "response": "b", "label": NaN}', "label must be 0 or 1, got nan"),
+            ('{"prompt": "a", "response": "b", "label": "high"}', "label must be 0 or 1, got 'high'"),
             ('{"prompt": "a", "chosen": "b", "rejected": "b"}', "the same text"),
             ('{"prompt": "a", "chosen": "b", "rejected": "c"}', "in one file"),
         ],
     )
     def test_lines(self, tmp_path, line, message):
         file = tmp_path / "data.jsonl"
-        file.write_text(f'{{"prompt": "p", "response": "q", "reward": 0.5}}\n\n{line}\n')
+        file.write_text(f'{{"prompt": "p", "response": "q", "label": 0}}\n\n{line}\n')
         with pytest.raises(InputError, match=f"data.jsonl:3: .*{message}") as error:
-            read_examples(file)
+            read_preferences(file)
         assert "\n" not in str(error.value)
+
+    def test_all_bad_lines_are_told_together(self, tmp_path):
+        (tmp_path / "data.jsonl").write_text('{"prompt": "p", "response": "q", "label": 1}\n' + "{\n" * 7)
+        with pytest.raises(InputError, match=r"^7 of 8 lines cannot be used: .*:2: not JSON.*:6: not .*; and 2 more$"):
+            read_preferences(tmp_path / "data.jsonl")
 
     def test_labels(self, tmp_path):
         file = tmp_path / "data.jsonl"
         file.write_text('{"prompt": "p", "response": "q", "label": true}\n')
-        assert read_examples(file, "label") == [Scored("p", "q", 1.0, f"{file}:1")]
+        assert read_preferences(file) == [Labelled("p", "q", 1.0, f"{file}:1")]
         file.write_text('{"prompt": "p", "response": "q", "label": 2}\n')
         with pytest.raises(InputError, match=r"data.jsonl:1: label must be 0 or 1, got 2"):
-            read_examples(file, "label")
+            read_preferences(file)
         file.write_text("\n")
         with pytest.raises(InputError, match="holds no examples"):
-            read_examples(file)
+            read_preferences(file)
 
 
 class TestProbeFiles:
@@ -354,6 +423,40 @@ def test_from_roll_outs_to_a_better_answer(engine):
     assert gain.mean() > 4 * gain.std() / 8
 
 
+class TestRewardsOfSamples:
+    """`samples_of` takes what the engine takes."""
+
+    @pytest.fixture
+    def results(self, engine):
+        return engine.generate(reviews.prompts(4), sampling=SamplingParams(max_tokens=24, seed=1))
+
+    def test_a_function_that_is_called_by_name(self, engine, results):
+        def judged(completions, prompts, **_):
+            return [float(len(c) + 1000 * len(p)) for c, p in zip(completions, prompts, strict=True)]
+
+        found = samples_of(engine, results, judged, layer=1)
+        assert found.reward.tolist() == [len(r.text) + 1000 * len(r.prompt) for r in results]
+        assert found.layer == 1
+
+    def test_scorers_transforms_and_sums(self, engine, results):
+        judge = load_scorer(pyengine.embedded("reward-model"))
+        reward = 0.5 * lsc(judge, 0.2) - 2 * rewards.length(64)
+        found = samples_of(engine, results, reward).reward
+        with torch.inference_mode():
+            given = Candidates([r.prompt for r in results], [[0]] * 4, {}, {}, lambda _: [r.text for r in results])
+            score = judge.score(given)
+        lengths = torch.tensor([len(r.tokens) / 64 for r in results]).log()
+        torch.testing.assert_close(found, 0.5 * torch.sigmoid(score - 0.2).log() - 2 * lengths, atol=1e-5, rtol=1e-5)
+
+    def test_what_reads_hidden_states_is_refused(self, engine, results):
+        with pytest.raises(InputError, match="'probe' reads hidden states or tokens"):
+            samples_of(engine, results, pyengine.embedded("probe"))
+        with pytest.raises(InputError, match="needs a reward"):
+            samples_of(engine, results, None)
+        with pytest.raises(InputError, match="one number for each of 4"):
+            samples_of(engine, results, lambda prompts, completions: [0.0])
+
+
 class TestCommand:
     def run(self, *arguments):
         done = CliRunner().invoke(cli_train.train, ["probe", *map(str, arguments)], standalone_mode=False)
@@ -367,8 +470,8 @@ class TestCommand:
         both = zip(prompts, texts, strict=True)
         rows = [{"prompt": p, "response": c, "reward": reviews.sentiment_of(c)} for p, c in both]
         (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
-        options = ("--out", tmp_path / "probe", "--lr", 0.01, "--epochs", 20, "--layer", 2)
-        found = self.run(tmp_path / "rows.jsonl", "--loss", "pg", "--hidden", 16, *options)
+        options = ("--out", tmp_path / "probe", "--lr", 0.01, "--epochs", 20)
+        found = self.run(tmp_path / "rows.jsonl", "--loss", "pg", "--hidden", 16, "--layer", 2, *options)
         assert found["epoch"] == 20
         assert found["held_out"]["rows"] == 6
         engine.set_scorer(tmp_path / "probe")
@@ -377,14 +480,52 @@ class TestCommand:
         assert len(report["train_loss"]) == len(report["held_out_loss"]) == 20
         _, pairs = teacher()
         pairs.save(tmp_path / "pairs.safetensors")
-        assert self.run(tmp_path / "pairs.safetensors", "--loss", "qp", *options)["held_out"]["accuracy"] > 0.8
-        with pytest.raises(InputError, match="--loss must be one of q, ce, pg, qp"):
+        found = self.run(tmp_path / "pairs.safetensors", "--loss", "qp", *options, "--epochs", 90)
+        assert found["held_out"]["accuracy"] > 0.8
+        with pytest.raises(InputError, match="the embeddings are of layer -1, not of layer 2"):
+            self.run(tmp_path / "pairs.safetensors", "--loss", "qp", "--layer", 2, *options)
+        with pytest.raises(InputError, match="loss must be one of q, ce, pg, qp, got 'mse'"):
             self.run(tmp_path / "pairs.safetensors", "--loss", "mse", *options)
+
+    def test_roll_outs_are_read_as_they_were_drawn(self, tmp_path, engine):
+        """The file that `train scorer` keeps: the same tokens, and no EOS behind a response that was cut off."""
+        drawn = roll_out(engine, reviews.prompts(12), reviews.sentiment, max_tokens=24, seed=3)
+        assert {e.ended for e in drawn} == {True, False}
+        write_examples(tmp_path / "rollouts.jsonl", drawn)
+        found = embed_examples(engine, read_examples(tmp_path / "rollouts.jsonl", engine), 1)
+        results = engine.generate(reviews.prompts(12), sampling=SamplingParams(max_tokens=24, seed=3))
+        wanted = samples_of(engine, results, reviews.sentiment, 1)
+        torch.testing.assert_close(found.embeddings, wanted.embeddings, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(found.reward, wanted.reward)
+        assert found.layer == 1
+        out = self.run(tmp_path / "rollouts.jsonl", "--loss", "q", "--epochs", 2, "--layer", 1, "--out", tmp_path)
+        assert out["epoch"] == 2
+        assert load_scorer(tmp_path).layer == 1
+
+    def test_what_cannot_be_trained_on_is_refused_before_anything_is_embedded(self, tmp_path, monkeypatch):
+        def embedded(*_, **__):
+            raise AssertionError("a model was asked")
+
+        monkeypatch.setattr("pyengine.training.embeddings.last_states", embedded)
+        pairs, labels = tmp_path / "pairs.jsonl", tmp_path / "labels.jsonl"
+        pairs.write_text('{"prompt": "p", "chosen": "a", "rejected": "b"}\n' * 3)
+        labels.write_text('{"prompt": "p", "response": "a", "label": 1}\n')
+        for file, options, message in (
+            (pairs, ("--loss", "q"), "pairs.jsonl:1: lacks 'response' and 'reward': it is a pair"),
+            (labels, ("--loss", "qp"), "labels.jsonl: --loss qp needs pairs"),
+            (pairs, ("--loss", "qp", "--beta", 0.5), "beta_train is for loss 'pg'"),
+            (pairs, ("--loss", "qp", "--group", 4), "group is for loss 'pg'"),
+            (pairs, ("--loss", "qp", "--seed", -1), "seed must be a whole number"),
+            (pairs, ("--loss", "qp", "--lr", -1), "lr must be a finite number"),
+            (pairs, ("--loss", "qp", "--hidden", 0), "--hidden must be a whole number"),
+        ):
+            with pytest.raises(InputError, match=message):
+                self.run(file, "--out", tmp_path / "out", *options)
 
     def test_pairs_from_jsonl(self, tmp_path):
         texts = sorted((c for _, c in reviews.corpus(40, seed=9)), key=reviews.sentiment_of)
         rows = [{"prompt": p, "chosen": texts[-1 - i], "rejected": texts[i]} for i, p in enumerate(reviews.prompts(20))]
         (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
-        assert isinstance(read_examples(tmp_path / "rows.jsonl")[0], Pair)
+        assert isinstance(read_preferences(tmp_path / "rows.jsonl")[0], Pair)
         found = self.run(tmp_path / "rows.jsonl", "--loss", "qp", "--out", tmp_path, "--lr", 0.01, "--epochs", 30)
         assert found["held_out"]["accuracy"] >= 0.5

@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 import pyengine
 from pyengine import BestOfK, InputError, RewardModel, SamplingParams, cli_train
 from pyengine.scorers import Candidates
-from pyengine.training.examples import Pair, Scored
+from pyengine.training.examples import Labelled, Pair
 from pyengine.training.reward_model import calibration, default_config, evaluate, train_reward_model
 from pyengine.worlds import reviews
 
@@ -56,26 +56,35 @@ def pairs(count, seed=0):
 
 def labelled(count, seed=0):
     texts = [(p, c, reviews.sentiment_of(c)) for p, c in reviews.corpus(4 * count, seed=seed)]
-    found = [Scored(p, c, float(s > 0), f"response {i}") for i, (p, c, s) in enumerate(texts) if abs(s) > 1 / 3]
+    found = [Labelled(p, c, float(s > 0), f"response {i}") for i, (p, c, s) in enumerate(texts) if abs(s) > 1 / 3]
     return found[:count]
 
 
-def write(file, examples, number="label"):
+def write(file, examples):
     def record(e):
         if isinstance(e, Pair):
             return {"prompt": e.prompt, "chosen": e.chosen, "rejected": e.rejected}
-        return {"prompt": e.prompt, "response": e.response, number: int(e.value)}
+        return {"prompt": e.prompt, "response": e.response, "label": int(e.label)}
 
     file.write_text("".join(json.dumps(record(e)) + "\n" for e in examples))
     return file
 
 
+def command(model, data, out, *options):
+    """The report of `pyengine train reward-model`."""
+    arguments = ["reward-model", str(data), "--model", str(model), "--out", str(out), *options]
+    done = CliRunner().invoke(cli_train.train, arguments, standalone_mode=False)
+    if done.exception is not None:
+        raise done.exception
+    return json.loads(done.stdout)
+
+
 @pytest.fixture(scope="module")
 def trained(base, tmp_path_factory):
-    """(directory, report) of a Bradley-Terry model on 400 pairs from a file."""
+    """(directory, report) of a Bradley-Terry model on 640 pairs from a file."""
     home = tmp_path_factory.mktemp("pairwise")
     args = default_config(home / "checkpoints", num_train_epochs=3, seed=0, **QUICK)
-    report = train_reward_model(base, write(home / "pairs.jsonl", pairs(400)), home / "out", args=args)
+    report = train_reward_model(base, write(home / "pairs.jsonl", pairs(640)), home / "out", args=args)
     return home / "out", report
 
 
@@ -84,8 +93,8 @@ class TestPairwise:
         out, report = trained
         assert json.loads((out / "reward_model.json").read_text()) == report
         assert report["kind"] == "pairwise"
-        assert report["train"] + report["held_out"] == 400
-        assert 20 < report["held_out"] < 70
+        assert report["train"] + report["held_out"] == 640
+        assert 30 < report["held_out"] < 100
         assert report["accuracy"] > 0.8
         assert report["margin"] > 0.5
         assert report["loss"] < math.log(2)
@@ -193,7 +202,7 @@ class TestPointwise:
         model = transformers.AutoModelForSequenceClassification.from_pretrained(base, num_labels=1)
         scorer = RewardModel(model, transformers.AutoTokenizer.from_pretrained(base))
         given = Candidates([e.prompt for e in examples], [[1]] * 8, {}, {}, lambda _: [e.response for e in examples])
-        q, y = scorer.score(given), torch.tensor([e.value for e in examples])
+        q, y = scorer.score(given), torch.tensor([e.label for e in examples])
         (-(y * torch.sigmoid(q).log() + (1 - y) * torch.sigmoid(-q).log())).mean().backward()
         found = load_file(tmp_path / "out" / "model.safetensors")
         for name, value in model.named_parameters():
@@ -212,7 +221,89 @@ def test_calibration_by_hand():
     assert error == pytest.approx(2 / 4 * 0.02 + 1 / 4 * 0.2 + 1 / 4 * 1.0, abs=1e-6)
 
 
+class Told:
+    """A reward model that gives these logits in turn."""
+
+    def __init__(self, *logits):
+        self.logits = iter(logits)
+
+    def score(self, candidates):
+        return torch.tensor([next(self.logits) for _ in candidates.completions])
+
+
+class TestReportByHand:
+    def test_pairs(self):
+        """r_w - r_l of 2, -1, .5 and 0."""
+        examples = [Pair("p", "a", "b", "")] * 4
+        found = evaluate(Told(3.0, 0.0, 1.5, 1.0, 1.0, 1.0, 1.0, 1.0), examples)
+        gaps = (2.0, -1.0, 0.5, 0.0)
+        assert found["accuracy"] == 0.5
+        assert found["margin"] == pytest.approx(1.5 / 4)
+        assert found["loss"] == pytest.approx(sum(math.log1p(math.exp(-g)) for g in gaps) / 4)
+        sure = {0.0: (0.5, 0.0), 0.5: (0.6225, 1.0), -1.0: (0.7311, 0.0), 2.0: (0.8808, 1.0)}
+        assert [(b["confidence"], b["accuracy"]) for b in found["calibration"]] == [
+            pytest.approx(row, abs=1e-4) for row in sure.values()
+        ]
+        wanted = (0.5 + (1 - 0.6225) + 0.7311 + (1 - 0.8808)) / 4
+        assert found["expected_calibration_error"] == pytest.approx(wanted, abs=1e-4)
+
+    def test_labels(self):
+        """Logits of 2 and -.5 for label 1, of -1 and .25 for label 0."""
+        examples = [Labelled("p", "a", label, "") for label in (1.0, 1.0, 0.0, 0.0)]
+        found = evaluate(Told(2.0, -0.5, -1.0, 0.25), examples)
+        assert found["accuracy"] == 0.5
+        assert found["margin"] == pytest.approx(1.5 / 2 - -0.75 / 2)
+        signed = (2.0, -0.5, 1.0, -0.25)  # in favour of the label
+        assert found["loss"] == pytest.approx(sum(math.log1p(math.exp(-s)) for s in signed) / 4)
+        sure = [(0.5622, 0.0), (0.6225, 0.0), (0.7311, 1.0), (0.8808, 1.0)]
+        assert [(b["confidence"], b["accuracy"]) for b in found["calibration"]] == [
+            pytest.approx(row, abs=1e-4) for row in sure
+        ]
+
+
 class TestBadInput:
+    def test_max_length_leaves_nothing_out_without_a_word(self, base, tmp_path):
+        args = default_config(tmp_path / "c", max_length=20)
+        examples = [*(Pair("a", " b", " c", f"short {i}") for i in range(3)), *pairs(1)]
+        with pytest.raises(InputError, match=r"pair 0: has \d+ tokens, max_length is 20; shorten it or leave it out"):
+            train_reward_model(base, examples, tmp_path / "out", args=args)
+
+    @pytest.mark.parametrize("label", [2, -0.5, math.nan, "yes"])
+    def test_labels_of_a_sequence(self, base, tmp_path, label):
+        with pytest.raises(InputError, match=r"mine: the label must be a finite number in 0 \.\. 1"):
+            train_reward_model(base, [*labelled(2), Labelled("p", " q", label, "mine")], tmp_path / "out")
+
+    def test_two_kinds_in_a_sequence(self, base, tmp_path):
+        with pytest.raises(InputError, match="mine: a Labelled among examples of kind Pair"):
+            train_reward_model(base, [*pairs(2), Labelled("p", " q", 1.0, "mine")], tmp_path / "out")
+        with pytest.raises(InputError, match=r"example 0 is neither a Pair nor a Labelled: \('p', 'q', 1\)"):
+            train_reward_model(base, [("p", "q", 1)], tmp_path / "out")
+
+    def test_checkpoints_that_are_somebodys(self, base, tmp_path):
+        ours, theirs = tmp_path / "reward-model-checkpoints", tmp_path / "checkpoints"
+        for directory in (ours, theirs):
+            directory.mkdir()
+            (directory / "weights").write_text("dear")
+        with pytest.raises(InputError, match=f"{ours} is there already"):
+            train_reward_model(base, pairs(20), tmp_path)
+        with pytest.raises(InputError, match=f"{ours} is there already"):
+            command(base, write(tmp_path / "pairs.jsonl", pairs(20)), tmp_path)
+        (ours / "weights").unlink()
+        ours.rmdir()
+        with pytest.raises(InputError, match="no/such/model"):  # what fails leaves the way free
+            train_reward_model("/no/such/model", pairs(20), tmp_path)
+        command(base, tmp_path / "pairs.jsonl", tmp_path, "--held-out", "0")
+        assert not ours.exists()
+        assert (theirs / "weights").read_text() == "dear"
+
+    @pytest.mark.parametrize(
+        "option", ["--batch=0", "--accumulate=0", "--lr=-1", "--lr=nan", "--seed=-1", "--epochs=-1", "--epochs=0"]
+    )
+    def test_numbers_of_the_command(self, base, tmp_path, option):
+        name = option.split("=")[0]
+        with pytest.raises(InputError, match=f"^{name} must be a (whole|finite) number"):
+            command(base, write(tmp_path / "pairs.jsonl", pairs(20)), tmp_path / "out", option)
+
     @pytest.mark.parametrize(
         ("line", "message"),
         [
@@ -220,7 +311,7 @@ class TestBadInput:
             ('{"prompt": "a", "chosen": "b"}', "lacks rejected"),
             ('{"prompt": "a", "chosen": "b", "rejected": ""}', "rejected is empty"),
             ('{"prompt": "a", "chosen": "b", "rejected": "b"}', "chosen and rejected are the same text"),
-            ('{"prompt": "a", "response": "b", "label": 1}', "pairs and scored responses in one file"),
+            ('{"prompt": "a", "response": "b", "label": 1}', "pairs and labelled responses in one file"),
         ],
     )
     def test_line(self, base, tmp_path, line, message):
@@ -246,12 +337,9 @@ class TestBadInput:
 
 def test_command(base, tmp_path):
     file = write(tmp_path / "pairs.jsonl", pairs(96))
-    arguments = ["reward-model", str(file), "--model", str(base), "--out", str(tmp_path / "out")]
     options = ["--lr", "3e-3", "--batch", "16", "--accumulate", "1", "--held-out", "0.2"]
-    done = CliRunner().invoke(cli_train.train, [*arguments, *options], standalone_mode=False)
-    assert done.exception is None, done.exception
-    report = json.loads(done.stdout)
+    report = command(base, file, tmp_path / "out", *options)
     assert report["train"] + report["held_out"] == 96
     assert 0 <= report["accuracy"] <= 1
     RewardModel.from_pretrained(tmp_path / "out")
-    assert not (tmp_path / "out" / "checkpoints").exists()
+    assert not (tmp_path / "out" / "reward-model-checkpoints").exists()

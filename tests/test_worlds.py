@@ -250,6 +250,14 @@ class TestSimpson:
         law = torch.stack([k * rho[draws[:, 0] == i].mean() / 3 for i in range(3)])
         assert law.sum().item() == pytest.approx(1, abs=1e-12)
         assert -(law * (reward - reward.mean())).sum().item() == pytest.approx(expected.item(), abs=1e-12)
+        # The gradient, with d softmax_i / d s_j = softmax_i (1_ij - softmax_j).
+        free = score.clone().requires_grad_()
+        simpson.l_pg(free[draws], batch).backward()
+        soft = score[draws].softmax(-1)
+        slope = soft * (batch - (soft * batch).sum(-1, keepdim=True))  # [groups, k], of each place's score
+        wanted = torch.zeros(3, dtype=torch.float64).index_add(0, draws.flatten(), slope.flatten()) / -len(draws)
+        torch.testing.assert_close(free.grad, wanted, atol=1e-12, rtol=0)
+        assert free.grad.abs().max() > 1e-2
 
     def test_probes_are_minima(self):
         data = simpson.simpson(60, seed=0)

@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from pyengine.errors import InputError, first_line, real, whole
-from pyengine.scorers import Candidates, ScorerLike, parts_of
+from pyengine.scorers import Candidates, ScorerLike, parts_of, score_texts
 from pyengine.scorers.embedding_probe import last_states
 
 Rewards = Mapping[str, Sequence[float]]  # of samples of the base policy, for each prompt
@@ -89,19 +89,10 @@ class References:
         parts, prompts, responses = parts_of(scorer), list(dict.fromkeys(prompts)), list(responses)
         if not prompts or not responses or not parts:
             raise InputError("References.canned needs a scorer and at least one prompt and one response")
-        for part in parts:
-            if part.scorer.layers or part.scorer.scores_tokens:
-                raise InputError(
-                    f"scorer {part.name!r} reads hidden states or tokens, canned responses are text only: "
-                    "use a reward model or a function"
-                )
         chosen = [responses[_hash(seed, prompt) % len(responses)] for prompt in prompts]
         # Their tokens are not known: `length` refuses a response of none.
         candidates = Candidates(prompts, [[]] * len(prompts), {}, {}, lambda tokens: chosen)
-        total = torch.zeros(len(prompts), dtype=torch.float64)
-        with torch.inference_mode():
-            for part in parts:
-                total += part.weight * part.utilities(part.scorer.score(candidates), prompts).cpu()
+        total = score_texts(parts, candidates)
         name = parts[0].name if len(parts) == 1 and parts[0].weight == 1 else ""
         return cls(dict(zip(prompts, total.tolist(), strict=True)), name, "canned", samples=1)
 
@@ -274,16 +265,7 @@ def prompt_embeddings(model: Any, tokenizer: Any, prompts: Sequence[str], layer:
     model: a causal language model of transformers, such as Engine.model. layer: as in its hidden_states, -1 the last.
     """
     ids = [tokenizer(prompt, verbose=False).input_ids for prompt in prompts]
-    config = model.config.get_text_config(decoder=True)
-    longest, layers = getattr(config, "max_position_embeddings", None), config.num_hidden_layers + 1
-    for prompt, tokens in zip(prompts, ids, strict=True):
-        if not tokens:
-            raise InputError(f"the prompt {_short(prompt)} has no tokens to embed")
-        if longest is not None and len(tokens) > longest:
-            raise InputError(f"the prompt {_short(prompt)} has {len(tokens)} tokens, the model reads {longest}")
-    if not -layers <= layer < layers:
-        raise InputError(f"prompt_embeddings: layer {layer} is not there, the model has {layers}")
-    return last_states(model.base_model, ids, layer)
+    return last_states(model.base_model, ids, layer, label="prompt")
 
 
 def _short(prompt: str) -> str:

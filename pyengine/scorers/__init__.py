@@ -9,7 +9,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from pyengine.errors import InputError
+import torch
+from torch import Tensor
+
+from pyengine.errors import InputError, real
 from pyengine.scorers.base import (
     Candidates,
     FunctionScorer,
@@ -43,6 +46,7 @@ __all__ = [
     "Transformed",
     "load_scorer",
     "parts_of",
+    "score_texts",
 ]
 
 
@@ -83,6 +87,23 @@ def parts_of(scorer: ScorerLike | None) -> list[Part]:
     return parts
 
 
+@torch.inference_mode()
+def score_texts(parts: Sequence[Part], candidates: Candidates) -> Tensor:
+    """The weighted sum of the parts, fp64 [N] on the CPU, for candidates without hidden states.
+
+    Raises InputError, naming the scorer, for one that reads hidden states or tokens.
+    """
+    total = torch.zeros(len(candidates.tokens), dtype=torch.float64)
+    for part in parts:
+        if part.scorer.layers or part.scorer.scores_tokens:
+            raise InputError(
+                f"scorer {part.name!r} reads hidden states or tokens, which are not there where responses are given as "
+                "text: use a reward model or a function"
+            )
+        total += part.weight * part.utilities(part.scorer.score(candidates), candidates.prompts).cpu()
+    return total
+
+
 def _flatten(scorer: Any, weight: float) -> list[tuple[float, Scorer]]:
     if scorer is None:
         return []
@@ -95,8 +116,9 @@ def _flatten(scorer: Any, weight: float) -> list[tuple[float, Scorer]]:
     if isinstance(scorer, Sequence):
         parts = []
         for item in scorer:
-            if not (isinstance(item, (tuple, list)) and len(item) == 2 and isinstance(item[0], (int, float))):
+            if not (isinstance(item, (tuple, list)) and len(item) == 2):
                 raise InputError(f"a list of scorers holds (weight, scorer) pairs, got {item!r}")
-            parts += _flatten(item[1], weight * item[0])
+            name = getattr(item[1], "name", None) or getattr(item[1], "__name__", str(item[1]))
+            parts += _flatten(item[1], weight * real(item[0], f"scorer {name!r}: its weight"))
         return parts
     raise InputError(f"not a scorer: {scorer!r}; give a Scorer, a directory, a callable or (weight, scorer) pairs")

@@ -13,7 +13,7 @@ from transformers import AutoModel
 
 from pyengine import ops
 from pyengine.checkpoint import load_checkpoint
-from pyengine.errors import InputError
+from pyengine.errors import InputError, first_line
 from pyengine.ops import BlockSelection
 from pyengine.scorers.base import Candidates, Scorer
 from pyengine.scorers.heads import Probe
@@ -21,13 +21,36 @@ from pyengine.scorers.heads import Probe
 BATCH = 32  # texts in one forward pass
 
 
+def check_layer(model: Any, layer: int, name: str) -> None:
+    """InputError unless transformers' hidden_states of this model have `layer`; name: what it calls the model."""
+    states = model.config.get_text_config(decoder=True).num_hidden_layers + 1  # the embedding and one for each layer
+    if not -states <= layer < states:
+        raise InputError(f"{name} has {states} hidden states, layer {layer} is not among them")
+
+
 @torch.inference_mode()
-def last_states(model: Any, ids: Sequence[Sequence[int]], layer: int, progress: bool | None = False) -> Tensor:
+def last_states(
+    model: Any,
+    ids: Sequence[Sequence[int]],
+    layer: int,
+    name: str = "the model",
+    label: str = "text",
+    progress: bool | None = False,
+) -> Tensor:
     """fp32 [N, D] on the CPU: the hidden state `layer` at the last token of each sequence.
 
     model: a causal transformers model without its head, whose padding on the right changes nothing to its left.
     layer: as in transformers' hidden_states, -1 the last. progress: a bar; None shows it on a terminal only.
+    Raises InputError, which calls the model `name` and sequence i `label` i, for a layer that is not there and for
+    sequences without tokens or longer than the model reads.
     """
+    check_layer(model, layer, name)
+    longest = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    for i, tokens in enumerate(ids):
+        if not tokens:
+            raise InputError(f"{name}: {label} {i} is empty")
+        if longest is not None and len(tokens) > longest:
+            raise InputError(f"{name} reads {longest} tokens, {label} {i} has {len(tokens)}; shorten it")
     order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
     out = torch.empty(len(ids), model.config.get_text_config(decoder=True).hidden_size)
     hide = None if progress is None else not progress
@@ -51,10 +74,8 @@ class Embedder:
         config = model.config.get_text_config(decoder=True)
         self.model, self.tokenizer, self.layer = model.eval(), tokenizer, layer
         self.name = f"embedding model {Path(model.config.name_or_path or type(model).__name__).name!r}"
-        self.width, self.longest = config.hidden_size, getattr(config, "max_position_embeddings", None)
-        self.layers = config.num_hidden_layers + 1  # hidden states: the embedding and one for each layer
-        if not -self.layers <= layer < self.layers:
-            raise InputError(f"{self.name} has {self.layers} hidden states, layer {layer} is not among them")
+        self.width, self.layers = config.hidden_size, config.num_hidden_layers + 1
+        check_layer(model, layer, self.name)
 
     @classmethod
     def from_pretrained(cls, path: str | Path, layer: int = -1, trust_remote_code: bool = False) -> Embedder:
@@ -65,20 +86,13 @@ class Embedder:
     def __call__(self, texts: Sequence[str], progress: bool | None = False) -> Tensor:
         """fp32 [N, D] on the CPU: the hidden state at the last token of each text."""
         ids = [self.tokenizer(text, verbose=False).input_ids for text in texts]
-        for i, (text, tokens) in enumerate(zip(texts, ids, strict=True)):
-            if not tokens:
-                raise InputError(f"{self.name}: text {i} is empty")
-            if self.longest is not None and len(tokens) > self.longest:
-                raise InputError(
-                    f"{self.name} reads {self.longest} tokens, text {i} has {len(tokens)}: {text[:40]!r}...; shorten it"
-                )
-        return last_states(self.model, ids, self.layer, progress)
+        return last_states(self.model, ids, self.layer, self.name, progress=progress)
 
 
 class EmbeddingProbe(Scorer):
     """A probe on another model's embedding of prompt + completion: any base policy, also with other tokens.
 
-    embed: texts -> fp32 [N, D], an Embedder or a call to somebody's service.
+    embed: texts -> [N, D], an Embedder or a call to somebody's service; a tensor, a NumPy array or lists of numbers.
     """
 
     def __init__(self, embed: Any, probe: Probe, name: str = "embedding-probe") -> None:
@@ -106,7 +120,10 @@ class EmbeddingProbe(Scorer):
 
     def score(self, candidates: Candidates) -> Tensor:
         texts = [p + c for p, c in zip(candidates.prompts, candidates.completions, strict=True)]
-        embeddings = self.embed(texts)
+        try:
+            embeddings = torch.as_tensor(self.embed(texts))
+        except (TypeError, ValueError) as error:
+            raise InputError(f"scorer {self.name!r}: embed gives no matrix: {first_line(error)}") from error
         if embeddings.shape != (len(texts), self.probe.hidden_size):
             raise InputError(
                 f"scorer {self.name!r} needs embeddings [{len(texts)}, {self.probe.hidden_size}], "

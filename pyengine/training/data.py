@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+import random
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from pyengine.engine import Engine
-from pyengine.errors import InputError, whole
+from pyengine.errors import InputError, real, whole
 from pyengine.results import SamplingParams
 from pyengine.scorers import ScorerLike
 from pyengine.strategies import BASE
@@ -86,7 +87,7 @@ def encode_all(engine: Engine, examples: Iterable[Example]) -> list[Encoded]:
             out.append(encode(engine, example))
         except InputError as error:
             faults.append(str(error))
-    _raise(faults, len(out) + len(faults), "examples")
+    raise_all(faults, len(out) + len(faults), "examples")
     return out
 
 
@@ -141,8 +142,9 @@ def read_examples(path: str | Path, engine: Engine) -> list[Example]:
     """Examples from JSONL lines {"prompt", "response", "reward"}, checked against the engine's model.
 
     Optional in a line: "finish_reason", "stop" (the default: the response is whole) or "length" (it was cut off), and
-    "tokens", the response's ids as `write_examples` keeps them. Raises one InputError that names file and line of the
-    first five faults and counts all; empty lines are skipped.
+    "tokens", the response's ids as `write_examples` keeps them; where these end without an EOS, finish_reason must be
+    there. Raises one InputError that names file and line of the first five faults and counts all; empty lines are
+    skipped.
     """
     found, faults, lines = [], [], 0
     for number, line in enumerate(read_file(path).splitlines(), 1):
@@ -150,22 +152,29 @@ def read_examples(path: str | Path, engine: Engine) -> list[Example]:
             continue
         lines += 1
         try:
-            example = _parsed(line, f"{path}:{number}")
-            encode(engine, example)
+            where = f"{path}:{number}"
+            record = json_object(line, where)
+            example = _parsed(record, where)
+            tokens = encode(engine, example).ids
+            if example.tokens is not None and "finish_reason" not in record and tokens[-1] not in engine.eos:
+                raise InputError(
+                    f'{where}: its tokens end without an EOS: give "finish_reason", "length" if the response was cut '
+                    'off, "stop" if its environment ended it there'
+                )
             found.append(example)
         except InputError as error:
             faults.append(str(error))
-    _raise(faults, lines, "lines")
+    raise_all(faults, lines, "lines")
     if not found:
         raise InputError(f'{path}: no examples; it needs lines {{"prompt", "response", "reward"}}')
     return found
 
 
-def _parsed(line: bytes, where: str) -> Example:
-    record = json_object(line, where)
+def _parsed(record: dict[str, Any], where: str) -> Example:
     missing = [key for key in ("prompt", "response", "reward") if key not in record]
     if missing:
-        raise InputError(f"{where}: lacks {' and '.join(map(repr, missing))}")
+        pair = ": it is a pair" if "chosen" in record else ""
+        raise InputError(f"{where}: lacks {' and '.join(map(repr, missing))}{pair}")
     for key in ("prompt", "response"):
         if not isinstance(record[key], str):
             raise InputError(f"{where}: {key!r} must be a string, got {record[key]!r:.40}")
@@ -207,7 +216,7 @@ def read_prompts(path: str | Path) -> list[str]:
             faults.append(str(error))
         else:
             found.append(prompt)
-    _raise(faults, len(found) + len(faults), "lines")
+    raise_all(faults, len(found) + len(faults), "lines")
     if not found:
         raise InputError(f'{path}: no prompts; it needs lines {{"prompt": ...}}')
     return found
@@ -232,7 +241,7 @@ def json_object(line: bytes, where: str) -> dict[str, Any]:
     return record
 
 
-def _raise(faults: Sequence[str], total: int, things: str) -> None:
+def raise_all(faults: Sequence[str], total: int, things: str) -> None:
     """One InputError for all faults; none if there are none."""
     if len(faults) == 1:
         raise InputError(faults[0])
@@ -241,9 +250,23 @@ def _raise(faults: Sequence[str], total: int, things: str) -> None:
         raise InputError(f"{len(faults)} of {total} {things} cannot be used: {'; '.join(faults[:SHOWN])}{rest}")
 
 
+def split(keys: Sequence[Any], share: float, seed: int) -> tuple[list[int], list[int]]:
+    """Rows to train on and rows held out, so that no key (a prompt) is on both sides; at least one key on each.
+
+    A share of 0 holds nothing out. Raises InputError where a share above 0 meets a single key.
+    """
+    share = real(share, "held_out", 0, 0.9)
+    known = sorted(set(keys))
+    if share and len(known) < 2:
+        raise InputError("held_out: holding prompts out needs at least two of them; give held_out=0 to train on all")
+    random.Random(seed).shuffle(known)
+    away = set(known[: min(max(1, round(share * len(known))), len(known) - 1)] if share else ())
+    return [i for i, key in enumerate(keys) if key not in away], [i for i, key in enumerate(keys) if key in away]
+
+
 def roll_out(
     engine: Engine,
-    prompts: Sequence[str],
+    prompts: str | Sequence[str],
     reward: ScorerLike,
     per_prompt: int = 1,
     max_tokens: int = 128,
@@ -253,10 +276,13 @@ def roll_out(
     """`per_prompt` responses of the base policy (temperature 1, no filters) to each prompt, with their rewards.
 
     The j-th response to a prompt is drawn with seed + j, so the same call gives the same examples; a prompt that comes
-    again goes on counting. The engine's own scorer is back when this returns. Raises InputError, naming prompt and
-    sample, for a reward that is not finite.
+    again goes on counting. The engine's own scorer is back when this returns. Raises InputError for a prompt
+    that cannot be decoded, by its place in `prompts`, and, naming prompt and sample, for a reward that is not finite.
     """
     whole(per_prompt, "roll_out: per_prompt", 1)
+    prompts = [prompts] if isinstance(prompts, str) else list(prompts)
+    for i, prompt in enumerate(prompts):
+        engine.encode(prompt, f"prompt {i}")
     seen: Counter[str] = Counter()
     asked, sampling = [], []
     for prompt in prompts:

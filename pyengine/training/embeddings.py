@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Sequence
+from dataclasses import Field, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -13,20 +13,24 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from pyengine.engine import Engine
-from pyengine.errors import InputError, first_line
+from pyengine.errors import InputError, first_line, whole
 from pyengine.results import Result
-from pyengine.scorers.embedding_probe import last_states
-from pyengine.training.examples import Pair, Scored
+from pyengine.scorers import Candidates, ScorerLike, parts_of, score_texts
+from pyengine.scorers.embedding_probe import check_layer, last_states
+from pyengine.training.data import Example, encode_all
+from pyengine.training.examples import Pair
 
 ROWS = 4096  # read at once where a temporary copy is made
 
 
 @dataclass(frozen=True)
 class _Stored:
-    """Tensors of equal length that live in one safetensors file."""
+    """Tensors of equal length that live in one safetensors file, and the hidden state that they are."""
 
     def __post_init__(self) -> None:
-        for field in fields(self):
+        if self.layer is not None:  # type: ignore[attr-defined]
+            whole(self.layer, "layer", -(2**31))  # type: ignore[attr-defined]
+        for field in _tensors(self):
             value = getattr(self, field.name)
             matrix = field.name not in ("reward", "prompt")
             if not isinstance(value, Tensor) or value.dim() != 1 + matrix or (matrix and 0 in value.shape):
@@ -49,25 +53,38 @@ class _Stored:
 
     def save(self, file: str | Path) -> None:
         """Write one safetensors file, in the types that the tensors have."""
-        save_file({f.name: getattr(self, f.name).contiguous() for f in fields(self)}, file)
+        tensors = {f.name: getattr(self, f.name).contiguous() for f in _tensors(self)}
+        if self.layer is not None:  # type: ignore[attr-defined]
+            tensors["layer"] = torch.tensor(self.layer)  # type: ignore[attr-defined]
+        save_file(tensors, file)
+
+
+def _tensors(kind: Any) -> list[Field]:
+    """The fields of Samples or Pairs but for `layer`."""
+    return [field for field in fields(kind) if field.name != "layer"]
 
 
 @dataclass(frozen=True)
 class Samples(_Stored):
-    """N scored responses: embeddings [N, D] in fp32, bf16 or fp16, reward [N], prompt [N] (equal for one prompt)."""
+    """N scored responses: embeddings [N, D] in fp32, bf16 or fp16, reward [N], prompt [N] (equal for one prompt).
+
+    layer: the hidden state that the embeddings are, as in transformers' hidden_states; None if nobody said.
+    """
 
     embeddings: Tensor
     reward: Tensor
     prompt: Tensor
+    layer: int | None = None
 
 
 @dataclass(frozen=True)
 class Pairs(_Stored):
-    """N preferences: embeddings chosen and rejected [N, D] in fp32, bf16 or fp16, prompt [N]."""
+    """N preferences: embeddings chosen and rejected [N, D] in fp32, bf16 or fp16, prompt [N]; layer as in Samples."""
 
     chosen: Tensor
     rejected: Tensor
     prompt: Tensor
+    layer: int | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -85,15 +102,19 @@ def not_finite(values: Tensor) -> int | None:
 
 
 def load_embeddings(file: str | Path) -> Samples | Pairs:
-    """What `save` wrote, or any safetensors file with tensors of these names."""
+    """What `save` wrote, or any safetensors file with tensors of these names; `layer`, 0-d, may be missing."""
     try:
-        found = load_file(file)
+        found: dict[str, Any] = load_file(file)
     except (OSError, SafetensorError) as error:
         raise InputError(f"{file}: {first_line(error)}") from error
     kind: Any = Pairs if "chosen" in found else Samples
-    names = [f.name for f in fields(kind)]
-    if set(found) != set(names):
-        raise InputError(f"{file}: holds {sorted(found)}; it must hold {', '.join(names)}")
+    names = [f.name for f in _tensors(kind)]
+    if set(found) - {"layer"} != set(names):
+        raise InputError(f"{file}: holds {sorted(found)}; it must hold {', '.join(names)}, and may hold layer")
+    if "layer" in found:
+        if found["layer"].dim() or found["layer"].is_floating_point():
+            raise InputError(f"{file}: layer must be one whole number, got {found['layer'].tolist()!r:.40}")
+        found["layer"] = int(found["layer"])
     try:
         return kind(**found)
     except InputError as error:
@@ -101,33 +122,31 @@ def load_embeddings(file: str | Path) -> Samples | Pairs:
 
 
 def embed(
-    engine: Engine, responses: Sequence[Result | tuple[str, str]], layer: int = -1, progress: bool | None = None
+    engine: Engine,
+    responses: Sequence[Result | Example | tuple[str, str]],
+    layer: int = -1,
+    progress: bool | None = None,
 ) -> Tensor:
     """fp32 [N, D] on the CPU: hidden state `layer` of the engine's model at the last token of each response.
 
-    responses: results as they were decoded, or (prompt, response) texts, which get the model's EOS: a probe in the
-    engine reads a whole response at its EOS. Raises InputError, naming the response, if the model cannot read it.
+    responses: results as they were decoded, examples, or (prompt, response) texts, which are whole. A whole response is
+    read at its EOS, as a probe in the engine reads it, one that was cut off at its last token. Raises one InputError
+    for all that the model cannot read.
     """
-    layers = engine.policy.layers
-    if not -layers <= layer < layers:
-        raise InputError(f"{engine.policy.name} has {layers} hidden states, layer {layer} is not among them")
-    own = engine.tokenizer.eos_token_id
-    end = [own] if own in engine.eos else sorted(engine.eos)[:1]
-    ids = []
-    for i, response in enumerate(responses):
-        if isinstance(response, Result):
-            tokens = engine.encode(response.prompt, f"prompt of response {i}") + response.tokens
-        else:
-            prompt, text = response
-            if not text.strip():
-                raise InputError(f"response {i} is empty")
-            tokens = engine.tokenizer(prompt + text, verbose=False).input_ids + end
-        if engine.context is not None and len(tokens) > engine.context:
-            raise InputError(
-                f"response {i} has {len(tokens)} tokens with its prompt, {engine.policy.name} reads {engine.context}"
-            )
-        ids.append(tokens)
-    return last_states(engine.model.base_model, ids, layer, progress)
+    name = engine.policy.name
+    check_layer(engine.model, layer, name)
+    examples = [_example(response, f"response {i}") for i, response in enumerate(responses)]
+    ids = [e.ids for e in encode_all(engine, examples)]
+    return last_states(engine.model.base_model, ids, layer, name, "response", progress)
+
+
+def _example(response: Result | Example | tuple[str, str], where: str) -> Example:
+    if isinstance(response, Example):
+        return response
+    if isinstance(response, Result):
+        ended = response.finish_reason == "stop"
+        return Example(response.prompt, response.text, 0.0, response.tokens, ended, where)
+    return Example(*response, 0.0, where=where)
 
 
 def numbered(prompts: Sequence[str]) -> Tensor:
@@ -137,27 +156,34 @@ def numbered(prompts: Sequence[str]) -> Tensor:
 
 
 def samples_of(
-    engine: Engine,
-    results: Sequence[Result],
-    reward: Callable[[list[str], list[str]], Sequence[float]],
-    layer: int = -1,
-    progress: bool | None = None,
+    engine: Engine, results: Sequence[Result], reward: ScorerLike, layer: int = -1, progress: bool | None = None
 ) -> Samples:
-    """Decoded responses as training data; reward: a function of prompts and completions, as scorers take it."""
-    prompts = [r.prompt for r in results]
-    rewards = torch.tensor(list(reward(prompts, [r.text for r in results])), dtype=torch.float32)
-    return Samples(embed(engine, results, layer, progress), rewards, numbered(prompts))
+    """Decoded responses as training data.
+
+    reward: anything that the engine takes as a scorer, but for those that read its model's hidden states.
+    """
+    parts = parts_of(reward)
+    if not parts:
+        raise InputError("samples_of needs a reward")
+    for part in parts:
+        part.scorer.check(engine.policy)
+        part.scorer.move(engine.policy.device)
+    texts, prompts = [r.text for r in results], [r.prompt for r in results]
+    heads = [engine.encode(prompt, f"the prompt of response {i}") for i, prompt in enumerate(prompts)]
+    given = Candidates(prompts, [r.tokens for r in results], {}, {}, lambda _: texts, heads)
+    return Samples(embed(engine, results, layer, progress), score_texts(parts, given).float(), numbered(prompts), layer)
 
 
 def embed_examples(
-    engine: Engine, examples: Sequence[Pair] | Sequence[Scored], layer: int = -1, progress: bool | None = None
+    engine: Engine, examples: Sequence[Pair] | Sequence[Example], layer: int = -1, progress: bool | None = None
 ) -> Samples | Pairs:
     """Examples read from JSONL as training data."""
     prompt = numbered([e.prompt for e in examples])
     pairs = [e for e in examples if isinstance(e, Pair)]
     if pairs:
-        chosen = embed(engine, [(e.prompt, e.chosen) for e in pairs], layer, progress)
-        return Pairs(chosen, embed(engine, [(e.prompt, e.rejected) for e in pairs], layer, progress), prompt)
-    scored = [e for e in examples if isinstance(e, Scored)]
-    states = embed(engine, [(e.prompt, e.response) for e in scored], layer, progress)
-    return Samples(states, torch.tensor([e.value for e in scored]), prompt)
+        chosen = [Example(e.prompt, e.chosen, 0.0, where=f"{e.where}: chosen") for e in pairs]
+        rejected = [Example(e.prompt, e.rejected, 0.0, where=f"{e.where}: rejected") for e in pairs]
+        better, worse = embed(engine, chosen + rejected, layer, progress).chunk(2)
+        return Pairs(better, worse, prompt, layer)
+    scored = [e for e in examples if isinstance(e, Example)]
+    return Samples(embed(engine, scored, layer, progress), torch.tensor([e.reward for e in scored]), prompt, layer)

@@ -27,7 +27,7 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArgu
 from pyengine.engine import Engine
 from pyengine.errors import InputError, real, whole
 from pyengine.scorers import PrefixModel, PrefixScorer
-from pyengine.training.data import Encoded, Example, encode_all
+from pyengine.training.data import Encoded, Example, encode_all, split
 from pyengine.training.trunk import TrunkStudent, grouped, load_trunk
 from pyengine.training.values import Batch, Method, Student, collate, read_prefixes, regression_loss, targets
 
@@ -163,7 +163,7 @@ def train_prefix_scorer(
     """
     out = Path(out)
     started = time.perf_counter()
-    training, held_out, by = split(encode_all(engine, examples), settings.held_out, settings.seed)
+    training, held_out, by = held_apart(encode_all(engine, examples), settings.held_out, settings.seed)
     trunk, read = engine.model, engine.policy
     if settings.trunk != "frozen":
         trunk, read = load_trunk(engine, settings.trunk, [*training, *held_out])
@@ -211,18 +211,14 @@ def train_prefix_scorer(
     return report
 
 
-def split(items: Sequence[Encoded], share: float, seed: int) -> tuple[list[Encoded], list[Encoded], str]:
+def held_apart(items: Sequence[Encoded], share: float, seed: int) -> tuple[list[Encoded], list[Encoded], str]:
     """(training, held out, "prompt" or "response"): a share of the prompts, or of the responses to a single prompt."""
-    prompts = sorted({item.prompt for item in items})
-    by = "prompt" if len(prompts) > 1 else "response"
+    if not items:
+        raise InputError("no examples to train on")
+    by = "prompt" if len({item.prompt for item in items}) > 1 else "response"
     keys: Sequence[Any] = [item.prompt for item in items] if by == "prompt" else range(len(items))
-    groups = prompts if by == "prompt" else list(range(len(items)))
-    random.Random(seed).shuffle(groups)
-    away = set(groups[: round(share * len(groups)) or int(share > 0 and len(groups) > 1)])
-    training = [item for item, key in zip(items, keys, strict=True) if key not in away]
-    if not training:
-        raise InputError("no examples to train on; give more, or hold out fewer")
-    return training, [item for item, key in zip(items, keys, strict=True) if key in away], by
+    training, held_out = split(keys, share if len(items) > 1 else 0.0, seed)
+    return [items[i] for i in training], [items[i] for i in held_out], by
 
 
 @torch.no_grad()

@@ -16,6 +16,7 @@ from tqdm import tqdm
 from pyengine.errors import InputError, real, whole
 from pyengine.losses import ce_loss, pg_loss, q_loss, qp_loss
 from pyengine.scorers import Probe
+from pyengine.training.data import split
 from pyengine.training.embeddings import ROWS, Pairs, Samples
 
 Loss = Literal["q", "ce", "pg", "qp"]
@@ -54,12 +55,12 @@ def train_probe(
     loss: Loss,
     *,
     hidden: Sequence[int] = (),
-    layer: int = -1,
+    layer: int | None = None,
     name: str = "probe",
     lr: float = 5e-5,
     epochs: int = 150,
     batch: int | None = None,
-    beta_train: float = 1.0,
+    beta_train: float | None = None,
     group: int | None = None,
     held_out: float = 0.1,
     keep_best: bool = False,
@@ -70,35 +71,36 @@ def train_probe(
 
     Args:
         data: samples for "q", "ce" (rewards in [0, 1]) and "pg", pairs for "qp".
-        hidden: widths of the hidden layers; () is linear. layer, name: kept in the probe for the engine.
+        hidden: widths of the hidden layers; () is linear. layer: the hidden state that the embeddings are, which the
+            probe will read in the engine; None is the data's own. name: of the probe.
         batch: rows, for "pg" groups, for "qp" pairs; None is 1000, 100 and 1024 as in the paper.
-        beta_train: of the softmax in "pg". What is used to select later is that call's own beta.
+        beta_train: of the softmax in "pg" only; None is 1. What is used to select later is that call's own beta.
         group: samples of a prompt in one group of "pg", drawn anew every epoch; None takes all of a prompt's.
         held_out: share of the prompts that are not trained on. keep_best: keep the epoch with the lowest loss there.
         seed: of the split, the initial weights and the order.
 
     The bias is trained for "q" and "ce" only: the others see differences, and it stays 0.
-    Raises InputError, naming the row or the prompt, for data that the loss cannot use.
+    Raises InputError, naming the row or the prompt, for data that the loss cannot use, and for losses that run away.
     """
-    if loss not in BATCHES:
-        raise InputError(f"train_probe: loss must be one of {', '.join(BATCHES)}, got {loss!r}")
-    batch = whole(BATCHES[loss] if batch is None else batch, "train_probe: batch", 1)
-    epochs, lr = whole(epochs, "train_probe: epochs", 1), real(lr, "train_probe: lr", 0)
-    if keep_best and not held_out:
-        raise InputError("train_probe: keep_best needs held_out > 0")
-    settings: dict[str, Any] = {
-        "loss": loss,
-        "lr": lr,
-        "epochs": epochs,
-        "batch": batch,
-        "held_out": held_out,
-        "seed": seed,
-    }
-    if loss == "pg":
-        settings |= {"beta_train": beta_train, "group": group}
+    settings = probe_settings(
+        loss,
+        isinstance(data, Pairs),
+        lr=lr,
+        epochs=epochs,
+        batch=batch,
+        beta_train=beta_train,
+        group=group,
+        held_out=held_out,
+        keep_best=keep_best,
+        seed=seed,
+    )
+    batch, beta = settings["batch"], settings.get("beta_train", 1.0)
+    if loss == "pg":  # of all prompts: one that is odd may fall to either side
+        settings["group"] = group = group_size(data.prompt, group)
+    layer = _layer_of(data, layer)
     order = torch.Generator().manual_seed(seed)
-    train, test = split(data.prompt, held_out, order)
-    problem = _problem(data, loss, train, beta_train)
+    train, test = (torch.tensor(rows, dtype=torch.long) for rows in split(data.prompt.tolist(), held_out, seed))
+    problem = _problem(data, loss, train, beta)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         probe = Probe(problem.width, layer, name, hidden)
@@ -121,6 +123,10 @@ def train_probe(
             raise InputError(f"train_probe: the loss is {fit.train_loss[-1]} in epoch {epoch}; lower lr from {lr:g}")
         if tested:
             fit.held_out_loss.append(_mean_loss(probe, problem, tested))
+            if not math.isfinite(fit.held_out_loss[-1]):
+                raise InputError(
+                    f"train_probe: the held-out loss is {fit.held_out_loss[-1]} in epoch {epoch}; lower lr from {lr:g}"
+                )
         if keep_best and fit.held_out_loss[-1] == min(fit.held_out_loss):
             best, fit.epoch = {name: value.clone() for name, value in probe.state_dict().items()}, epoch
         bar.set_postfix(loss=f"{fit.train_loss[-1]:.4f}", refresh=False)
@@ -135,35 +141,80 @@ def train_probe(
     return fit
 
 
-def split(prompt: Tensor, share: float, order: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Rows to train on and rows held out, so that no prompt is on both sides; at least one prompt on each."""
-    share = real(share, "held_out", 0, 0.9)
-    if share == 0:
-        return torch.arange(len(prompt)), torch.arange(0)
-    known = prompt.unique()
-    if len(known) < 2:
-        raise InputError("held_out: holding prompts out needs at least two of them; give held_out=0 to train on all")
-    out = torch.isin(prompt, known[torch.randperm(len(known), generator=order)[: max(1, round(share * len(known)))]])
-    return (~out).nonzero()[:, 0], out.nonzero()[:, 0]
+def probe_settings(
+    loss: Loss,
+    paired: bool,
+    *,
+    lr: float = 5e-5,
+    epochs: int = 150,
+    batch: int | None = None,
+    beta_train: float | None = None,
+    group: int | None = None,
+    held_out: float = 0.1,
+    keep_best: bool = False,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """The settings of `train_probe` with its defaults; InputError for what cannot be, before anything is embedded.
 
-
-def groups(prompt: Tensor, size: int | None, order: torch.Generator | None) -> Tensor:
-    """Rows [G, K] so that all of a group have one prompt; with `order` they are drawn anew, else as they stand.
-
-    size: K, which must divide the samples of every prompt; None is all of them, as many for each prompt.
-    Raises InputError that names the first prompt with another number.
+    paired: whether the data are pairs.
     """
-    known, place, count = prompt.unique(return_inverse=True, return_counts=True)
-    wanted = int(count.mode().values) if size is None else whole(size, "train_probe: group", 1)
+    if loss not in BATCHES:
+        raise InputError(f"train_probe: loss must be one of {', '.join(BATCHES)}, got {loss!r}")
+    if paired != (loss == "qp"):
+        raise InputError(f"train_probe: loss {loss!r} needs {'Pairs' if loss == 'qp' else 'Samples'}")
+    found: dict[str, Any] = {
+        "loss": loss,
+        "lr": real(lr, "train_probe: lr", 1e-12),
+        "epochs": whole(epochs, "train_probe: epochs", 1),
+        "batch": whole(BATCHES[loss] if batch is None else batch, "train_probe: batch", 1),
+        "held_out": real(held_out, "train_probe: held_out", 0, 0.9),
+        "seed": whole(seed, "train_probe: seed", 0),
+    }
+    if keep_best and not held_out:
+        raise InputError("train_probe: keep_best needs held_out > 0")
+    if loss != "pg":
+        for name, value in (("beta_train", beta_train), ("group", group)):
+            if value is not None:
+                raise InputError(f"train_probe: {name} is for loss 'pg', not for {loss!r}")
+        return found
+    beta = real(1.0 if beta_train is None else beta_train, "train_probe: beta_train")
+    if beta <= 0:
+        raise InputError(f"train_probe: beta_train must be above 0, got {beta}")
+    return found | {"beta_train": beta, "group": None if group is None else whole(group, "train_probe: group", 1)}
+
+
+def _layer_of(data: Samples | Pairs, layer: int | None) -> int:
+    """The hidden state that the embeddings are."""
+    if layer is not None and data.layer is not None and layer != data.layer:
+        raise InputError(f"train_probe: the embeddings are of layer {data.layer}, not of layer {layer}: leave it out")
+    found = data.layer if layer is None else layer
+    if found is None:
+        raise InputError("train_probe: the embeddings do not say which hidden state they are; give the layer")
+    return whole(found, "train_probe: layer", -(2**31))
+
+
+def group_size(prompt: Tensor, size: int | None) -> int:
+    """K, the samples of a prompt that make one group: `size`, or None for all of them, as many for each prompt.
+
+    Raises InputError that names the first prompt whose samples do not make whole groups.
+    """
+    known, count = prompt.unique(return_counts=True)
+    wanted = int(count.mode().values) if size is None else size
     odd = ((count != wanted) if size is None else (count % wanted != 0)).nonzero()[:, 0]
     if len(odd):
         number, found = int(known[odd[0]]), int(count[odd[0]])
         others = f"{wanted} like the others" if size is None else f"a multiple of {wanted}"
         raise InputError(f"prompt {number} has {found} samples, loss 'pg' needs {others}; draw more or leave some out")
+    return wanted
+
+
+def groups(prompt: Tensor, size: int, order: torch.Generator | None) -> Tensor:
+    """Rows [G, K] so that all of a group have one prompt; with `order` they are drawn anew, else as they stand."""
+    place = prompt.unique(return_inverse=True)[1]
     if order is None:
-        return place.argsort(stable=True).view(-1, wanted)
+        return place.argsort(stable=True).view(-1, size)
     shuffled = place + torch.rand(len(place), generator=order, dtype=torch.float64)
-    rows = shuffled.argsort().view(-1, wanted)
+    rows = shuffled.argsort().view(-1, size)
     return rows[torch.randperm(len(rows), generator=order)]
 
 
@@ -172,6 +223,7 @@ def _batches(
 ) -> Iterator[Tensor]:
     """Every row once: indices [n], or [n, K] for pg; in a random order if one is given."""
     if loss == "pg":
+        assert group is not None
         rows = rows[groups(prompt[rows], group, order)]
     elif order is not None:
         rows = rows[torch.randperm(len(rows), generator=order)]
@@ -192,6 +244,7 @@ class _Problem:
     biased: bool
     target: Tensor | None
     probability: bool = False  # whether sigmoid(Q) is what meets the target
+    beta: float = 1.0  # of the softmax over a group
 
     @property
     def width(self) -> int:
@@ -199,8 +252,6 @@ class _Problem:
 
 
 def _problem(data: Samples | Pairs, loss: Loss, train: Tensor, beta: float) -> _Problem:
-    if isinstance(data, Pairs) != (loss == "qp"):
-        raise InputError(f"train_probe: loss {loss!r} needs {'Pairs' if loss == 'qp' else 'Samples'}")
     if isinstance(data, Pairs):
         return _Problem(data.chosen, data.rejected, lambda margin, _: qp_loss(margin, 0.0), False, None)
     reward = data.reward.float()
@@ -210,11 +261,9 @@ def _problem(data: Samples | Pairs, loss: Loss, train: Tensor, beta: float) -> _
             row = int(bad[0])
             raise InputError(f"loss 'ce' needs rewards in 0 .. 1, row {row} has {reward[row]:g}")
     if loss == "pg":
-        if real(beta, "train_probe: beta_train") <= 0:
-            raise InputError(f"train_probe: beta_train must be above 0, got {beta}")
         baseline = reward[train].mean().item()
         objective = lambda q, pick: pg_loss(q, reward[pick], baseline, beta)  # noqa: E731
-        return _Problem(data.embeddings, None, objective, False, reward)
+        return _Problem(data.embeddings, None, objective, False, reward, beta=beta)
     compare = q_loss if loss == "q" else ce_loss
     return _Problem(data.embeddings, None, lambda q, pick: compare(q, reward[pick]), True, reward, loss == "ce")
 
@@ -309,7 +358,8 @@ def _mean_loss(probe: Probe, problem: _Problem, batches: Sequence[Tensor]) -> fl
 
 
 def _metrics(probe: Probe, problem: _Problem, batches: Sequence[Tensor]) -> dict[str, float]:
-    """What the loss means: accuracy of pairs, correlation with the reward, reward of softmax and argmax selection."""
+    """What the loss means: accuracy of pairs, correlation with the reward, for groups the mean reward of all samples,
+    of softmax selection with beta_train and of argmax selection."""
     q = torch.cat([_outputs(probe, problem, pick) for pick in batches])
     found = {"rows": float(q.numel()), "loss": _mean_loss(probe, problem, batches)}
     if problem.target is None:
@@ -318,6 +368,11 @@ def _metrics(probe: Probe, problem: _Problem, batches: Sequence[Tensor]) -> dict
     both = torch.stack([(q.sigmoid() if problem.probability else q).flatten(), reward.flatten()]).double()
     found["correlation"] = torch.corrcoef(both)[0, 1].nan_to_num().item() if q.numel() > 1 else 0.0
     if q.dim() == 2:
+        soft = (torch.softmax(q / problem.beta, 1) * reward).sum(1)
         best = reward.gather(1, q.argmax(1, keepdim=True))
-        found |= {"reward_base": reward.mean().item(), "reward_argmax": best.mean().item()}
+        found |= {
+            "reward_base": reward.mean().item(),
+            "reward_softmax": soft.mean().item(),
+            "reward_argmax": best.mean().item(),
+        }
     return found

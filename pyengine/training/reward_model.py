@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +19,10 @@ from torch.nn.functional import binary_cross_entropy_with_logits, logsigmoid
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, DataCollatorWithPadding
 from trl import RewardConfig, RewardTrainer
 
-from pyengine.errors import InputError, first_line
+from pyengine.errors import InputError, first_line, real
 from pyengine.scorers import Candidates, RewardModel
-from pyengine.training.embeddings import numbered
-from pyengine.training.examples import Pair, Scored, read_examples
-from pyengine.training.probe import split
+from pyengine.training.data import split
+from pyengine.training.examples import Labelled, Pair, read_preferences
 
 REPORT = "reward_model.json"
 BINS = 10
@@ -52,7 +53,7 @@ class PointwiseTrainer(RewardTrainer):
 
 def train_reward_model(
     model: str | Path,
-    data: str | Path | Sequence[Pair] | Sequence[Scored],
+    data: str | Path | Sequence[Pair] | Sequence[Labelled],
     out: str | Path,
     *,
     args: RewardConfig | None = None,
@@ -66,7 +67,7 @@ def train_reward_model(
     Args:
         model: directory or hub id of a sequence classifier with one output, or of a language model, which gets a new
             scoring head. data: examples, or a JSONL file of {"prompt", "chosen", "rejected"} or
-            {"prompt", "response", "label"}; see `read_examples`. The text prompt + response is read as the scorer
+            {"prompt", "response", "label"}; see `read_preferences`. The text prompt + response is read as the scorer
             will read it: no EOS is added, because a classifier that pads with EOS would not see it.
         args: TRL's RewardConfig; None is `default_config`. With args, checkpoints go where they say.
         held_out: share of the prompts for the report and the choice of the checkpoint; seed: of that split.
@@ -74,19 +75,26 @@ def train_reward_model(
 
     Returns the report that is also written to reward_model.json: accuracy, margin, loss and calibration on the
     held-out prompts, of the checkpoint as it was saved.
-    Raises InputError, naming file:line, for examples that cannot be used or are longer than the model reads.
+    Raises InputError, naming the example, for examples that cannot be used or are longer than the model or
+    args.max_length allows, and where `out` holds reward-model-checkpoints of an earlier run.
     """
-    examples: Sequence[Any] = read_examples(data, "label") if isinstance(data, (str, Path)) else list(data)
+    examples: Sequence[Any] = read_preferences(data) if isinstance(data, (str, Path)) else list(data)
     if not examples:
         raise InputError("train_reward_model: no examples")
-    train, test = split(numbered([e.prompt for e in examples]), held_out, torch.Generator().manual_seed(seed))
-    if args is not None and args.center_rewards_coefficient is not None and isinstance(examples[0], Scored):
+    _check(examples)
+    train, test = split([e.prompt for e in examples], held_out, seed)
+    if args is not None and args.center_rewards_coefficient is not None and isinstance(examples[0], Labelled):
         raise InputError("train_reward_model: center_rewards_coefficient needs pairs")
     scorer = _start(model, seed, trust_remote_code)
-    rows = [_tokens(scorer, e) for e in examples]
-    scratch = Path(out) / "checkpoints"  # one that all processes see
-    config = args or default_config(scratch, evaluate=len(test) > 0, seed=seed)
-    _fit(scorer, [rows[i] for i in train], [rows[i] for i in test], config, Path(out), **trainer)
+    limit = scorer.longest
+    if args is not None and args.max_length is not None:  # TRL leaves longer pairs out without a word
+        limit = min(limit, args.max_length)
+    rows = [_tokens(scorer, e, limit) for e in examples]
+    with contextlib.ExitStack() as stack:
+        config = args
+        if config is None:
+            config = default_config(stack.enter_context(scratch(out)), evaluate=len(test) > 0, seed=seed)
+        _fit(scorer, [rows[i] for i in train], [rows[i] for i in test], config, Path(out), **trainer)
     report: dict[str, Any] = {
         "kind": "pairwise" if isinstance(examples[0], Pair) else "pointwise",
         "base": str(model),
@@ -94,12 +102,27 @@ def train_reward_model(
         "held_out": len(test),
     }
     if config.process_index == 0:
-        if args is None:
-            shutil.rmtree(scratch, ignore_errors=True)
         if len(test):
             report |= evaluate(RewardModel.from_pretrained(out, trust_remote_code), [examples[i] for i in test])
         (Path(out) / REPORT).write_text(json.dumps(report, indent=1) + "\n")
     return report
+
+
+@contextlib.contextmanager
+def scratch(out: str | Path) -> Iterator[Path]:
+    """A directory for checkpoints in `out`, which all processes see; it is gone afterwards.
+
+    Raises InputError where it is there already: it may be somebody's.
+    """
+    directory = Path(out) / "reward-model-checkpoints"
+    main = int(os.environ.get("RANK", "0")) == 0  # before TRL has set up the processes
+    if main and directory.exists():
+        raise InputError(f"{directory} is there already, perhaps of a run that was killed: remove it, or change out")
+    try:
+        yield directory
+    finally:
+        if main:
+            shutil.rmtree(directory, ignore_errors=True)
 
 
 def default_config(directory: str | Path, evaluate: bool = True, **changes: Any) -> RewardConfig:
@@ -116,7 +139,7 @@ def default_config(directory: str | Path, evaluate: bool = True, **changes: Any)
         "bf16": gpu,
         "gradient_checkpointing": gpu,
         "dataloader_pin_memory": gpu,
-        "max_length": None,  # TRL would leave longer ones out without a word; here they are refused by line
+        "max_length": None,
         "report_to": "none",
         "save_strategy": "no",
         "disable_tqdm": not sys.stderr.isatty(),
@@ -157,21 +180,31 @@ def _start(path: str | Path, seed: int, trust_remote_code: bool) -> RewardModel:
     return RewardModel(model, tokenizer, Path(path).name)
 
 
-def _tokens(scorer: RewardModel, example: Pair | Scored) -> dict[str, Any]:
+def _check(examples: Sequence[Any]) -> None:
+    """All examples are of one kind, and labels in 0 .. 1."""
+    for i, example in enumerate(examples):
+        if not isinstance(example, (Pair, Labelled)):
+            raise InputError(f"train_reward_model: example {i} is neither a Pair nor a Labelled: {example!r:.60}")
+        if type(example) is not type(examples[0]):
+            kinds = [type(e).__name__ for e in (example, examples[0])]
+            raise InputError(f"{example.where}: a {kinds[0]} among examples of kind {kinds[1]}; train on one kind")
+        if isinstance(example, Labelled):
+            real(example.label, f"{example.where}: the label", 0, 1)
+
+
+def _tokens(scorer: RewardModel, example: Pair | Labelled, limit: float) -> dict[str, Any]:
     """The columns that the trainer reads, tokenised as RewardModel.score does."""
 
     def ids(response: str) -> list[int]:
         found = scorer.tokenizer(example.prompt + response, verbose=False).input_ids
-        if len(found) > scorer.longest:
-            raise InputError(
-                f"{example.where}: has {len(found)} tokens, reward model {scorer.name!r} reads {scorer.longest}; "
-                "shorten it or leave it out"
-            )
+        if len(found) > limit:
+            whose = f"reward model {scorer.name!r} reads" if limit == scorer.longest else "max_length is"
+            raise InputError(f"{example.where}: has {len(found)} tokens, {whose} {limit}; shorten it or leave it out")
         return found
 
     if isinstance(example, Pair):
         return {"chosen_ids": ids(example.chosen), "rejected_ids": ids(example.rejected)}
-    return {"input_ids": ids(example.response), "labels": example.value}
+    return {"input_ids": ids(example.response), "labels": float(example.label)}
 
 
 def _fit(
@@ -199,7 +232,7 @@ def _fit(
 
 
 @torch.inference_mode()
-def evaluate(scorer: RewardModel, examples: Sequence[Pair] | Sequence[Scored]) -> dict[str, Any]:
+def evaluate(scorer: RewardModel, examples: Sequence[Pair] | Sequence[Labelled]) -> dict[str, Any]:
     """Accuracy, margin, loss and calibration of a reward model on examples, scored as the engine scores them.
 
     Pairs: accuracy is the share with r_w > r_l (a tie is wrong), margin the mean of r_w - r_l, and the confidence in
@@ -216,7 +249,7 @@ def evaluate(scorer: RewardModel, examples: Sequence[Pair] | Sequence[Scored]) -
         right, loss, margin = logit > 0, -logsigmoid(logit).mean(), logit.mean()
     else:
         logit = scores([e.response for e in examples])  # type: ignore[union-attr]
-        label = torch.tensor([e.value for e in examples], dtype=torch.float64)  # type: ignore[union-attr]
+        label = torch.tensor([e.label for e in examples], dtype=torch.float64)  # type: ignore[union-attr]
         right, loss = (logit > 0) == (label > 0.5), binary_cross_entropy_with_logits(logit, label)
         margin = logit[label > 0.5].mean() - logit[label <= 0.5].mean()
     error, bins = calibration(torch.sigmoid(logit.abs()), right)
