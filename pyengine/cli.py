@@ -73,6 +73,16 @@ def make_scorer(name: str) -> Any:
     return name
 
 
+class Complaints:
+    """What was wrong with single lines: printed as it is found, and counted, while the others go on."""
+
+    made = 0
+
+    def __call__(self, message: str) -> None:
+        self.made += 1
+        print(f"pyengine: {message}", file=sys.stderr)
+
+
 def read_prompts(arguments: list[str], file: Path | None, complain: Any) -> Iterator[tuple[str, str]]:
     """(where it came from, prompt) from the arguments, else a JSONL file, else the lines of stdin.
 
@@ -172,12 +182,7 @@ def generate(
     name = strategy or ("base" if scorer is None else "blockwise")
     plan = make_strategy(name, {"k": k, "block": block, "weight": weight, "beta": beta})
     sampling = SamplingParams(max_tokens, temperature, top_k, top_p, min_p, seed)
-    failures: list[str] = []
-
-    def complain(message: str) -> None:
-        failures.append(message)
-        print(f"pyengine: {message}", file=sys.stderr)
-
+    complain = Complaints()
     found = list(read_prompts(list(prompts or []), input, complain))
     if not found:
         raise InputError(f"no usable prompt in {input}" if input else "no prompt on stdin")
@@ -205,7 +210,7 @@ def generate(
             else:
                 reward = "" if result.reward is None else f"reward {result.reward:.3f}, "
                 print(f"{result.prompt}{result.text}\n  [{reward}KL {result.kl:.2f} nats ({result.kl_kind})]")
-    if failures:
+    if complain.made:
         raise typer.Exit(2)
 
 
@@ -259,12 +264,7 @@ def curve(
     whole(prompts, "curve: --prompts", 1)
     if not out.absolute().parent.is_dir():
         raise InputError(f"curve: --out {out}: no such directory")
-    failures: list[str] = []
-
-    def complain(message: str) -> None:
-        failures.append(message)
-        print(f"pyengine: {message}", file=sys.stderr)
-
+    complain = Complaints()
     followed, measured = make_scorer(scorer), None if reward is None else make_scorer(reward)
     plans: list[Any] = [(Tokenwise(w), followed) for (w,) in settings(tokenwise, "--tokenwise", float)]
     plans += [(Blockwise(k, m), followed) for k, m in settings(blockwise, "--blockwise", int, int)]
@@ -283,7 +283,7 @@ def curve(
     curves.save(points, out.with_name(out.name + ".json"), **about)
     title = f"{engine.name}, {len(texts)} prompts, following {scorer}"
     curves.draw(points, out.with_name(out.name + ".png"), title, reward or scorer)
-    if failures:
+    if complain.made:
         raise typer.Exit(2)
 
 

@@ -90,10 +90,9 @@ def measure(
             raise InputError("a curve needs a scorer for every strategy")
         return loaded[key]
 
-    before = [part.term() for part in engine.parts]
     points, base_rewards = [], list[float]()
     hide = None if progress is None else not progress
-    try:
+    with engine.following(None):
         for i, (strategy, scorer) in enumerate(
             tqdm([(BASE, plans[0][1]), *plans], unit="strategy", disable=hide, leave=False)
         ):
@@ -131,8 +130,6 @@ def measure(
                     tokens_per_second=sum(len(r.tokens) for r in results) / seconds,
                 )
             )
-    finally:
-        engine.set_scorer(before or None)
     return points
 
 

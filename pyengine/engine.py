@@ -7,7 +7,7 @@ import math
 import warnings
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
-from contextlib import ExitStack, closing
+from contextlib import ExitStack, closing, contextmanager
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -116,6 +116,16 @@ class Engine:
         self._judge.follow(parts_of(scorer))
         self._decoder.layers = tuple(sorted({layer for part in self.parts for layer in part.scorer.layers}))
         self._decoder.captured.clear()
+
+    @contextmanager
+    def following(self, scorer: ScorerLike | None) -> Iterator[None]:
+        """Follow another scorer inside; the one that was followed before is back afterwards."""
+        before = [part.term() for part in self.parts]
+        try:
+            self.set_scorer(scorer)
+            yield
+        finally:
+            self.set_scorer(before or None)
 
     @property
     def parts(self) -> list[Part]:
@@ -300,7 +310,8 @@ class Engine:
         k, live = strategy.k, list[Request]()
         # Scorers that are models follow the base model: block by block, or token by token where they tilt. For k = 1
         # nothing is selected.
-        readers = self._judge.readers if k > 1 else self._tilt(strategy).beside
+        tilt = self._tilt(strategy)
+        readers = self._judge.readers if k > 1 else tilt.beside
         decoders = [self._decoder, *dict.fromkeys(readers.values())]
         longest = max(r.limit for r in waiting)
         whole = strategy.block_tokens is None and k > 1  # nothing is ever committed to a prefix
@@ -318,7 +329,7 @@ class Engine:
                     for decoder in decoders:
                         decoder.join(prompts[: len(joining)])
                     live += joining
-                tail = self._propose(live, strategy, tick)
+                tail = self._propose(live, strategy, tilt, tick)
                 winners = [i * k + c for i, c in enumerate(self._judge.select(tail, live, strategy))]
                 self._judge.score_ended(tail, live, winners, k)
                 commits = [self._commit(r, tail, row, strategy) for r, row in zip(live, winners, strict=True)]
@@ -330,7 +341,7 @@ class Engine:
                     decoder.commit(torch.tensor(rows, dtype=torch.long, device=self.policy.device))
                 yield from commits
 
-    def _propose(self, live: list[Request], strategy: Strategy, tick: _Tick) -> Tail:
+    def _propose(self, live: list[Request], strategy: Strategy, tilt: Tilt, tick: _Tick) -> Tail:
         """Draw k branches of up to block_tokens tokens for each live request."""
         k = strategy.k
         rows = []
@@ -341,7 +352,7 @@ class Engine:
         # k = 1 is the base policy whatever the strategy: token by token, so that it matches to the bit.
         longest = max(row.room for row in rows)
         steps = 1 if k == 1 else min(longest, strategy.block_tokens or longest)
-        tail = propose(self._decoder, rows, steps, self.eos, self._tilt(strategy), tick)
+        tail = propose(self._decoder, rows, steps, self.eos, tilt, tick)
         for i, step in tail.bad.items():
             request = live[i // k]
             raise InputError(

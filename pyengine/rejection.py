@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 from pyengine.engine import Engine
 from pyengine.errors import InputError, real, whole
-from pyengine.results import Result, SamplingParams
+from pyengine.results import Result, SamplingParams, seeded
 
 
 @dataclass
@@ -73,15 +73,13 @@ def rejection_sample(
         raise InputError(f"rejection_sample: beta must be above 0, got {beta}")
     if not engine.parts:
         raise InputError("rejection_sample needs a scorer: Engine.from_pretrained(..., scorer=...)")
-    given = [sampling or SamplingParams()] * len(prompts) if not isinstance(sampling, Sequence) else list(sampling)
-    if len(given) != len(prompts):
-        raise InputError(f"{len(prompts)} prompts but {len(given)} SamplingParams: give one, or one for each")
+    given = seeded(prompts, sampling)
     for i, prompt in enumerate(prompts):
         engine.encode(prompt, f"prompt {i}")
-    searches = []
-    for i, (prompt, own) in enumerate(zip(prompts, given, strict=True)):
-        seed = random.SystemRandom().getrandbits(63) if own.seed is None else own.seed
-        searches.append(_Search(i, prompt, own, random.Random(f"{seed}:{prompt}")))
+    searches = [
+        _Search(i, prompt, own, random.Random(f"{own.seed}:{prompt}"))
+        for i, (prompt, own) in enumerate(zip(prompts, given, strict=True))
+    ]
     while live := [s for s in searches if s.accepted is None]:
         params, owners = [], []
         for s in live:

@@ -54,6 +54,26 @@ def pairs(count, seed=0):
     return out[:count]
 
 
+def one_plain_step(base, examples, tmp_path, batch, accumulate):
+    """Train by one step of plain gradient descent at a rate of .5; the model and its scorer as they were before."""
+    args = default_config(
+        tmp_path / "c",
+        evaluate=False,
+        max_steps=1,
+        learning_rate=0.5,
+        lr_scheduler_type="constant",
+        per_device_train_batch_size=batch,
+        gradient_accumulation_steps=accumulate,
+        optim="sgd",
+        max_grad_norm=0.0,
+        seed=3,
+    )
+    train_reward_model(base, examples, tmp_path / "out", args=args, held_out=0, seed=3)
+    torch.manual_seed(3)
+    model = transformers.AutoModelForSequenceClassification.from_pretrained(base, num_labels=1)
+    return model, RewardModel(model, transformers.AutoTokenizer.from_pretrained(base))
+
+
 def labelled(count, seed=0):
     texts = [(p, c, reviews.sentiment_of(c)) for p, c in reviews.corpus(4 * count, seed=seed)]
     found = [Labelled(p, c, float(s > 0), f"response {i}") for i, (p, c, s) in enumerate(texts) if abs(s) > 1 / 3]
@@ -139,22 +159,7 @@ class TestPairwise:
     def test_loss_is_bradley_terry_on_the_text_that_the_scorer_reads(self, base, tmp_path):
         """One step of plain gradient descent on one batch: the weights move by -lr times the loss's own gradient."""
         examples = pairs(8)
-        args = default_config(
-            tmp_path / "c",
-            evaluate=False,
-            max_steps=1,
-            learning_rate=0.5,
-            lr_scheduler_type="constant",
-            per_device_train_batch_size=8,
-            gradient_accumulation_steps=1,
-            optim="sgd",
-            max_grad_norm=0.0,
-            seed=3,
-        )
-        train_reward_model(base, examples, tmp_path / "out", args=args, held_out=0, seed=3)
-        torch.manual_seed(3)
-        model = transformers.AutoModelForSequenceClassification.from_pretrained(base, num_labels=1)
-        scorer = RewardModel(model, transformers.AutoTokenizer.from_pretrained(base))
+        model, scorer = one_plain_step(base, examples, tmp_path, batch=8, accumulate=1)
 
         def scores(side):
             texts = [getattr(e, side) for e in examples]
@@ -185,22 +190,7 @@ class TestPointwise:
     def test_loss_is_cross_entropy_of_the_logit(self, base, tmp_path):
         """One plain step, as for the pairs."""
         examples = labelled(8)
-        args = default_config(
-            tmp_path / "c",
-            evaluate=False,
-            max_steps=1,
-            learning_rate=0.5,
-            lr_scheduler_type="constant",
-            per_device_train_batch_size=4,
-            gradient_accumulation_steps=2,
-            optim="sgd",
-            max_grad_norm=0.0,
-            seed=3,
-        )
-        train_reward_model(base, examples, tmp_path / "out", args=args, held_out=0, seed=3)
-        torch.manual_seed(3)
-        model = transformers.AutoModelForSequenceClassification.from_pretrained(base, num_labels=1)
-        scorer = RewardModel(model, transformers.AutoTokenizer.from_pretrained(base))
+        model, scorer = one_plain_step(base, examples, tmp_path, batch=4, accumulate=2)
         given = Candidates([e.prompt for e in examples], [[1]] * 8, {}, {}, lambda _: [e.response for e in examples])
         q, y = scorer.score(given), torch.tensor([e.label for e in examples])
         (-(y * torch.sigmoid(q).log() + (1 - y) * torch.sigmoid(-q).log())).mean().backward()

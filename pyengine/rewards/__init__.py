@@ -117,11 +117,9 @@ def sample_rewards(
     seed = secrets.randbits(62) if sampling.seed is None else sampling.seed
     params = [replace(sampling, seed=seed + j) for j in range(samples)]
     group = max(1, AT_ONCE // samples)
-    before = [part.term() for part in engine.parts]
     rewards: dict[str, list[float]] = {}
     hide = None if progress is None else not progress
-    try:
-        engine.set_scorer(scorer)
+    with engine.following(scorer):
         if not engine.parts:
             raise InputError("sample_rewards needs a scorer")
         with tqdm(total=len(asked) * samples, unit="sample", delay=2, disable=hide, leave=False) as bar:
@@ -132,8 +130,6 @@ def sample_rewards(
                     assert result.reward is not None  # there is a scorer
                     rewards.setdefault(result.prompt, []).append(result.reward)
                 bar.update(len(repeated))
-    finally:
-        engine.set_scorer(before)
     return rewards
 
 

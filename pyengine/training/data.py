@@ -290,12 +290,8 @@ def roll_out(
             asked.append(prompt)
             sampling.append(SamplingParams(max_tokens=max_tokens, seed=seed + seen[prompt]))
             seen[prompt] += 1
-    before = [part.term() for part in engine.parts]
-    engine.set_scorer(reward)
-    try:
+    with engine.following(reward):
         results = engine.generate(asked, BASE, sampling, progress)
-    finally:
-        engine.set_scorer(before or None)
     out = []
     for result, params in zip(results, sampling, strict=True):
         where = f"roll-out {(params.seed or 0) - seed} of prompt {result.prompt[:40]!r}"
