@@ -53,6 +53,7 @@ class SequenceMoments(NamedTuple):
     sampled: Tensor  # sum of l_y + LSE(l) - LSE(2 l), WPO's sampled alignment
     greedy: Tensor  # sum of l_y - max l, WPO's greedy alignment
     entropy: Tensor
+    top1: Tensor | None = None  # how many are as likely as any other token, int64; no weight needs it, a log may
 
 
 PairedLoss = Callable[[SequenceMoments, SequenceMoments, Tensor | None, Tensor | None], Tensor]
@@ -254,7 +255,13 @@ def sequence_moments(tokens: TokenLogprob, kept: Tensor) -> SequenceMoments:
     sampled, greedy = logp + 2 * tokens.lse - tokens.lse2, logp + tokens.lse - tokens.max_logit
     fields = (sampled, greedy, tokens.entropy.detach())
     sums = [torch.where(kept, field, 0.0).sum(-1) for field in (tokens.logp, *fields)]
-    return SequenceMoments(sums[0], kept.sum(-1), *sums[1:])
+    return SequenceMoments(sums[0], kept.sum(-1), *sums[1:], top1=(is_top1(tokens) & kept).sum(-1))
+
+
+def is_top1(tokens: TokenLogprob) -> Tensor:
+    """Whether no token is likelier than the target, bool: l_y = max l up to the rounding of the sums; ties count."""
+    logp, lse = tokens.logp.detach(), tokens.lse
+    return logp + lse >= tokens.max_logit - 4 * torch.finfo(logp.dtype).eps * (logp.abs() + lse.abs())
 
 
 def linear_preference(

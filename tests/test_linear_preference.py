@@ -42,7 +42,9 @@ def simpo(chosen, rejected, reference_chosen, reference_rejected):
 LOSSES = {"dpo": dpo, "wpo": wpo, "ipo": ipo, "simpo": simpo}
 
 
-@pytest.fixture(params=[10**9, 16 * VOCAB, 5 * VOCAB], ids=["one chunk", "chunks", "recomputed"])
+@pytest.fixture(
+    params=[10**9, 16 * VOCAB, 9 * VOCAB, 3 * VOCAB], ids=["one chunk", "chunks", "partly recomputed", "recomputed"]
+)
 def limit(request, monkeypatch):
     monkeypatch.setattr(module, "KEPT_LOGITS", request.param)
     monkeypatch.setattr(ops.logit_tiles, "COLUMNS", 2048)
@@ -52,9 +54,10 @@ def problem(dtype=torch.float32, pairs=4, length=7):
     torch.manual_seed(0)
     hidden, weight = torch.randn(2 * pairs, length, 16).to(dtype), torch.randn(VOCAB, 16).to(dtype)
     target = torch.randint(0, VOCAB, (2 * pairs, length))
-    target[3, 2:] = -100
     target[0, :3] = -100
-    target[5] = -100  # an empty response
+    if pairs > 2:
+        target[3, 2:] = -100
+        target[5] = -100  # an empty response
     return hidden, weight, target, torch.randn(2 * pairs) * 3 - 60
 
 
@@ -114,6 +117,20 @@ def test_three_products_a_tile(monkeypatch):
     monkeypatch.setattr(ops.logit_tiles, "COLUMNS", 1024)
     ops.linear_preference(hidden, weight.requires_grad_(), target, dpo, reference_logp=logp).loss.backward()
     assert len(calls) == math.ceil(VOCAB / 1024)
+
+
+def test_a_long_pair_keeps_the_tiles_that_fit(monkeypatch):
+    """Of 5 tiles 2 are recomputed: 7 products instead of 5, and as much memory as was allowed, and one tile."""
+    hidden, weight, target, logp = problem(pairs=1)
+    rows = int((target != -100).sum())
+    calls = []
+    multiply = module.multiply
+    monkeypatch.setattr(module, "multiply", lambda *a: calls.append(a[2].numel()) or multiply(*a))
+    monkeypatch.setattr(ops.logit_tiles, "COLUMNS", 1024)
+    monkeypatch.setattr(module, "KEPT_LOGITS", rows * 3100)
+    ops.linear_preference(hidden, weight.requires_grad_(), target, simpo).loss.backward()
+    assert len(calls) == 7
+    assert max(calls) == rows * 4 * 1024
 
 
 def test_weights_carry_no_gradient():
