@@ -53,7 +53,6 @@ class SequenceMoments(NamedTuple):
     sampled: Tensor  # sum of l_y + LSE(l) - LSE(2 l), WPO's sampled alignment
     greedy: Tensor  # sum of l_y - max l, WPO's greedy alignment
     entropy: Tensor
-    top1: Tensor | None = None  # how many are as likely as any other token, int64; no weight needs it, a log may
 
 
 PairedLoss = Callable[[SequenceMoments, SequenceMoments, Tensor | None, Tensor | None], Tensor]
@@ -65,6 +64,7 @@ class Preference(NamedTuple):
     loss: Tensor  # scalar, the mean over pairs; the only field with a gradient
     losses: Tensor  # [P]
     moments: SequenceMoments  # of all 2P responses, chosen first
+    top1: Tensor  # [2P], how many tokens no other is likelier than, int64
 
 
 class BlockSelection(NamedTuple):
@@ -255,7 +255,7 @@ def sequence_moments(tokens: TokenLogprob, kept: Tensor) -> SequenceMoments:
     sampled, greedy = logp + 2 * tokens.lse - tokens.lse2, logp + tokens.lse - tokens.max_logit
     fields = (sampled, greedy, tokens.entropy.detach())
     sums = [torch.where(kept, field, 0.0).sum(-1) for field in (tokens.logp, *fields)]
-    return SequenceMoments(sums[0], kept.sum(-1), *sums[1:], top1=(is_top1(tokens) & kept).sum(-1))
+    return SequenceMoments(sums[0], kept.sum(-1), *sums[1:])
 
 
 def is_top1(tokens: TokenLogprob) -> Tensor:
@@ -287,13 +287,14 @@ def linear_preference(
         ignore_index=ignore_index,
     )
     tokens = TokenLogprob(*(field.unflatten(0, target.shape) for field in flat))
-    moments = sequence_moments(tokens, target != ignore_index)
+    kept = target != ignore_index
+    moments = sequence_moments(tokens, kept)
     pairs = len(target) // 2
     chosen, rejected = (SequenceMoments(*(f[half] for f in moments)) for half in (slice(pairs), slice(pairs, None)))
     references = (None, None) if reference_logp is None else reference_logp.split(pairs)
     losses = loss(chosen, rejected, *references)
     detached = SequenceMoments(*(f.detach() for f in moments))
-    return Preference(losses.mean(), losses.detach(), detached)
+    return Preference(losses.mean(), losses.detach(), detached, (is_top1(tokens) & kept).sum(-1))
 
 
 def head_tilt_sample(

@@ -73,6 +73,7 @@ def test_equals_autograd_on_the_reference(limit, poisoned, name):
     want = reference.linear_preference(hidden, weight, target, LOSSES[name], **options)
     torch.testing.assert_close(found.loss.double(), want.loss, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(found.losses.double(), want.losses, atol=1e-5, rtol=1e-5)
+    assert torch.equal(found.top1, want.top1)
     for a, b in zip(found.moments, want.moments, strict=True):
         assert not a.requires_grad
         torch.testing.assert_close(a.double(), b.double(), atol=1e-4, rtol=1e-6)
@@ -121,7 +122,7 @@ def test_three_products_a_tile(monkeypatch):
 
 def test_a_long_pair_keeps_the_tiles_that_fit(monkeypatch):
     """Of 5 tiles 2 are recomputed: 7 products instead of 5, and as much memory as was allowed, and one tile."""
-    hidden, weight, target, logp = problem(pairs=1)
+    hidden, weight, target, _ = problem(pairs=1)
     rows = int((target != -100).sum())
     calls = []
     multiply = module.multiply
@@ -131,6 +132,16 @@ def test_a_long_pair_keeps_the_tiles_that_fit(monkeypatch):
     ops.linear_preference(hidden, weight.requires_grad_(), target, simpo).loss.backward()
     assert len(calls) == 7
     assert max(calls) == rows * 4 * 1024
+
+
+def test_top1_counts_the_likeliest_tokens_and_ties():
+    hidden, weight, target, _ = problem()
+    best = (hidden @ weight.T).argmax(-1)
+    target = torch.where((target != -100) & (torch.arange(7) % 2 == 0), best, target)
+    weight[best[1, 0] - 1] = weight[best[1, 0]]  # as likely, with a lower id
+    found = ops.linear_preference(hidden, weight, target, simpo)
+    assert found.top1.tolist() == ((target == best) & (target != -100)).sum(-1).tolist()
+    assert found.top1.sum() > 15
 
 
 def test_weights_carry_no_gradient():

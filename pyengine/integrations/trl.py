@@ -29,9 +29,8 @@ from pyengine.integrations.trl_options import (
     check_weights,
     paired_loss,
 )
-from pyengine.reference import SequenceMoments
 
-log = logging.getLogger(__name__)
+log = logging.getLogger("pyengine")
 
 
 @dataclass
@@ -75,7 +74,7 @@ class UnpairedConfig(KTOConfig):
 
 
 class PreferenceTrainer(DPOTrainer):
-    """TRL's DPOTrainer on pyengine's head, with the losses and weights of `PreferenceConfig` (args; None: its defaults).
+    """TRL's DPOTrainer on pyengine's head, with the losses and weights of its `PreferenceConfig` (None: the defaults).
 
     The losses "sigmoid", "hinge", "ipo", "simpo" and "orpo" have their gradients made in the forward, by three products
     with the head instead of four. TRL's others, lists of losses, ld_alpha and f-divergences run through TRL's code,
@@ -84,6 +83,9 @@ class PreferenceTrainer(DPOTrainer):
 
     Raises InputError for options that do not go together.
     """
+
+    args: Any
+    model: Any
 
     def __init__(
         self, model: Any, ref_model: Any = None, args: PreferenceConfig | None = None, *rest: Any, **others: Any
@@ -153,11 +155,12 @@ class PreferenceTrainer(DPOTrainer):
         if self.args.loss_type == ["simpo"]:  # its implicit reward
             rewards = [r / side.tokens.clamp(min=1) for r, side in zip(rewards, sides, strict=True)]
         assert out.mean_logits is not None
+        assert out.top1 is not None
         logits = out.mean_logits.chunk(2)
         sums = {
             "logits/chosen": (logits[0], chosen.tokens),
             "logits/rejected": (logits[1], rejected.tokens),
-            "mean_token_accuracy": (chosen.top1, chosen.tokens),
+            "mean_token_accuracy": (out.top1.chunk(2)[0], chosen.tokens),
             "entropy": (chosen.entropy + rejected.entropy, chosen.tokens + rejected.tokens),
         }
         ones = torch.ones_like(chosen.logp)
@@ -173,7 +176,7 @@ class PreferenceTrainer(DPOTrainer):
             how = (self.args.weights, self.args.weight_variant, self.args.weight_clamp)
             means["weights/mean"] = losses.pair_weight(chosen, rejected, *how)
         sums |= {name: (value, ones) for name, value in means.items()}
-        found = [x.sum().double() for pair in (*sums.values(), (read, read)) for x in pair if x is not None]
+        found = [x.sum().double() for pair in (*sums.values(), (read, read)) for x in pair]
         *total, tokens, _ = self.accelerator.gather(torch.stack(found)[None]).sum(0).tolist()
         mode = "train" if self.model.training else "eval"
         for name, of, over in zip(sums, total[::2], total[1::2], strict=True):
@@ -184,10 +187,13 @@ class PreferenceTrainer(DPOTrainer):
 
 
 class UnpairedTrainer(KTOTrainer):
-    """TRL's KTOTrainer on pyengine's head, with the weights of `UnpairedConfig` (args; None: its defaults).
+    """TRL's KTOTrainer on pyengine's head, with the weights of its `UnpairedConfig` (None: the defaults).
 
     Raises InputError for options that do not go together.
     """
+
+    args: Any
+    model: Any
 
     def __init__(
         self, model: Any, ref_model: Any = None, args: UnpairedConfig | None = None, *rest: Any, **others: Any

@@ -57,7 +57,7 @@ class PairedOutput(ModelOutput):
 
     def sides(self) -> tuple[SequenceMoments, SequenceMoments]:
         """The sums of the chosen and of the rejected responses."""
-        fields = (self.logps, self.tokens, self.sampled, self.greedy, self.entropy, self.top1)
+        fields = (self.logps, self.tokens, self.sampled, self.greedy, self.entropy)
         chosen, rejected = zip(*(field.chunk(2) for field in fields if field is not None), strict=True)
         return SequenceMoments(*chosen), SequenceMoments(*rejected)
 
@@ -191,7 +191,7 @@ def _at_head(model: Any, hidden: Tensor, labels: Tensor, numbers: Numbers) -> _A
 
 @torch.no_grad()
 def _check_logits(model: Any, numbers: Numbers) -> None:
-    """InputError unless two tokens' logits are the model's own: an architecture may do with them what no config says."""
+    """InputError unless two tokens' logits are the model's own: an architecture may do what no config tells."""
     if any(parameter.is_meta for parameter in model.parameters()):
         return
     training, ids = model.training, torch.tensor([[1, 2]], device=model.get_input_embeddings().weight.device)
@@ -214,7 +214,7 @@ def _check_logits(model: Any, numbers: Numbers) -> None:
 
 
 def _whole(parameter: Tensor | None) -> Tensor | None:
-    """A parameter that FSDP2 has sharded, gathered; each process has a gradient of its own, and FSDP means their mean."""
+    """The parameter, gathered where FSDP2 has sharded it; its gradient is the mean of the processes' own."""
     if isinstance(parameter, DTensor):
         return parameter.full_tensor(grad_placements=[Partial("avg")] * parameter.device_mesh.ndim)
     return parameter
@@ -239,10 +239,8 @@ def _tokens(head: _AtHead, wants_mean: bool, count: Tensor | int | None) -> Toke
 def _paired(head: _AtHead, loss: PairedLoss, reference_logp: Tensor | None) -> PairedOutput:
     options: dict[str, Any] = head.numbers._asdict() | {"bias": head.bias, "reference_logp": reference_logp}
     found = ops.linear_preference(head.hidden, head.weight, head.labels, loss, **options)
-    logp, *rest = found.moments
-    return PairedOutput(
-        found.loss, found.losses, logp, *rest, mean_logits=_mean_logits(head, head.labels != IGNORED).sum(-1)
-    )
+    means = _mean_logits(head, head.labels != IGNORED).sum(-1)
+    return PairedOutput(found.loss, found.losses, *found.moments, found.top1, means)
 
 
 @torch.no_grad()

@@ -35,10 +35,7 @@ REFERENCE_OPTIONS = ("precompute_ref_log_probs", "sync_ref_model")
 
 def given(args: Any, names: Iterable[str]) -> list[str]:
     """Which of these options have another value than their default."""
-    defaults = {
-        f.name: f.default if f.default_factory is MISSING else f.default_factory()
-        for f in fields(args)  # type: ignore[arg-type]
-    }
+    defaults = {f.name: f.default if f.default_factory is MISSING else f.default_factory() for f in fields(args)}
     return [name for name in names if name in defaults and getattr(args, name) != defaults[name]]
 
 
@@ -55,7 +52,9 @@ def paired_loss(args: Any) -> PairedLoss | None:
     check_weights(args, ("weight_variant", "weight_clamp"))
     if args.weights != "off" and not ours:
         if trl_only:
-            raise InputError(f"{trl_only[0]}: only TRL's code reads that, and it has no weights here; set weights='off'")
+            raise InputError(
+                f"{trl_only[0]}: only TRL's code reads that, and it has no weights here; set weights='off'"
+            )
         raise InputError(f"loss_type {kind!r} has no weights: {_why_unweighted(kind)}; set weights='off'")
     for kind_of in REFERENCE_FREE:
         if kind_of in args.loss_type and not ours:

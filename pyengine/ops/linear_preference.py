@@ -77,8 +77,8 @@ def linear_preference(
 
     Returns:
         Preference: loss (scalar, fp32), whose backward hands out the gradients of hidden, weight and bias, once;
-        losses [P]; moments of all 2P responses (fp32, tokens int64), both detached. A response without
-        tokens has log-probability 0.
+        losses [P]; moments of all 2P responses (fp32, tokens int64) and how many of their tokens are top-1 (int64;
+        ties count), all detached. A response without tokens has log-probability 0.
 
     Raises:
         ValueError: a shape, dtype, device, number or target is out of range, or `loss` returns another shape.
@@ -100,7 +100,8 @@ def linear_preference(
         mean, losses, sums, tokens, *_ = torch.ops.pyengine.linear_preference(
             *given, target, reference_logp, _handle(loss), *numbers, wanted
         )
-        return Preference(mean, losses.detach(), _moments(sums.detach(), tokens, slice(None)))
+        sums = sums.detach()
+        return Preference(mean, losses.detach(), _moments(sums, tokens, slice(None)), sums[4].long())
     with torch.no_grad():
         head = make_head(weight, bias, temperature, softcap, ignore_index)
         gradients = Gradients(hidden.flatten(0, 1), weight, bias, wanted)
@@ -137,12 +138,12 @@ def _operator(
     ignore_index: int,
     wanted: list[bool],
 ) -> tuple[Tensor, ...]:
-    """The forward for compiled graphs: the loss, the losses, the moments [5, 2P], the tokens and the gradients."""
+    """The forward for compiled graphs: loss, losses, moments and top-1 [5, 2P], tokens, gradients."""
     head = make_head(weight, bias, temperature, softcap, ignore_index)
     gradients = Gradients(hidden.flatten(0, 1), weight, bias, wanted)
-    mean, losses, moments = _forward(hidden, weight, target, _LOSSES[loss], reference_logp, head, gradients)
+    mean, losses, moments, top1 = _forward(hidden, weight, target, _LOSSES[loss], reference_logp, head, gradients)
     found = operator_gradients(gradients.results(weight, bias), (hidden, weight, bias))
-    return mean, losses, torch.stack((moments.logp, *moments[2:])), moments.tokens, *found
+    return mean, losses, torch.stack((moments.logp, *moments[2:], top1.float())), moments.tokens, *found
 
 
 def _operator_fake(hidden: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any) -> tuple[Tensor, ...]:
@@ -231,7 +232,7 @@ def _forward(
         halves = (slice(first, last), slice(pairs + first, pairs + last))
         rows = torch.cat([kept[ends[half.start] : ends[half.stop]] for half in halves])
         some, some_labels = flat[rows], labels[rows]
-        # The ids below `keep` have their logits kept: all of them, or of a longer pair as many tiles as there is room for.
+        # The ids below `keep` have their logits kept: all, or of a longer pair as many tiles as there is room for.
         keep = KEPT_LOGITS // max(1, len(rows)) // widest * widest if len(rows) > limit else head.vocab
         keep = keep if gradients.wanted else 0
         size = len(rows) * (keep + (widest if keep < head.vocab else 0))
@@ -260,7 +261,7 @@ def _forward(
                 yield start, end, differentiate(tile, start, head, some_labels, known, scratch)
 
         gradients.add(differentiated(), some, weight, rows)
-    return Preference(losses.mean(), losses, _moments(sums, tokens, slice(None)))
+    return Preference(losses.mean(), losses, _moments(sums, tokens, slice(None)), sums[4].long())
 
 
 def _add(sums: Tensor, fields: TokenLogprob, rows: Tensor, length: int) -> None:
@@ -276,8 +277,8 @@ def _add(sums: Tensor, fields: TokenLogprob, rows: Tensor, length: int) -> None:
 
 
 def _moments(sums: Tensor, tokens: Tensor, which: slice) -> SequenceMoments:
-    logp, sampled, greedy, entropy, top1 = sums[:, which].float()
-    return SequenceMoments(logp, tokens[which], sampled, greedy, entropy, top1.long())
+    logp, sampled, greedy, entropy, _ = sums[:, which].float()
+    return SequenceMoments(logp, tokens[which], sampled, greedy, entropy)
 
 
 def _loss_gradient(
