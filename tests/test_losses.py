@@ -482,8 +482,7 @@ class TestOddInput:
 
     @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
     def test_odds_near_one_have_finite_gradients(self, dtype):
-        eps = torch.finfo(dtype).eps
-        values = torch.tensor([0.0, -eps / 4, -2 * eps, -1e-4, -0.6, -0.8, -50.0, 1e-6], dtype=dtype)
+        values = torch.tensor([0.0, -EPS / 4, -2 * EPS, -1e-4, -0.6, -0.8, -50.0, 1e-6], dtype=dtype)
         a = values.clone().requires_grad_()
         certain = odds_ratio_loss(given(a, tokens=1), given(torch.full_like(values, -1.0), tokens=1))
         certain.sum().backward()
