@@ -93,7 +93,7 @@ class TestWeights:
             torch.testing.assert_close(pair_weight(*pair, alignment, variant), product.clamp(max=1))
 
     def test_defaults_are_sampled_both_and_clamped(self, data):
-        logits, labels, kept = data
+        logits, labels, _ = data
         labels[[0, 4]] = logits[[0, 4]].argmax(-1)  # likelier than a drawn token is in the mean
         pair = sides(moments_of(*data))
         free = pair_weight(*pair, clamp="none")
