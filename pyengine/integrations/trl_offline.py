@@ -160,7 +160,8 @@ class OfflineTrainer(SFTTrainer):
         if self.args.reduction == "token_mean" and num_items_in_batch is not None:
             # As TRL counts: the tokens of all processes and of all parts of the step; DDP takes the processes' mean.
             loss = losses.weighted_nll(moments, weight, "sum") * len(weight) / num_items_in_batch
-            loss = loss * (self.accelerator.num_processes if self.args.average_tokens_across_devices else 1)
+            if self.args.average_tokens_across_devices:
+                loss = loss * (self.accelerator.num_processes // self.get_tp_size())
         else:
             parts = getattr(self, "current_gradient_accumulation_steps", 1) if self.model.training else 1
             loss = losses.weighted_nll(moments, weight, self.args.reduction) / parts
