@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -35,7 +37,8 @@ def label(
             from pyengine.integrations import ray as cluster
         except ImportError as error:
             raise InputError(f"--ray needs {error.name}: pip install 'tilt-engine[ray]'") from error
-        report = cluster.label(data, make_scorer(scorer), out, address=ray, device=device, resume=resume)
+        with contextlib.redirect_stdout(sys.stderr):  # Ray prints what happens to its workers
+            report = cluster.label(data, make_scorer(scorer), out, address=ray, device=device, resume=resume)
     print(json.dumps(report))
 
 

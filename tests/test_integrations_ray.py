@@ -1,0 +1,121 @@
+"""Labelling on a local Ray cluster: the output of a local run, whoever is killed; faults come back as they are."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import signal
+import threading
+import time
+
+import psutil
+import pytest
+from typer.testing import CliRunner
+
+import pyengine
+from pyengine import InputError, cli
+from pyengine.integrations import ray as cluster
+from pyengine.training import labelling
+from pyengine.worlds import reviews
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    path = tmp_path_factory.mktemp("rows") / "rows.jsonl"
+    lines = enumerate(reviews.corpus(1000, seed=2))
+    path.write_text("".join(json.dumps({"id": i, "prompt": p, "response": r}) + "\n" for i, (p, r) in lines))
+    return path
+
+
+@pytest.fixture(scope="module")
+def local():
+    """One cluster for all tests here, as `address="local"` starts it."""
+    with cluster._cluster("local"):
+        yield
+
+
+def workers():
+    """Processes of this one's cluster that run an actor of Ray Data."""
+    family = psutil.Process().children(recursive=True)
+    return [p for p in family if p.is_running() and any("MapWorker" in word for word in p.cmdline())]
+
+
+def test_a_killed_worker_and_shards_of_an_earlier_run(local, source, tmp_path, monkeypatch):
+    """Half of the shards come from a run without Ray that was cut short; a worker dies over the others."""
+    monkeypatch.setattr(labelling, "SHARD_BYTES", 2**12)
+    scorer, out = pyengine.embedded("reward-model"), tmp_path / "out.jsonl"
+    labelling.label(source, scorer, tmp_path / "whole.jsonl")
+
+    def cut_short(labeller, todo):
+        yield from map(labeller, todo[::2])
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        labelling.label(source, scorer, out, through=cut_short)
+    directory = tmp_path / "out.jsonl.shards"
+    before = len(list(directory.glob("*.jsonl")))
+    written = {path.name: path.stat().st_mtime_ns for path in directory.glob("*.jsonl")}
+    killed = []
+
+    def kill():
+        while not killed and not out.exists():
+            found = workers()
+            if len(list(directory.glob("*.jsonl"))) > before and found:
+                os.kill(found[0].pid, signal.SIGKILL)
+                killed.append(found[0].pid)
+            time.sleep(0.005)
+
+    merging = []
+
+    def merged(job, report):
+        merging.append({path.name: path.stat().st_mtime_ns for path in directory.glob("*.jsonl")})
+        return merge(job, report)
+
+    merge = labelling.merged
+    monkeypatch.setattr(labelling, "merged", merged)
+    thread = threading.Thread(target=kill)
+    thread.start()
+    report = cluster.label(source, scorer, out, resume=True, progress=True)
+    thread.join()
+    assert len(killed) == 1
+    assert not psutil.pid_exists(killed[0]) or psutil.Process(killed[0]).status() == psutil.STATUS_ZOMBIE
+    assert report["rows"] == 1000
+    assert {name: merging[0][name] for name in written} == written  # what was done was left as it was
+    found, whole = ([json.loads(line) for line in path.open()] for path in (out, tmp_path / "whole.jsonl"))
+    assert [row["id"] for row in found] == list(range(1000))
+    assert [row["reward"] for row in found] == pytest.approx([row["reward"] for row in whole], abs=1e-5)
+
+
+def test_faults_come_back_as_they_are(local, source, tmp_path):
+    line = next(i for i, text in enumerate(source.read_text().splitlines(), 1) if "wonderful" in text)
+
+    def bad(prompts, completions):
+        return [math.nan if "wonderful" in c else 0.0 for c in completions]
+
+    with pytest.raises(InputError, match=rf"cannot be used: .*rows.jsonl:{line}: its score is nan"):
+        cluster.label(source, bad, tmp_path / "out.jsonl", workers=1)
+    assert not (tmp_path / "out.jsonl").exists()
+
+
+def test_what_is_refused_before_a_cluster_is_asked(source, tmp_path, monkeypatch):
+    monkeypatch.setattr(cluster.ray, "is_initialized", lambda: False)
+
+    def refused(*arguments):
+        done = CliRunner().invoke(cli.app, ["label", *map(str, arguments)], standalone_mode=False)
+        assert isinstance(done.exception, InputError)
+        assert done.stdout == ""
+        return str(done.exception)
+
+    options = (source, "--scorer", "sentiment", "--out", tmp_path / "out.jsonl")
+    assert "no Ray cluster at '127.0.0.1:1'" in refused(*options, "--ray", "127.0.0.1:1")
+    assert "no Ray cluster at 'nonsense': Invalid address" in refused(*options, "--ray", "nonsense")
+    assert "no such directory" in refused(source, "--scorer", "/no/such", "--out", tmp_path / "o", "--ray", "local")
+    with pytest.raises(InputError, match="workers must be a whole number of at least 1"):
+        cluster.label(source, reviews.sentiment, tmp_path / "o", workers=0)
+
+
+def test_usage_statistics_are_off_and_no_dashboard_runs(local):
+    assert os.environ["RAY_USAGE_STATS_ENABLED"] == "0"
+    assert not cluster.ray._private.worker.global_worker.node.webui_url
+    assert cluster.ray.cluster_resources()["object_store_memory"] == cluster.OBJECT_STORE
