@@ -2,13 +2,14 @@
 
 `pyengine label --ray local` scores 100,000 generated reviews with the embedded reward model. One worker gets SIGKILL
 early, the whole job (driver, raylet and workers) half-way; it is started again with --resume, and another worker gets
-SIGKILL. Then every id must be in the output exactly once and in its place, and a sample must have the scores of a direct
-run. Writes bench/results/label_rows.json; --rows takes another number, and then nothing is written.
+SIGKILL. Then every id must be in the output exactly once and in its place, and a sample must have the scores of a
+direct run. Writes bench/results/label_rows.json; --rows takes another number, and then nothing is written.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import random
 import signal
@@ -70,14 +71,18 @@ class Run:
 
     def kill_worker(self) -> int:
         """SIGKILL for one actor that labels; its process id."""
-        workers = [p for p in self.processes() if any("MapWorker" in word for word in p.cmdline())]
-        workers[0].send_signal(signal.SIGKILL)
-        return workers[0].pid
+        while True:
+            for process in self.processes():
+                with contextlib.suppress(psutil.Error):  # it may end meanwhile
+                    if any("MapWorker" in word for word in process.cmdline()):
+                        process.send_signal(signal.SIGKILL)
+                        return process.pid
 
     def kill(self) -> float:
         """SIGKILL for all of it; seconds that it ran."""
         for process in [psutil.Process(self.process.pid), *self.processes()]:
-            process.kill()
+            with contextlib.suppress(psutil.NoSuchProcess):  # it went with its parent
+                process.kill()
         self.process.wait()
         return time.perf_counter() - self.began
 

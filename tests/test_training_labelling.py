@@ -242,9 +242,9 @@ def test_killed_at_every_commit(tmp_path, small, monkeypatch):
             calls = iter(range(100))
 
             def dying(act, *arguments, **options):
-                if next(calls) != last:  # noqa: B023
+                if next(calls) != last:
                     return act(*arguments, **options)
-                if not before:  # noqa: B023
+                if not before:
                     act(*arguments, **options)
                 raise Killed
 

@@ -51,7 +51,18 @@ def label(
     if workers is not None:
         whole(workers, "label: workers", 1)
     through = partial(_through, address=address, workers=workers)
-    return labelling.label(source, scorer, out, device=device, resume=resume, progress=progress, through=through)
+    return labelling.label(
+        source, _absolute(scorer), out, device=device, resume=resume, progress=progress, through=through
+    )
+
+
+def _absolute(scorer: ScorerLike) -> Any:
+    """A scorer whose directories are found from a worker's working directory too."""
+    if isinstance(scorer, (str, os.PathLike)):
+        return Path(scorer).absolute() if Path(scorer).is_dir() else scorer
+    if isinstance(scorer, Sequence):
+        return [(weight, _absolute(part)) for weight, part in scorer]
+    return scorer
 
 
 class _Worker:
