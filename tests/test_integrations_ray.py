@@ -95,6 +95,16 @@ def test_faults_come_back_as_they_are(local, source, tmp_path):
     assert not (tmp_path / "out.jsonl").exists()
 
 
+def test_a_shard_that_kills_its_workers_ends_the_run(local, source, tmp_path, monkeypatch):
+    def dying(dataset):
+        raise cluster.ray.exceptions.ActorDiedError
+        yield
+
+    monkeypatch.setattr(cluster.ray.data.Dataset, "iter_rows", dying)
+    with pytest.raises(InputError, match=r"rows.jsonl: a shard's workers died 6 times.*: resume when there is memory"):
+        cluster.label(source, reviews.sentiment, tmp_path / "out.jsonl")
+
+
 def test_what_is_refused_before_a_cluster_is_asked(source, tmp_path, monkeypatch):
     monkeypatch.setattr(cluster.ray, "is_initialized", lambda: False)
 

@@ -27,6 +27,7 @@ from pyengine.training import labelling
 from pyengine.training.labelling import Labeller, Shard
 
 OBJECT_STORE = 128 * 2**20  # bytes, little above Ray's minimum: shards travel as their places in the file
+RETRIES = 5  # of a shard whose worker died; Ray Data would go on for ever, also where the shard is what kills it
 CONNECT = 5  # seconds to wait for a cluster to answer; Ray itself waits for minutes
 
 
@@ -46,7 +47,7 @@ def label(
     address: "local" starts a cluster on this machine for as long as this takes, "auto" or HOST:PORT joins one; where
     this process is part of one already, that is taken. workers: actors, by default one for each CPU, or for each GPU
     with device "cuda". A scorer that is a path is loaded by each worker, any other is sent to it.
-    Raises InputError as `label` does, and if there is no such cluster.
+    Raises InputError as `label` does, if there is no such cluster, and where a shard's workers die again and again.
     """
     if workers is not None:
         whole(workers, "label: workers", 1)
@@ -56,7 +57,7 @@ def label(
     )
 
 
-def _absolute(scorer: ScorerLike) -> Any:
+def _absolute(scorer: Any) -> Any:
     """A scorer whose directories are found from a worker's working directory too."""
     if isinstance(scorer, (str, os.PathLike)):
         return Path(scorer).absolute() if Path(scorer).is_dir() else scorer
@@ -95,11 +96,18 @@ def _through(labeller: Labeller, shards: Sequence[Shard], address: str, workers:
             fn_constructor_args=(labeller,),
             num_cpus=1 if kind == "CPU" else None,
             num_gpus=1 if kind == "GPU" else None,
+            max_task_retries=RETRIES,
         )
-        for row in done.iter_rows():
-            if row["fault"]:
-                raise InputError(row["fault"])
-            yield row["rows"]
+        try:
+            for row in done.iter_rows():
+                if row["fault"]:
+                    raise InputError(row["fault"])
+                yield row["rows"]
+        except ray.exceptions.RayActorError as error:
+            raise InputError(
+                f"{labeller.source}: a shard's workers died {RETRIES + 1} times, the last with {first_line(error)!r}; "
+                "the other shards are kept: resume when there is memory enough, or without what kills them"
+            ) from error
 
 
 @contextmanager
