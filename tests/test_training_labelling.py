@@ -156,6 +156,7 @@ def test_scorers_that_cannot_score_these_rows(tmp_path):
             label(source, scorer, tmp_path / "out.jsonl")
     with pytest.raises(InputError, match="device 'abacus'"):
         label(rows(3), reviews.sentiment, tmp_path / "out.jsonl", device="abacus")
+    assert not (tmp_path / "out.jsonl.shards").exists()
 
 
 KILLED = """

@@ -28,7 +28,7 @@ from pyengine.training.identity import identity
 from pyengine.training.shards import Job, finished, held, lines, merged, missing, written
 
 AT_ONCE = 512  # responses in a shard: what a kill loses
-SAMPLING = SamplingParams(max_tokens=1024, temperature=0.7, top_p=0.95, seed=0)  # WPO's, section 4.1
+SAMPLING = SamplingParams(max_tokens=1024, temperature=0.7, top_p=0.95, seed=0)  # temperature and top-p are WPO's
 
 
 class Answer(NamedTuple):

@@ -101,14 +101,18 @@ def held(job: Job, resume: bool) -> Iterator[None]:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise InputError(f"{job.out}: another run is making it; wait for that, or choose another output") from None
-        if any(directory.glob("*.jsonl")):
-            if not resume:
-                raise InputError(f"{directory} holds part of a run that was cut short: resume it, or delete it")
-            _same(job, _json(manifest), f"{directory}")
-        else:
-            with written(manifest) as file:
-                file.write(json.dumps(job.pins, indent=1) + "\n")
-        yield
+        try:
+            if any(directory.glob("*.jsonl")):
+                if not resume:
+                    raise InputError(f"{directory} holds part of a run that was cut short: resume it, or delete it")
+                _same(job, _json(manifest), f"{directory}")
+            else:
+                with written(manifest) as file:
+                    file.write(json.dumps(job.pins, indent=1) + "\n")
+            yield
+        finally:
+            if not any(directory.glob("*.jsonl")):  # nothing to resume
+                shutil.rmtree(directory, ignore_errors=True)
     finally:
         os.close(handle)
 
