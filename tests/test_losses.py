@@ -161,6 +161,27 @@ def test_gradcheck(name):
     assert torch.autograd.gradcheck(value, logp)
 
 
+def test_defaults():
+    """DPO, IPO, hinge and KTO as in TRL; SimPO as in the authors' code; ORPO's lambda of 0.1."""
+    low, high, zero = given(torch.tensor([-6.0])), given(torch.tensor([-3.0])), torch.zeros(1)
+    pair = (high, low, zero, zero)
+    assert dpo_loss(*pair).item() == pytest.approx(math.log1p(math.exp(-0.3)))
+    assert hinge_loss(*pair).item() == pytest.approx(0.7)
+    assert ipo_loss(*pair).item() == pytest.approx(16.0)
+    assert simpo_loss(high, low).item() == pytest.approx(math.log1p(math.exp(-1.5)))
+    assert sft_loss(high, low).item() == 1.0
+    assert orpo_loss(high, low).item() == pytest.approx(1 + 0.1 * odds_ratio_loss(high, low).item())
+    assert kto_loss(high, zero, torch.tensor([True]), 0.0).item() == pytest.approx(1 / (1 + math.exp(-0.3)))
+
+
+@pytest.mark.parametrize("loss", [dpo_loss, hinge_loss, ipo_loss, weighted(dpo_loss)])
+def test_references_carry_no_gradient(loss):
+    logp = torch.tensor([-2.0, -4.0], requires_grad=True)
+    reference = torch.tensor([-3.0, -3.5], requires_grad=True)
+    loss(given(logp), given(logp - 1), reference, reference - 0.5).sum().backward()
+    assert reference.grad is None
+
+
 class TestKto:
     desirable = torch.tensor([True, False, False, True, True, False, True, False])
 
@@ -239,6 +260,13 @@ class TestOffline:
         for reduction in ("sum", "token_mean"):
             assert torch.autograd.gradcheck(lambda x: rwr_loss(given(x), z, reduction=reduction), logp)
             assert torch.autograd.gradcheck(lambda x: fa_loss(given(x), z, reduction=reduction), logp)
+
+    def test_weights_are_constants_and_tokens_are_counted(self):
+        weight, logp = torch.tensor([2.0, 1.0], requires_grad=True), torch.tensor([-3.0, -1.0], requires_grad=True)
+        weighted_nll(given(logp), weight).backward()
+        assert weight.grad is None
+        assert logp.grad.tolist() == [-1.0, -0.5]
+        assert weighted_nll(given(logp[:1], tokens=1), weight[:1], "token_mean").item() == 6.0
 
     def test_the_threshold_is_strict_and_the_mean_is_what_is_kept(self):
         assert fa_weight(torch.tensor([-0.1, 0.0, 0.1])).tolist() == [0.0, 0.0, 1.0]
@@ -432,9 +460,9 @@ class TestOddInput:
         for (name, a), b in zip(every_loss(half).items(), every_loss(wide).values(), strict=True):
             assert a.dtype == torch.float32, name
             torch.testing.assert_close(a, b, msg=name)
-        fields = [torch.full((1, 400), value, dtype=dtype) for value in (-1.0, 0.0, 0.0, 0.0, 0.0)]
-        summed = sequence_moments(TokenLogprob(*fields), torch.ones(1, 400, dtype=torch.bool))
-        assert summed.logp.tolist() == [-400.0]  # bf16 counts to 256
+        fields = [torch.full((1, 2049), value, dtype=dtype) for value in (-1.0, 0.0, 0.0, 0.0, 0.0)]
+        summed = sequence_moments(TokenLogprob(*fields), torch.ones(1, 2049, dtype=torch.bool))
+        assert summed.logp.tolist() == [-2049.0]  # which neither type holds
         low = SequenceMoments(*(f if f.dtype == torch.int64 else f.to(dtype) for f in batch().moments()))
         high = SequenceMoments(*(f if f.dtype == torch.int64 else f.float() for f in low))
         desirable, reference = TestKto.desirable, batch().reference.to(dtype)
