@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from pyengine.rejection import rejection_sample
     from pyengine.results import Block, Candidate, Event, Result, SamplingParams
     from pyengine.rewards import centred, log_sigmoid, lsc, normalised
+    from pyengine.rewards.conditioning import Conditioning
     from pyengine.rewards.references import LearnedReference, References, Statistics
     from pyengine.scorers import FunctionScorer, PrefixModel, PrefixScorer, Probe, RewardModel, Scorer, load_scorer
     from pyengine.scorers.embedding_probe import EmbeddingProbe
@@ -22,6 +23,7 @@ __version__ = "0.1.0"
 
 # Loaded on first use: importing transformers takes seconds that `pyengine --help` need not spend.
 _HOME = {
+    "Conditioning": "rewards.conditioning",
     "Engine": "engine",
     "LearnedReference": "rewards.references",
     "References": "rewards.references",
@@ -54,6 +56,7 @@ __all__ = [
     "Block",
     "Blockwise",
     "Candidate",
+    "Conditioning",
     "EmbeddingProbe",
     "Engine",
     "Event",

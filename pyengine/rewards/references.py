@@ -136,6 +136,11 @@ class Statistics:
             raise InputError("Statistics.of needs at least one reward")
         return cls(*_moments(found, ddof), ddof, len(found))
 
+    def z(self, rewards: Sequence[float]) -> list[float]:
+        """(r - mean) / std of each reward, 0 where std is 0; InputError names a reward that is not finite."""
+        found = _tensor(rewards, "Statistics: reward")
+        return [0.0] * len(found) if self.std == 0 else ((found - self.mean) / self.std).tolist()
+
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write one JSON file."""
         _write(path, asdict(self))
