@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from transformers import TrainerCallback
 from typer.testing import CliRunner
 
-from pyengine import Engine, InputError, SamplingParams, cli_align
+from pyengine import Engine, InputError, SamplingParams, cli, cli_align
 from pyengine.integrations.trl_runs import PolicyTraining, train_preference
 from pyengine.rewards import Statistics
 from pyengine.rewards.conditioning import Conditioning
@@ -196,6 +196,20 @@ def test_preferences_at_fault(model_dirs, tmp_path, line, options, message):
         command("preference", data, "--model", model_dirs["llama"], "--out", tmp_path / "out", *options)
     assert "\n" not in str(error.value)
     assert not (tmp_path / "out" / "report.json").exists()
+
+
+def test_a_fault_is_one_line_on_stderr(tmp_path, monkeypatch, capsys):
+    data = write(tmp_path / "pairs.jsonl", pairs(2))
+    given = ["pyengine", "train", "preference", str(data), "--out", str(tmp_path / "out"), "--batch", "3"]
+    monkeypatch.setattr(sys, "argv", given)
+    with pytest.raises(SystemExit) as end:
+        cli.main()
+    out, err = capsys.readouterr()
+    assert (end.value.code, out) == (2, "")
+    assert err == (
+        "pyengine: error: a batch of 3 cannot be shared by 1 processes that accumulate 16 parts each; make it a "
+        "multiple of 16\n"
+    )
 
 
 @pytest.mark.parametrize(
