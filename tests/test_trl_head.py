@@ -9,10 +9,11 @@ import sys
 import pytest
 import torch
 import transformers
+from trl.trainer import dpo_trainer
 from trl.trainer.utils import add_fused_lm_head
 
 from pyengine import InputError, losses
-from pyengine.integrations.trl_head import Recorder, add_head, moments_of, numbers_of
+from pyengine.integrations.trl_head import Recorder, add_head, in_place_of, moments_of, numbers_of
 
 SIZES = {
     "vocab_size": 200,
@@ -166,6 +167,13 @@ def test_logits_that_no_config_tells_of_are_refused():
         add_head(model)
     with pytest.raises(InputError, match=r"multiplies its logits by 0.0; that must be above 0"):
         numbers_of(transformers.Cohere2Config(**SIZES, logit_scale=0.0))
+
+
+def test_another_trl_is_named(monkeypatch):
+    monkeypatch.delattr(dpo_trainer, "add_fused_lm_head")
+    message = r"TRL [\d.]+ has no add_fused_lm_head to put this head in place of"
+    with pytest.raises(InputError, match=message), in_place_of(dpo_trainer):
+        pass
 
 
 SHARDED = """

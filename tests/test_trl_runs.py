@@ -14,7 +14,7 @@ from transformers import TrainerCallback
 from typer.testing import CliRunner
 
 from pyengine import Engine, InputError, SamplingParams, cli, cli_align
-from pyengine.integrations.trl_runs import PolicyTraining, train_preference
+from pyengine.integrations.trl_runs import PolicyTraining, train_offline, train_preference
 from pyengine.rewards import Statistics
 from pyengine.rewards.conditioning import Conditioning
 
@@ -168,6 +168,18 @@ def test_offline(model_dirs, tmp_path, method):
         prompt = Conditioning.load(out / "conditioning.json").prompt("pack my", 5.0)
         assert prompt == "User:pack my Assistant: <rm_score> 5.0"
         assert Engine.from_pretrained(out).generate(prompt, sampling=SamplingParams(max_tokens=2, seed=0))
+
+
+@pytest.mark.parametrize("reduction", ["sum", "token_mean"])
+def test_parts_of_a_step_change_nothing(model_dirs, tmp_path, reduction):
+    data = write(tmp_path / "rewards.jsonl", rewarded(12))
+    losses = []
+    for parts in (1, 4):
+        training = PolicyTraining(1e-3, batch=8, accumulate=parts, held_out=0)
+        options = {"method": "rwr", "reduction": reduction, "training": training}
+        losses.append(train_offline(model_dirs["llama"], data, tmp_path / str(parts), **options)["training_loss"])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+    assert_same(weights(tmp_path / "1"), weights(tmp_path / "4"), rtol=1e-4, atol=2e-5)
 
 
 @pytest.mark.parametrize(

@@ -176,7 +176,7 @@ class PreferenceTrainer(DPOTrainer):
             how = (self.args.weights, self.args.weight_variant, self.args.weight_clamp)
             means["weights/mean"] = losses.pair_weight(chosen, rejected, *how)
         sums |= {name: (value, ones) for name, value in means.items()}
-        found = [x.sum().double() for pair in (*sums.values(), (read, read)) for x in pair]
+        found = [x.sum().float() for pair in (*sums.values(), (read, read)) for x in pair]
         *total, tokens, _ = self.accelerator.gather(torch.stack(found)[None]).sum(0).tolist()
         mode = "train" if self.model.training else "eval"
         for name, of, over in zip(sums, total[::2], total[1::2], strict=True):
