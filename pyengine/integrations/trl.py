@@ -26,7 +26,7 @@ from pyengine.integrations.trl_options import (
     REFERENCE_FREE,
     check_model,
     check_options,
-    check_weights,
+    check_unpaired,
     paired_loss,
 )
 
@@ -201,10 +201,8 @@ class UnpairedTrainer(KTOTrainer):
         args = args or UnpairedConfig(_directory(model, "KTO"))
         if not isinstance(args, UnpairedConfig):
             raise InputError(f"UnpairedTrainer takes an UnpairedConfig, got a {type(args).__name__}")
-        check_weights(args)
+        check_unpaired(args)
         check_options(args)
-        if args.loss_type == "kto" and args.per_device_train_batch_size < 2:
-            raise InputError("per_device_train_batch_size must be at least 2: z0 of KTO is of mismatched examples")
         with in_place_of(kto_trainer):
             super().__init__(model, ref_model, args, *rest, **others)
         check_model(self)
