@@ -20,6 +20,9 @@ class Sizes:
 
     Of the reviews: roll-outs that each scorer is trained on, responses decoded for each figure, pairs for DPO, and the
     settings of the curves, λ of tokenwise and K of blockwise and best-of-K. What is asserted is the last of each.
+
+    confident: prompts of D1. bandits: seeds of D2, and the lengths that W3 counts its responses as. offline: seeds of
+    F, and the responses in each of its halves. cost: responses of O3, and how often they are timed.
     """
 
     responses: int = 480
@@ -35,6 +38,13 @@ class Sizes:
     weights: tuple[float, ...] = (1, 2, 4)
     branches: tuple[int, ...] = (2, 4, 8)
     best: tuple[int, ...] = (2, 4, 8, 16, 50)
+    confident: int = 16
+    bandits: int = 24
+    lengths: tuple[int, ...] = (1, 3, 10)
+    offline: int = 6
+    halves: int = 5000
+    cost: int = 64
+    rounds: int = 3
 
 
 SMALL = Sizes(
@@ -51,12 +61,22 @@ SMALL = Sizes(
     weights=(4,),
     branches=(8,),
     best=(8,),
+    confident=6,
+    bandits=8,
+    lengths=(3,),
+    offline=2,
+    halves=2000,
+    cost=32,
+    rounds=1,
 )
 
 
 @dataclass
 class Row:
-    """One line of the table. checks: what was asserted, and whether it holds. reported_only: no failure if not."""
+    """One line of the table. checks: what was asserted, and whether it holds. reported_only: no failure if not.
+
+    caveat: what the figures must not be read without.
+    """
 
     id: str
     claim: str
@@ -64,6 +84,7 @@ class Row:
     exact: str = ""
     engine: str = ""
     asserted: str = ""
+    caveat: str = ""
     checks: dict[str, bool] = field(default_factory=dict)
     figures: dict[str, Any] = field(default_factory=dict)
     seconds: float = 0.0
