@@ -239,40 +239,85 @@ void select_block(int64_t batch, int64_t candidates, int64_t heads, py::handle s
   pyengine::select_block(args, kernels, threads);
 }
 
-// stores: prefix keys, prefix values, tail keys, tail values. tree: pages, prefix_len, first_row, slot,
-// int32.
-void tree_attention(std::array<int64_t, 7> shape, int type, py::handle query, py::handle new_key,
-                    py::handle new_value, std::array<py::handle, 4> stores, std::array<py::handle, 4> tree,
-                    int64_t tail_len, float scale, float softcap, int64_t window, py::handle sinks,
-                    py::handle out, int threads, const char* isa) {
-  const View q(query), k(new_key), v(new_value);
-  const auto rows = [](const View& x) {
-    return pyengine::RowView{x.as<char>(), x.stride[0], x.stride[1], x.stride[2]};
-  };
-  const auto store = [&](size_t i, size_t inner) {
-    const View x(stores[i]);
-    return pyengine::Store{x.as<char>(), x.stride[0], x.stride[1], x.stride[inner]};
-  };
-  const View pages(tree[0]);
-  pyengine::TreeArgs args{};
-  args.prompts = shape[0], args.rows = shape[1], args.tokens = shape[2], args.heads = shape[3];
-  args.kv_heads = shape[4], args.width = shape[5], args.page_tokens = shape[6];
-  args.type = DType(type);
-  args.query = rows(q), args.key = rows(k), args.value = rows(v);
-  args.prefix_key = store(0, 3), args.prefix_value = store(1, 2);
-  args.tail_key = store(2, 3), args.tail_value = store(3, 2);
-  args.pages = pages.as<int32_t>(), args.pages_stride = pages.stride[0];
-  args.prefix_len = static_cast<int32_t*>(address(tree[1]));
-  args.first_row = static_cast<int32_t*>(address(tree[2]));
-  args.slot = static_cast<int32_t*>(address(tree[3]));
-  args.tail_len = tail_len;
-  args.scale = scale, args.softcap = softcap, args.window = window;
-  args.sinks = View(sinks).as<float>();
-  args.out = static_cast<char*>(address(out));
-  const TreeKernels& kernels = available(pyengine::tree_kernels, isa);
-  py::gil_scoped_release release;
-  pyengine::tree_attention(args, kernels, threads);
-}
+// tree_attention over given stores and a given tree, which are looked at once: a model's decode step makes a
+// call for every layer. Owns its tensors.
+class TreeCall {
+ public:
+  // stores: prefix keys, prefix values, tail keys, tail values. tree: pages, prefix_len, first_row, slot,
+  // int32. shape: prompts, rows, kv_heads, width, page_tokens, room.
+  TreeCall(std::array<int64_t, 6> shape, int type, std::array<py::object, 4> stores,
+           std::array<py::object, 4> tree, const char* isa)
+      : room_(shape[5]),
+        stores_(std::move(stores)),
+        tree_(std::move(tree)),
+        kernels_(available(pyengine::tree_kernels, isa)) {
+    const auto store = [&](size_t i, size_t inner) {
+      const View x(stores_[i]);
+      return pyengine::Store{x.as<char>(), x.stride[0], x.stride[1], x.stride[inner]};
+    };
+    args_.prompts = shape[0], args_.rows = shape[1];
+    args_.kv_heads = shape[2], args_.width = shape[3], args_.page_tokens = shape[4];
+    args_.type = DType(type);
+    args_.prefix_key = store(0, 3), args_.prefix_value = store(1, 2);
+    args_.tail_key = store(2, 3), args_.tail_value = store(3, 2);
+    const View pages(tree_[0]);
+    args_.pages = pages.as<int32_t>(), args_.pages_stride = pages.stride[0];
+    args_.prefix_len = static_cast<int32_t*>(address(tree_[1]));
+    args_.first_row = static_cast<int32_t*>(address(tree_[2]));
+    args_.slot = static_cast<int32_t*>(address(tree_[3]));
+  }
+
+  // query, new_key, new_value: [rows, tokens, heads, width], or packed as a model's layers have them,
+  // [heads, rows * tokens, width]. False, and nothing done, where one does not fit.
+  bool run(py::handle query, py::handle new_key, py::handle new_value, bool packed, int64_t heads,
+           int64_t tokens, int64_t tail_len, float scale, float softcap, int64_t window, py::handle sinks,
+           py::handle out, int threads) const {
+    if (tokens > tail_len || tail_len > room_) {
+      throw py::value_error("tree_attention: tail_len is " + std::to_string(tail_len) + ": it counts the " +
+                            std::to_string(tokens) + " new tokens, and tails have room for " +
+                            std::to_string(room_));
+    }
+    if (heads % args_.kv_heads || window < 0 || softcap < 0) return false;
+    pyengine::TreeArgs args = args_;
+    args.tokens = tokens, args.heads = heads;
+    if (!rows(query, packed, heads, tokens, &args.query) ||
+        !rows(new_key, packed, args.kv_heads, tokens, &args.key) ||
+        !rows(new_value, packed, args.kv_heads, tokens, &args.value))
+      return false;
+    args.tail_len = tail_len;
+    args.scale = scale, args.softcap = softcap, args.window = window;
+    args.sinks = View(sinks).as<float>();
+    args.out = static_cast<char*>(address(out));
+    py::gil_scoped_release release;
+    pyengine::tree_attention(args, kernels_, threads);
+    return true;
+  }
+
+ private:
+  bool rows(py::handle tensor, bool packed, int64_t heads, int64_t tokens, pyengine::RowView* to) const {
+    static PyObject* const size = PyUnicode_InternFromString("size");
+    if (tensor.is_none()) return true;
+    const py::object sizes = call(tensor, size);
+    const std::array<int64_t, 4> wanted =
+        packed ? std::array<int64_t, 4>{heads, args_.rows * tokens, args_.width}
+               : std::array<int64_t, 4>{args_.rows, tokens, heads, args_.width};
+    const size_t dimensions = packed ? 3 : 4;
+    if (size_t(PyTuple_GET_SIZE(sizes.ptr())) != dimensions) return false;
+    for (size_t i = 0; i < dimensions; ++i)
+      if (whole(PyTuple_GET_ITEM(sizes.ptr(), Py_ssize_t(i))) != wanted[i]) return false;
+    const View x(tensor);
+    const auto& s = x.stride;
+    if (s[dimensions - 1] != 1) return false;
+    *to = packed ? pyengine::RowView{x.as<char>(), tokens * s[1], s[1], s[0]}
+                 : pyengine::RowView{x.as<char>(), s[0], s[1], s[2]};
+    return true;
+  }
+
+  int64_t room_;
+  std::array<py::object, 4> stores_, tree_;
+  const TreeKernels& kernels_;
+  pyengine::TreeArgs args_{};
+};
 
 }  // namespace
 
@@ -283,7 +328,10 @@ PYBIND11_MODULE(_C, m) {
   m.def("tilt_finish", &tilt_finish);
   m.def("fold_logits", &fold_logits);
   m.def("logit_gradient", &logit_gradient);
-  m.def("tree_attention", &tree_attention, "pyengine/ops/tree_attention.py holds the contract.");
+  py::class_<TreeCall>(m, "TreeCall", "pyengine/ops/tree_attention.py holds the contract.")
+      .def(py::init<std::array<int64_t, 6>, int, std::array<py::object, 4>, std::array<py::object, 4>,
+                    const char*>())
+      .def("run", &TreeCall::run);
   m.def("select_block", &select_block);
   m.attr("TILT_STATE") = untouched_state();
   m.def(

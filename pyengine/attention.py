@@ -18,7 +18,7 @@ from transformers import AttentionInterface
 
 from pyengine import ops
 from pyengine.cache import PAGE, BranchingCache, Sequence
-from pyengine.ops.tree_attention import masked_attention
+from pyengine.ops.tree_attention import masked_attention, run_prepared
 from pyengine.reference import Tree
 
 NAME = "pyengine"
@@ -178,13 +178,22 @@ def _causal(query: Tensor, key: Tensor, value: Tensor, options: Options) -> Tens
 
 
 class Decode:
-    """`new` tokens for each row: they join the row's tail and read that and the prefix of its prompt."""
+    """`new` tokens for each row: they join the row's tail and read that and the prefix of its prompt.
 
-    def __init__(self, cache: BranchingCache, tree: Tree, new: int = 1) -> None:
-        self.cache, self.tree, self.new = cache, tree, new
+    calls: what `prepare` made for the layers and this tree, if anything; tail_len: then the tree's, on the host.
+    """
+
+    def __init__(
+        self, cache: BranchingCache, tree: Tree, new: int = 1, calls: list[Any] | None = None, tail_len: int = 0
+    ) -> None:
+        self.cache, self.tree, self.new, self.calls, self.tail_len = cache, tree, new, calls, tail_len
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, options: Options) -> Tensor:
         stores, given = self.cache.layers[layer], query.dtype
+        if self.calls and given == key.dtype == value.dtype == stores[0].dtype:
+            out = run_prepared(self.calls[layer], query, key, value, self.new, self.tail_len, *options)
+            if out is not None:
+                return out
         query, key, value = (
             x.to(stores[0].dtype).transpose(0, 1).unflatten(0, (-1, self.new)) for x in (query, key, value)
         )

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 import typer
 
 import pyengine
+import pyengine.cli_align  # adds commands to `train`
 from pyengine.cli_train import train
 from pyengine.errors import InputError, whole
 

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from pyengine.engine import Engine
     from pyengine.training.data import Example
 
-train = typer.Typer(help="Train scorers for a frozen model.")
+train = typer.Typer(help="Train scorers for a frozen model, or a policy.")
 
 REWARDS = ("sentiment", "politeness", "length")  # the embedded world's exact ones
 
@@ -35,7 +35,7 @@ def packages() -> Iterator[None]:
 
 @train.callback()
 def _group() -> None:
-    """Train scorers for a frozen model."""
+    """Train scorers for a frozen model, or a policy."""
 
 
 @train.command()

@@ -24,6 +24,7 @@ from torch import Tensor
 from pyengine.attention import Decode, Extend, Options, Pass, Span, hooked, running
 from pyengine.cache import BranchingCache, Sequence
 from pyengine.errors import InputError
+from pyengine.ops.tree_attention import prepare
 from pyengine.reference import Tree
 from pyengine.scorers.base import Hidden
 
@@ -114,6 +115,7 @@ class BranchingDecoder:
         self._slot: list[int] = []
         self._tail_len = 0
         self._tree: Tree | None = None
+        self._calls: list[Any] = []
         self._positions = torch.empty(0)
         # Where the device is not to be waited for: trees by the size of their bucket, and what was captured over them.
         self.planted: Planted | None = None
@@ -230,6 +232,7 @@ class BranchingDecoder:
         if not self.waits:
             self._tree = Tree(*(torch.tensor(x, dtype=torch.int32, device=device) for x in tables))
             self._positions = torch.tensor(positions, device=device)
+            self._calls = prepare(self.cache.layers, self._tree)
             return
         whole = self.planted = self._bucket(n, longest)
         rows, used = len(self._slot), set(self._slot)
@@ -284,7 +287,8 @@ class BranchingDecoder:
             where = torch.arange(0, rows * new, new, device=tokens.device) + (new - 1 if last is None else last)
         # Only rows that have ended can come to the end of the context.
         positions = (self._positions[:, None] + step).flatten().clamp(max=self._last_position)
-        self._branches = self._forward(Decode(self.cache, self._tree, new), tokens.flatten(), positions, where)
+        work = Decode(self.cache, self._tree, new, self._calls, self._tail_len)
+        self._branches = self._forward(work, tokens.flatten(), positions, where)
         self._positions = self._positions + new
         return self._branches
 

@@ -29,6 +29,8 @@ Variant = Literal["both", "chosen", "rejected"]
 Clamp = Literal["product", "none"]
 Reduction = Literal["sum", "token_mean"]
 
+CERTAIN = 2.0**-23  # fp32's epsilon, the least that a probability near 1 can lack; for fp64 too, to give the same loss
+
 
 def q_loss(q: Tensor, reward: Tensor) -> Tensor:
     """L_Q: the mean of (Q - r)^2 (Q-Probe, Eq. 2). Both [N]; a scalar."""
@@ -389,11 +391,10 @@ def _mean_logp(moments: SequenceMoments) -> Tensor:
 def _log_odds(moments: SequenceMoments) -> Tensor:
     """a - log(1 - exp(a)), a = logp/|y|. At a = 0, an empty or certain response, it would be inf with an inf slope.
 
-    a stops at -eps, where the odds are 1/eps, and the gradient with it. Far below, expm1(a) rounds to -1 and the
-    error, exp(a), is less than that of a.
+    a stops at -CERTAIN, and the gradient with it. Far below, expm1(a) rounds to -1 and the error, exp(a), is less
+    than that of a.
     """
-    a = _mean_logp(moments)
-    a = a.clamp(max=-torch.finfo(a.dtype).eps)
+    a = _mean_logp(moments).clamp(max=-CERTAIN)
     return a - torch.log(-torch.expm1(a))
 
 

@@ -64,6 +64,7 @@ class Preference(NamedTuple):
     loss: Tensor  # scalar, the mean over pairs; the only field with a gradient
     losses: Tensor  # [P]
     moments: SequenceMoments  # of all 2P responses, chosen first
+    top1: Tensor  # [2P], how many tokens no other is likelier than, int64
 
 
 class BlockSelection(NamedTuple):
@@ -257,6 +258,12 @@ def sequence_moments(tokens: TokenLogprob, kept: Tensor) -> SequenceMoments:
     return SequenceMoments(sums[0], kept.sum(-1), *sums[1:])
 
 
+def is_top1(tokens: TokenLogprob) -> Tensor:
+    """Whether no token is likelier than the target, bool: l_y = max l up to the rounding of the sums; ties count."""
+    logp, lse = tokens.logp.detach(), tokens.lse
+    return logp + lse >= tokens.max_logit - 4 * torch.finfo(logp.dtype).eps * (logp.abs() + lse.abs())
+
+
 def linear_preference(
     hidden: Tensor,
     weight: Tensor,
@@ -280,13 +287,14 @@ def linear_preference(
         ignore_index=ignore_index,
     )
     tokens = TokenLogprob(*(field.unflatten(0, target.shape) for field in flat))
-    moments = sequence_moments(tokens, target != ignore_index)
+    kept = target != ignore_index
+    moments = sequence_moments(tokens, kept)
     pairs = len(target) // 2
     chosen, rejected = (SequenceMoments(*(f[half] for f in moments)) for half in (slice(pairs), slice(pairs, None)))
     references = (None, None) if reference_logp is None else reference_logp.split(pairs)
     losses = loss(chosen, rejected, *references)
     detached = SequenceMoments(*(f.detach() for f in moments))
-    return Preference(losses.mean(), losses.detach(), detached)
+    return Preference(losses.mean(), losses.detach(), detached, (is_top1(tokens) & kept).sum(-1))
 
 
 def head_tilt_sample(

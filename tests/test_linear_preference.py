@@ -42,7 +42,9 @@ def simpo(chosen, rejected, reference_chosen, reference_rejected):
 LOSSES = {"dpo": dpo, "wpo": wpo, "ipo": ipo, "simpo": simpo}
 
 
-@pytest.fixture(params=[10**9, 16 * VOCAB, 5 * VOCAB], ids=["one chunk", "chunks", "recomputed"])
+@pytest.fixture(
+    params=[10**9, 16 * VOCAB, 9 * VOCAB, 3 * VOCAB], ids=["one chunk", "chunks", "partly recomputed", "recomputed"]
+)
 def limit(request, monkeypatch):
     monkeypatch.setattr(module, "KEPT_LOGITS", request.param)
     monkeypatch.setattr(ops.logit_tiles, "COLUMNS", 2048)
@@ -52,9 +54,10 @@ def problem(dtype=torch.float32, pairs=4, length=7):
     torch.manual_seed(0)
     hidden, weight = torch.randn(2 * pairs, length, 16).to(dtype), torch.randn(VOCAB, 16).to(dtype)
     target = torch.randint(0, VOCAB, (2 * pairs, length))
-    target[3, 2:] = -100
     target[0, :3] = -100
-    target[5] = -100  # an empty response
+    if pairs > 2:
+        target[3, 2:] = -100
+        target[5] = -100  # an empty response
     return hidden, weight, target, torch.randn(2 * pairs) * 3 - 60
 
 
@@ -70,6 +73,7 @@ def test_equals_autograd_on_the_reference(limit, poisoned, name):
     want = reference.linear_preference(hidden, weight, target, LOSSES[name], **options)
     torch.testing.assert_close(found.loss.double(), want.loss, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(found.losses.double(), want.losses, atol=1e-5, rtol=1e-5)
+    assert torch.equal(found.top1, want.top1)
     for a, b in zip(found.moments, want.moments, strict=True):
         assert not a.requires_grad
         torch.testing.assert_close(a.double(), b.double(), atol=1e-4, rtol=1e-6)
@@ -114,6 +118,30 @@ def test_three_products_a_tile(monkeypatch):
     monkeypatch.setattr(ops.logit_tiles, "COLUMNS", 1024)
     ops.linear_preference(hidden, weight.requires_grad_(), target, dpo, reference_logp=logp).loss.backward()
     assert len(calls) == math.ceil(VOCAB / 1024)
+
+
+def test_a_long_pair_keeps_the_tiles_that_fit(monkeypatch):
+    """Of 5 tiles 2 are recomputed: 7 products instead of 5, and as much memory as was allowed, and one tile."""
+    hidden, weight, target, _ = problem(pairs=1)
+    rows = int((target != -100).sum())
+    calls = []
+    multiply = module.multiply
+    monkeypatch.setattr(module, "multiply", lambda *a: calls.append(a[2].numel()) or multiply(*a))
+    monkeypatch.setattr(ops.logit_tiles, "COLUMNS", 1024)
+    monkeypatch.setattr(module, "KEPT_LOGITS", rows * 3100)
+    ops.linear_preference(hidden, weight.requires_grad_(), target, simpo).loss.backward()
+    assert len(calls) == 7
+    assert max(calls) == rows * 4 * 1024
+
+
+def test_top1_counts_the_likeliest_tokens_and_ties():
+    hidden, weight, target, _ = problem()
+    best = (hidden @ weight.T).argmax(-1)
+    target = torch.where((target != -100) & (torch.arange(7) % 2 == 0), best, target)
+    weight[best[1, 0] - 1] = weight[best[1, 0]]  # as likely, with a lower id
+    found = ops.linear_preference(hidden, weight, target, simpo)
+    assert found.top1.tolist() == ((target == best) & (target != -100)).sum(-1).tolist()
+    assert found.top1.sum() > 15
 
 
 def test_weights_carry_no_gradient():

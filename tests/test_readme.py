@@ -1,4 +1,4 @@
-"""Every code block of the README runs."""
+"""Every code block of the README and of docs/ runs."""
 
 from __future__ import annotations
 
@@ -12,12 +12,23 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```", (ROOT / "README.md").read_text(), re.DOTALL | re.MULTILINE)
-COMMANDS = [line for language, code in BLOCKS if language == "sh" for line in code.splitlines() if line.strip()]
+PAGES = {
+    page.name: re.findall(r"^```(\w*)\n(.*?)^```", page.read_text(), re.DOTALL | re.MULTILINE)
+    for page in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
+}
+COMMANDS = {
+    line: None
+    for blocks in PAGES.values()
+    for language, code in blocks
+    if language == "sh"
+    for line in code.replace("\\\n", " ").splitlines()
+    if line.strip()
+}
+PROGRAMS = {name: [code for language, code in blocks if language == "python"] for name, blocks in PAGES.items()}
 
 
 def test_only_languages_that_are_run_here():
-    assert {language for language, _ in BLOCKS} == {"python", "sh"}
+    assert {language for blocks in PAGES.values() for language, _ in blocks} == {"python", "sh"}
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -35,10 +46,17 @@ def test_command(command, tmp_path):
     assert done.stdout
 
 
-def test_python_blocks_in_order(tmp_path):
+@pytest.mark.parametrize("page", [name for name, blocks in PROGRAMS.items() if blocks])
+def test_python_blocks_in_order(page, tmp_path):
     """One after the other in one program, as a reader would type them."""
-    code = "\n".join(code for language, code in BLOCKS if language == "python")
-    (tmp_path / "readme.py").write_text(code)
-    done = subprocess.run([sys.executable, "readme.py"], cwd=tmp_path, capture_output=True, text=True, check=False)
+    (tmp_path / "page.py").write_text("\n".join(PROGRAMS[page]))
+    done = subprocess.run([sys.executable, "page.py"], cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert done.stdout
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_links_lead_somewhere(page):
+    path = ROOT / page if page == "README.md" else ROOT / "docs" / page
+    for link in re.findall(r"\]\((?!https?:)([^)#]+)", path.read_text()):
+        assert (path.parent / link).exists(), link

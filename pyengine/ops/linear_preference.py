@@ -35,7 +35,7 @@ from pyengine.ops.logit_tiles import (
     operator_gradients,
     triton_runs,
 )
-from pyengine.reference import PairedLoss, Preference, SequenceMoments, TokenLogprob
+from pyengine.reference import PairedLoss, Preference, SequenceMoments, TokenLogprob, is_top1
 
 OP = "linear_preference"
 library.define(
@@ -77,8 +77,8 @@ def linear_preference(
 
     Returns:
         Preference: loss (scalar, fp32), whose backward hands out the gradients of hidden, weight and bias, once;
-        losses [P]; moments of all 2P responses (fp32, tokens int64), both detached. A response without
-        tokens has log-probability 0.
+        losses [P]; moments of all 2P responses (fp32, tokens int64) and how many of their tokens are top-1 (int64;
+        ties count), all detached. A response without tokens has log-probability 0.
 
     Raises:
         ValueError: a shape, dtype, device, number or target is out of range, or `loss` returns another shape.
@@ -101,7 +101,7 @@ def linear_preference(
             *given, target, reference_logp, _handle(loss), *numbers, wanted
         )
         sums = sums.detach()
-        return Preference(mean, losses.detach(), SequenceMoments(sums[0], tokens, *sums[1:]))
+        return Preference(mean, losses.detach(), _moments(sums, tokens, slice(None)), sums[4].long())
     with torch.no_grad():
         head = make_head(weight, bias, temperature, softcap, ignore_index)
         gradients = Gradients(hidden.flatten(0, 1), weight, bias, wanted)
@@ -138,12 +138,12 @@ def _operator(
     ignore_index: int,
     wanted: list[bool],
 ) -> tuple[Tensor, ...]:
-    """The forward for compiled graphs: the loss, the losses, the moments [4, 2P], the tokens and the gradients."""
+    """The forward for compiled graphs: loss, losses, moments and top-1 [5, 2P], tokens, gradients."""
     head = make_head(weight, bias, temperature, softcap, ignore_index)
     gradients = Gradients(hidden.flatten(0, 1), weight, bias, wanted)
-    mean, losses, moments = _forward(hidden, weight, target, _LOSSES[loss], reference_logp, head, gradients)
+    mean, losses, moments, top1 = _forward(hidden, weight, target, _LOSSES[loss], reference_logp, head, gradients)
     found = operator_gradients(gradients.results(weight, bias), (hidden, weight, bias))
-    return mean, losses, torch.stack((moments.logp, *moments[2:])), moments.tokens, *found
+    return mean, losses, torch.stack((moments.logp, *moments[2:], top1.float())), moments.tokens, *found
 
 
 def _operator_fake(hidden: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any) -> tuple[Tensor, ...]:
@@ -151,7 +151,7 @@ def _operator_fake(hidden: Tensor, weight: Tensor, bias: Tensor | None, *rest: A
     return (
         hidden.new_empty((), dtype=torch.float32),
         hidden.new_empty(rows // 2, dtype=torch.float32),
-        hidden.new_empty((4, rows), dtype=torch.float32),
+        hidden.new_empty((5, rows), dtype=torch.float32),
         hidden.new_empty(rows, dtype=torch.int64),
         *fake_gradients((hidden, weight, bias), rest[-1]),
     )
@@ -224,7 +224,7 @@ def _forward(
     counts = [length] * (2 * pairs) if triton_runs(hidden) else tokens.tolist()
     ends = [0, *accumulate(counts)]  # sequence i has the rows kept[ends[i] : ends[i + 1]]
     chosen_and_rejected = [a + b for a, b in zip(counts[:pairs], counts[pairs:], strict=True)]
-    sums = torch.zeros(4, 2 * pairs, dtype=torch.float64, device=hidden.device)
+    sums = torch.zeros(5, 2 * pairs, dtype=torch.float64, device=hidden.device)
     losses = hidden.new_empty(pairs, dtype=torch.float32)
     limit, widest = max(1, KEPT_LOGITS // head.vocab), next(columns(head.vocab))[1]
     buffer = scratch = hidden.new_empty(0)
@@ -232,15 +232,17 @@ def _forward(
         halves = (slice(first, last), slice(pairs + first, pairs + last))
         rows = torch.cat([kept[ends[half.start] : ends[half.stop]] for half in halves])
         some, some_labels = flat[rows], labels[rows]
-        keep = gradients.wanted and len(rows) <= limit
-        size = len(rows) * (head.vocab if keep else widest)
+        # The ids below `keep` have their logits kept: all, or of a longer pair as many tiles as there is room for.
+        keep = KEPT_LOGITS // max(1, len(rows)) // widest * widest if len(rows) > limit else head.vocab
+        keep = keep if gradients.wanted else 0
+        size = len(rows) * (keep + (widest if keep < head.vocab else 0))
         if buffer.numel() < size:  # once or twice: fresh memory costs a page fault every 4 kB
             buffer = hidden.new_empty(size)
         if not in_place(buffer) and scratch.numel() < len(rows) * widest:
             scratch = hidden.new_empty(len(rows) * widest, dtype=torch.float32)
         state = new_state(some_labels)
         for start, end in columns(head.vocab):
-            to = buffer[len(rows) * start :] if keep else buffer
+            to = buffer[len(rows) * min(start, keep) :]
             fold(multiply(some, weight[start:end], to), start, head, some_labels, state)
         fields = finish(state, head, some_labels)
         _add(sums, fields, rows, length)
@@ -252,29 +254,30 @@ def _forward(
 
         def differentiated() -> Iterator[tuple[int, int, Tensor]]:
             for start, end in columns(head.vocab):
-                if keep:
+                if start < keep:
                     tile = buffer[len(rows) * start : len(rows) * end].view(len(rows), end - start)
-                else:  # a pair too long to keep is recomputed, as in linear_logprob's backward
-                    tile = multiply(some, weight[start:end], buffer)
+                else:  # recomputed, as in linear_logprob's backward
+                    tile = multiply(some, weight[start:end], buffer[len(rows) * keep :])
                 yield start, end, differentiate(tile, start, head, some_labels, known, scratch)
 
         gradients.add(differentiated(), some, weight, rows)
-    return Preference(losses.mean(), losses, _moments(sums, tokens, slice(None)))
+    return Preference(losses.mean(), losses, _moments(sums, tokens, slice(None)), sums[4].long())
 
 
 def _add(sums: Tensor, fields: TokenLogprob, rows: Tensor, length: int) -> None:
-    """Add the tokens' logp, alignments and entropy to the sums [4, 2P] of their sequences.
+    """Add the tokens' logp, alignments, entropy and top-1 to the sums [5, 2P] of their sequences.
 
     By way of the padded layout, in which the order of the additions is fixed: index_add_ on a GPU has none.
     """
     sampled, greedy = fields.logp + 2 * fields.lse - fields.lse2, fields.logp + fields.lse - fields.max_logit
-    padded = sums.new_zeros(4, sums.shape[1] * length)
-    padded[:, rows] = torch.stack((fields.logp, sampled, greedy, fields.entropy)).to(sums.dtype)
-    sums += padded.view(4, -1, length).sum(-1)
+    top1 = is_top1(fields).to(fields.logp.dtype)
+    padded = sums.new_zeros(len(sums), sums.shape[1] * length)
+    padded[:, rows] = torch.stack((fields.logp, sampled, greedy, fields.entropy, top1)).to(sums.dtype)
+    sums += padded.view(len(sums), -1, length).sum(-1)
 
 
 def _moments(sums: Tensor, tokens: Tensor, which: slice) -> SequenceMoments:
-    logp, sampled, greedy, entropy = sums[:, which].float()
+    logp, sampled, greedy, entropy, _ = sums[:, which].float()
     return SequenceMoments(logp, tokens[which], sampled, greedy, entropy)
 
 

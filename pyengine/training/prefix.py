@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import logging
 import random
 import shutil
 import sys
@@ -27,11 +26,10 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArgu
 from pyengine.engine import Engine
 from pyengine.errors import InputError, real, whole
 from pyengine.scorers import PrefixModel, PrefixScorer
+from pyengine.training.checkpoints import checkpoint_of
 from pyengine.training.data import Encoded, Example, encode_all, split
 from pyengine.training.trunk import TrunkStudent, grouped, load_trunk
 from pyengine.training.values import Batch, Method, Student, collate, read_prefixes, regression_loss, targets
-
-log = logging.getLogger("pyengine")
 
 BINS = 10  # of the calibration
 
@@ -176,7 +174,7 @@ def train_prefix_scorer(
         student = Student(scorer, sum(known) / len(known) if known else 0.0)
     arguments = _arguments(engine, settings, out / "checkpoints")
     run = {"model": engine.name, "settings": asdict(settings), "examples": len(examples), "data": _digest(training)}
-    checkpoint = _checkpoint(out, run, resume)
+    checkpoint = checkpoint_of(out, run, resume)
     trainer = PrefixTrainer(
         engine.model,
         settings,
@@ -297,29 +295,3 @@ def _digest(items: Sequence[Encoded]) -> str:
     for item in items:
         digest.update(repr((item.ids, item.start, item.reward, item.ended)).encode())
     return digest.hexdigest()
-
-
-def _checkpoint(out: Path, run: dict[str, Any], resume: bool) -> str | None:
-    """The checkpoint to go on from, if any; notes what is being run beside it."""
-    directory = out / "checkpoints"
-    whole_ones = []
-    for file in directory.glob("checkpoint-*/trainer_state.json"):  # Trainer writes it last
-        try:
-            whole_ones.append((json.loads(file.read_bytes())["global_step"], str(file.parent)))
-        except (ValueError, KeyError):
-            log.warning("%s is damaged: taking an earlier checkpoint", file.parent)
-    if whole_ones and not resume:
-        raise InputError(f"{directory} holds checkpoints of an earlier run: resume it, or remove them")
-    if resume and not whole_ones:
-        log.warning("no checkpoint in %s: starting from the first step", directory)
-    if whole_ones:
-        before = json.loads((directory / "run.json").read_bytes())
-        old, new = ({k: v for k, v in {**r, **r["settings"]}.items() if k != "settings"} for r in (before, run))
-        changed = sorted(k for k in new if k not in ("checkpoint_every", "accumulate") and new[k] != old.get(k))
-        if changed:
-            raise InputError(f"{directory} is of a run with another {' and '.join(changed)}; it cannot be resumed")
-    PartialState().wait_for_everyone()  # all have looked before one writes
-    if PartialState().is_main_process:
-        directory.mkdir(parents=True, exist_ok=True)
-        (directory / "run.json").write_text(json.dumps(run, indent=2) + "\n")
-    return max(whole_ones)[1] if whole_ones else None

@@ -1,0 +1,341 @@
+"""From a file of examples to the directory of a policy: the runs behind `pyengine train preference` and `offline`."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import random
+import shutil
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import datasets
+import torch
+from accelerate import PartialState
+from datasets import Dataset
+from peft import LoraConfig
+from transformers import AutoModelForCausalLM, PrinterCallback, TrainerCallback
+
+from pyengine.checkpoint import load_checkpoint
+from pyengine.errors import InputError, real, whole
+from pyengine.integrations.trl import PreferenceConfig, PreferenceTrainer, UnpairedConfig, UnpairedTrainer
+from pyengine.integrations.trl_offline import OfflineConfig, OfflineTrainer, weights_of
+from pyengine.integrations.trl_options import REFERENCE_FREE
+from pyengine.rewards import Statistics
+from pyengine.rewards.conditioning import OPENRLHF, Conditioning
+from pyengine.training.checkpoints import checkpoint_of
+from pyengine.training.data import raise_all, read_examples, read_file, split
+from pyengine.training.examples import Labelled, Pair, read_preferences
+from pyengine.training.texts import Texts
+
+log = logging.getLogger("pyengine")
+
+Loss = Literal["dpo", "ipo", "hinge", "simpo", "orpo", "kto"]
+NOT_SAVED = ("training_args.bin",)  # a pickle
+
+
+@dataclass(frozen=True)
+class PolicyTraining:
+    """How a policy is trained.
+
+    batch: pairs or responses in an optimiser step, over all processes and the `accumulate` parts of it. max_length:
+    tokens of prompt and response that are read, at most the model's context; what is longer is cut at its end.
+    lora: rank of adapters on all linear layers but the head, scaled by 2 (alpha = 2 rank); None trains all weights.
+    held_out: the share of the prompts that only the report uses. checkpoint_every: optimiser steps; None is an epoch.
+    bf16: mixed precision.
+    """
+
+    lr: float
+    epochs: float = 1.0
+    batch: int = 128
+    accumulate: int = 16
+    max_length: int = 1024
+    lora: int | None = None
+    held_out: float = 0.05
+    bf16: bool = False
+    seed: int = 0
+    checkpoint_every: int | None = None
+
+    def __post_init__(self) -> None:
+        real(self.lr, "lr", 1e-12)
+        real(self.epochs, "epochs", 1e-12)
+        real(self.held_out, "held_out", 0, 0.9)
+        for name in ("batch", "accumulate"):
+            whole(getattr(self, name), name, 1)
+        whole(self.max_length, "max_length", 2)
+        whole(self.seed, "seed", 0, 2**32 - 1)
+        for name in ("lora", "checkpoint_every"):
+            if getattr(self, name) is not None:
+                whole(getattr(self, name), name, 1)
+
+
+def train_preference(
+    model: str | Path,
+    data: str | Path,
+    out: str | Path,
+    loss: Loss = "dpo",
+    weights: str = "sampled",
+    variant: str | None = None,
+    clamp: str | None = None,
+    beta: float | None = None,
+    training: PolicyTraining = PolicyTraining(lr=5e-7),
+    resume: bool = False,
+    trust_remote_code: bool = False,
+    callbacks: Sequence[TrainerCallback] = (),
+) -> dict[str, Any]:
+    """Train a policy on preferences into `out`, by default as WPO does; the report, which is out/report.json too.
+
+    model: directory or hub id, safetensors only; it is the reference policy as well. data: JSONL, a line
+    {"prompt", "chosen", "rejected"}, or for "kto" {"prompt", "response", "label"} too; a pair of equal texts is refused
+    as `read_preferences` does, one whose tokens are equal within max_length is left out and counted. weights, variant,
+    clamp: as in `PreferenceConfig` ("kto" takes weights alone). beta: None is the default of the loss there.
+
+    `out` gets the weights, config and tokenizer, or with training.lora the adapter. Until it is finished,
+    out/checkpoints holds what `resume` goes on from. Under `accelerate launch` every process calls this with the same
+    arguments.
+
+    Raises InputError for options and files that cannot be used, naming file and line.
+    """
+    if loss not in get_args(Loss):
+        raise InputError(f"loss must be one of {', '.join(get_args(Loss))}, got {loss!r}")
+    if loss == "kto" and not (variant is None and clamp is None):
+        raise InputError(f"{'variant' if clamp is None else 'clamp'} is of pairs; kto has weights of single responses")
+    details = {"weight_variant": variant, "weight_clamp": clamp}
+    options: dict[str, Any] = {"weights": weights, "beta": beta} | details
+    options = {name: value for name, value in options.items() if value is not None}
+    kind: Any = UnpairedConfig if loss == "kto" else PreferenceConfig
+    if loss != "kto":
+        options["loss_type"] = ["sigmoid" if loss == "dpo" else loss]
+    examples = read_preferences(data)
+    if loss != "kto" and not isinstance(examples[0], Pair):
+        raise InputError(f"{data}: loss {loss!r} needs pairs, lines {{'prompt', 'chosen', 'rejected'}}")
+    run = _Run(model, data, out, training, {"loss": loss} | options, resume, trust_remote_code)
+    faults = [
+        f"{e.where}: the prompt has {count} tokens, which leaves no room for a response within {run.limit}"
+        for e in examples
+        if (count := len(run.tokenizer(e.prompt, verbose=False).input_ids)) >= run.limit
+    ]
+    raise_all(faults, len(examples), "lines")
+    train, test = split([e.prompt for e in examples], training.held_out, training.seed)
+    rows = _labelled_rows if loss == "kto" else _pair_rows
+    parts = [rows([examples[i] for i in part], training.seed) for part in (train, test)]
+    config = run.config(kind, **options)
+    needs_reference = training.lora is None and loss not in REFERENCE_FREE
+    trainer_kind: Any = UnpairedTrainer if loss == "kto" else PreferenceTrainer
+    trainer = trainer_kind(
+        run.policy,
+        run.load()[0] if needs_reference else None,
+        config,
+        train_dataset=Dataset.from_list(parts[0]),
+        eval_dataset=Dataset.from_list(parts[1]) if parts[1] else None,
+        processing_class=run.tokenizer,
+        peft_config=run.adapter(),
+        callbacks=list(callbacks),
+    )
+    responses = ("completion_ids",) if loss == "kto" else ("chosen_ids", "rejected_ids")
+    kept = trainer.train_dataset
+    report = {
+        "examples": len(examples),
+        "train": len(kept),
+        "same_tokens": len(parts[0]) - len(kept),
+        "cut": sum(len(row["prompt_ids"]) + max(len(row[key]) for key in responses) > run.limit for row in kept),
+        "beta": config.beta,
+    }
+    return run.finish(trainer, report)
+
+
+def _pair_rows(examples: Sequence[Any], seed: int) -> list[dict[str, Any]]:
+    return [{"prompt": e.prompt, "chosen": e.chosen, "rejected": e.rejected} for e in examples]
+
+
+def _labelled_rows(examples: Sequence[Any], seed: int) -> list[dict[str, Any]]:
+    """Single responses in a shuffled order, as KTO's trainer goes through them in the order in which they come."""
+    rows = []
+    for e in examples:
+        found = [(e.response, e.label > 0.5)] if isinstance(e, Labelled) else [(e.chosen, True), (e.rejected, False)]
+        rows += [{"prompt": e.prompt, "completion": text, "label": label} for text, label in found]
+    random.Random(seed).shuffle(rows)
+    return rows
+
+
+def train_offline(
+    model: str | Path,
+    data: str | Path,
+    out: str | Path,
+    method: str = "rwr",
+    beta: float | None = None,
+    threshold: float | None = None,
+    cap: float | None = None,
+    template: str | None = None,
+    reduction: str = "sum",
+    training: PolicyTraining = PolicyTraining(lr=5e-6),
+    resume: bool = False,
+    trust_remote_code: bool = False,
+    callbacks: Sequence[TrainerCallback] = (),
+) -> dict[str, Any]:
+    """Train a policy on responses with rewards into `out` (2308.12050); the report, which is out/report.json too.
+
+    data: JSONL, a line {"prompt", "response", "reward"}, as `read_examples` takes it. method, beta, threshold, cap,
+    reduction: as in `OfflineConfig`. template: of "ca", "paper" (the default), "openrlhf" or a file that
+    `Conditioning.save` wrote. The statistics of the training rewards, and the template, lie in `out` as
+    reward_statistics.json and conditioning.json. The rest is as for `train_preference`.
+    """
+    if template is not None and method != "ca":
+        raise InputError(f"template is read by method 'ca', not by {method!r}")
+    options: dict[str, Any] = {"method": method, "beta": beta, "threshold": threshold, "weight_cap": cap}
+    options = {name: value for name, value in options.items() if value is not None} | {"reduction": reduction}
+    conditioning = _conditioning(template) if method == "ca" else None
+    settings = options if conditioning is None else options | {"template": asdict(conditioning)}
+    run = _Run(model, data, out, training, settings, resume, trust_remote_code)
+    # A sum over a response's tokens is large at every step: clipped to a norm of 1, all steps would be equally long.
+    config = run.config(OfflineConfig, max_grad_norm=0.0 if reduction == "sum" else 1.0, **options)
+    texts: Any = Texts.of(run.policy, run.tokenizer, Path(model).name)
+    examples = read_examples(data, texts)
+    train, test = split([e.prompt for e in examples], training.held_out, training.seed)
+    statistics = Statistics.of([examples[i].reward for i in train])
+    parts = [
+        [
+            {
+                "prompt": e.prompt,
+                "completion": e.response,
+                "reward": e.reward,
+                "tokens": e.tokens,
+                "ended": e.ended,
+                "where": e.where,
+            }
+            for e in (examples[i] for i in part)
+        ]
+        for part in (train, test)
+    ]
+    trainer: Any = OfflineTrainer(
+        run.policy,
+        config,
+        train_dataset=Dataset.from_list(parts[0]),
+        eval_dataset=Dataset.from_list(parts[1]) if parts[1] else None,
+        statistics=statistics,
+        conditioning=conditioning,
+        processing_class=run.tokenizer,
+        peft_config=run.adapter(),
+        callbacks=list(callbacks),
+    )
+    z = torch.tensor(statistics.z([examples[i].reward for i in train]))
+    weight = weights_of(z, method, config.beta, config.threshold, config.weight_cap)
+    report = {
+        "examples": len(examples),
+        "train": len(trainer.train_dataset),
+        "prompts_too_long": len(train) - len(trainer.train_dataset),
+        "cut": trainer.cut,
+        "statistics": asdict(statistics),
+        "retained": (weight > 0).double().mean().item(),
+        "mean_z": (weight * z).sum().item() / max(weight.sum().item(), 1e-12),
+        "effective_share": (weight.sum() ** 2 / weight.square().sum().clamp(min=1e-12)).item() / len(weight),
+    }
+    return run.finish(trainer, report)
+
+
+def _conditioning(template: str | None) -> Conditioning:
+    if template in (None, "paper"):
+        return Conditioning()
+    assert template is not None
+    return OPENRLHF if template == "openrlhf" else Conditioning.load(template)
+
+
+class _Run:
+    """What both runs share: the policy, TRL's settings, the checkpoint to go on from, and what is left in `out`."""
+
+    def __init__(
+        self,
+        model: str | Path,
+        data: str | Path,
+        out: str | Path,
+        training: PolicyTraining,
+        options: Mapping[str, Any],
+        resume: bool,
+        trust_remote_code: bool,
+    ) -> None:
+        self.started = time.perf_counter()
+        self.model, self.out, self.training, self.resume = model, Path(out), training, resume
+        self.trust_remote_code = trust_remote_code
+        digest = hashlib.blake2b(read_file(data), digest_size=16).hexdigest()
+        self.about = {"model": str(model), "data": digest, "settings": asdict(training) | dict(options)}
+        self.policy, self.tokenizer = self.load()
+        if self.tokenizer.eos_token is None:
+            raise InputError(f"model {model}: its tokenizer has no EOS token, and a response must end with one")
+        context = getattr(self.policy.config.get_text_config(decoder=True), "max_position_embeddings", None)
+        self.limit = min(training.max_length, context or training.max_length)
+        if not sys.stderr.isatty():
+            datasets.disable_progress_bars()
+
+    def load(self) -> tuple[Any, Any]:
+        """In fp32: an update at these rates is lost in bf16, whose steps near 0.1 are 5e-4."""
+        return load_checkpoint(AutoModelForCausalLM, "model", self.model, self.trust_remote_code, dtype=torch.float32)
+
+    def config(self, kind: Any, **options: Any) -> Any:
+        """TRL's settings; the batch is shared by processes and accumulation, so that any number does the same."""
+        training, gpu = self.training, torch.cuda.is_available()
+        settings: dict[str, Any] = {
+            "output_dir": str(self.out / "checkpoints"),
+            "learning_rate": training.lr,
+            "num_train_epochs": training.epochs,
+            "gradient_accumulation_steps": training.accumulate,
+            "lr_scheduler_type": "cosine",
+            "warmup_steps": 0.1,  # a share of all steps
+            "bf16": training.bf16,
+            "gradient_checkpointing": gpu,
+            "max_length": self.limit,
+            "logging_steps": 0.1,
+            "logging_nan_inf_filter": False,
+            "save_strategy": "steps" if training.checkpoint_every else "epoch",
+            "save_steps": training.checkpoint_every or 500,
+            "save_total_limit": 2,  # a run that is killed while it writes one goes on from the other
+            "disable_tqdm": not sys.stderr.isatty(),
+            "report_to": "none",
+            "dataloader_pin_memory": gpu,
+            "seed": training.seed,
+        }
+        config = kind(**settings | options)
+        shares = config.world_size * training.accumulate
+        each = training.batch // shares
+        if training.batch % shares:
+            raise InputError(
+                f"a batch of {training.batch} cannot be shared by {config.world_size} processes that accumulate "
+                f"{training.accumulate} parts each; make it a multiple of {shares}"
+            )
+        config.per_device_train_batch_size = config.per_device_eval_batch_size = each
+        config._n_gpu = 1  # one process, one device; more need `accelerate launch`
+        return config
+
+    def adapter(self) -> LoraConfig | None:
+        rank = self.training.lora
+        if rank is None:
+            return None
+        return LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM")
+
+    def finish(self, trainer: Any, report: dict[str, Any]) -> dict[str, Any]:
+        """Train, evaluate, save and report."""
+        trainer.remove_callback(PrinterCallback)  # stdout is for results
+        checkpoint = checkpoint_of(self.out, self.about, self.resume)
+        outcome = trainer.train(resume_from_checkpoint=checkpoint)
+        held_out = trainer.evaluate() if trainer.eval_dataset is not None else {}
+        trainer.save_model(str(self.out))
+        speeds = ("runtime", "samples_per_second", "steps_per_second")
+        report = self.about | report
+        report |= {
+            "steps": outcome.global_step,
+            "training_loss": outcome.training_loss,
+            "held_out": {k.removeprefix("eval_"): v for k, v in held_out.items() if not k.endswith((*speeds, "epoch"))},
+            "processes": trainer.args.world_size,
+            "seconds": time.perf_counter() - self.started,
+        }
+        if trainer.is_world_process_zero():
+            for name in NOT_SAVED:
+                (self.out / name).unlink(missing_ok=True)
+            (self.out / "report.json").write_text(json.dumps(report, indent=1) + "\n")
+            shutil.rmtree(self.out / "checkpoints", ignore_errors=True)
+        PartialState().wait_for_everyone()
+        return report

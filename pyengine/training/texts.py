@@ -1,0 +1,38 @@
+"""What reading of examples asks of a model that nothing is decoded with: its tokens, without an engine around it."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from pyengine.engine import Engine
+
+
+class Named(NamedTuple):
+    """A model's name in messages and the size of its vocabulary."""
+
+    name: str
+    vocab_size: int
+
+
+class Texts:
+    """A tokenizer and its model's limits, in the place of an `Engine` for `encode` and `read_examples`.
+
+    eos: ids that end a response. context: tokens that the model reads, None for any number. name: of the model.
+    """
+
+    encode = Engine.encode
+
+    def __init__(
+        self, tokenizer: Any, eos: frozenset[int], context: int | None = None, name: str = "the model"
+    ) -> None:
+        self.tokenizer, self.eos, self.context = tokenizer, eos, context
+        self.policy = Named(name, len(tokenizer))
+
+    @classmethod
+    def of(cls, model: Any, tokenizer: Any, name: str) -> Texts:
+        """As an engine of this model of transformers would have them."""
+        config = model.config.get_text_config(decoder=True)
+        eos = model.generation_config.eos_token_id if model.generation_config else None
+        eos = config.eos_token_id if eos is None else eos
+        ids = frozenset(eos if isinstance(eos, list) else [] if eos is None else [eos])
+        return cls(tokenizer, ids, getattr(config, "max_position_embeddings", None), f"model {name!r}")
