@@ -4,7 +4,8 @@ Each claim has two columns: EXACT, by dynamic programming or order statistics, a
 `pyengine.Engine` from a GPT-2 that represents the world, with its standard error. A sampled figure further than four
 standard errors from its exact one is a failure too. Seeds are fixed here; nothing is drawn again until it passes.
 
-The rows R1 to R3 have no exact answer: they are about the embedded review model, whose rewards are exact for any text.
+The rows W4, O4 and R1 to R3 have no exact answer: they are about the embedded review model, whose rewards are exact
+for any text. O3 is about cost.
 
 Writes bench/results/claims.json, docs/claims.svg, docs/claims_reviews.svg and docs/claims_training.svg; --small takes
 reduced sizes and --only some rows, and then nothing is written.
@@ -44,10 +45,19 @@ import claims_offline  # noqa: E402
 import claims_plot  # noqa: E402
 import claims_reviews  # noqa: E402
 import claims_rewards  # noqa: E402
+import claims_trainers  # noqa: E402
 import claims_weights  # noqa: E402
 from claims_rig import SMALL, Row, Sizes  # noqa: E402
 
-MODULES = (claims_decoding, claims_rewards, claims_weights, claims_offline, claims_cost, claims_reviews)
+MODULES = (
+    claims_decoding,
+    claims_rewards,
+    claims_weights,
+    claims_offline,
+    claims_cost,
+    claims_trainers,
+    claims_reviews,
+)
 CLAIMS = {claim.__name__.upper(): claim for module in MODULES for claim in module.CLAIMS}
 
 

@@ -111,24 +111,26 @@ def epochs(axis, lines):
     axis.set_title("World D2: off-policy pairs of a concave reward", fontsize=9)
 
 
-def scores(axis, points):
-    """World F: exact E[z] against the score in the prompt, with its standard error over worlds."""
-    asked, z, error = zip(*points, strict=True)
-    axis.plot(asked, asked, "--", color="#222222", label="what was asked for", linewidth=1)
-    axis.errorbar(
-        asked, z, error, fmt="o-", color=COLOURS[0], label="conditional alignment", markersize=4, linewidth=1.2
-    )
+def scores(axis, exact, reviews):
+    """E[z] against the score in the prompt with standard errors: of World F over worlds, of the reviews by sampling."""
+    axis.plot(*[[p[0] for p in exact]] * 2, "--", color="#222222", label="what was asked for", linewidth=1)
+    for points, label, colour in (
+        (exact, "world F, log-linear policy (exact)", COLOURS[0]),
+        (reviews, "review model, trained policy (sampled)", COLOURS[1]),
+    ):
+        asked, z, error = zip(*points, strict=True)
+        axis.errorbar(asked, z, error, fmt="o-", color=colour, label=label, markersize=4, linewidth=1.2)
     axis.set_xlabel("score asked for (standard deviations of the data)")
     axis.set_ylabel("E[z] of what it writes")
-    axis.set_title("World F: conditional alignment", fontsize=9)
+    axis.set_title("Conditional alignment", fontsize=9)
 
 
 def draw_training(report) -> Path:
-    """Both panels exact, means over worlds."""
+    """WPO and its control over epochs; what conditional alignment makes of the score."""
     figures = {row["id"]: row["figures"] for row in report["claims"]}
     figure, axes = plt.subplots(1, 2, figsize=(10, 4))
     epochs(axes[0], figures["W2"]["curves"])
-    scores(axes[1], figures["O2"]["curve"])
+    scores(axes[1], figures["O2"]["curve"], figures["O4"]["curve"])
     for axis in axes:
         axis.grid(alpha=0.3)
         axis.legend(frameon=False, fontsize=7)

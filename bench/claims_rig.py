@@ -23,6 +23,8 @@ class Sizes:
 
     confident: prompts of D1. bandits: seeds of D2, and the lengths that W3 counts its responses as. offline: seeds of
     F, and the responses in each of its halves. cost: responses of O3, and how often they are timed.
+    labelled: roll-outs that O4 trains on. groups: of five responses to each prompt that W4's pairs come from. epochs:
+    of W4. measured: responses of a policy that O4 has trained.
     """
 
     responses: int = 480
@@ -45,6 +47,10 @@ class Sizes:
     halves: int = 5000
     cost: int = 64
     rounds: int = 3
+    labelled: int = 4096
+    groups: int = 10
+    epochs: tuple[int, ...] = (1, 3)
+    measured: int = 1024
 
 
 SMALL = Sizes(
@@ -65,9 +71,13 @@ SMALL = Sizes(
     bandits=8,
     lengths=(3,),
     offline=2,
-    halves=2000,
-    cost=32,
+    halves=1000,
+    cost=8,
     rounds=1,
+    labelled=256,
+    groups=2,
+    epochs=(1,),
+    measured=128,
 )
 
 

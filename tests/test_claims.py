@@ -35,7 +35,7 @@ def rows():
 
 
 def test_every_claim_is_there(rows):
-    assert list(rows) == [*EXACT[:14], "W3", *EXACT[14:], "O3", "R1", "R2", "R3"]
+    assert list(rows) == [*EXACT[:14], "W3", *EXACT[14:], "O3", "W4", "O4", "R1", "R2", "R3"]
 
 
 @pytest.mark.parametrize("name", EXACT)
@@ -66,6 +66,26 @@ def test_cost_is_counted_and_timed(rows):
     assert "9 %" in row.caveat
     seconds, forwards = row.figures["seconds"], row.figures["forwards"]
     assert {method: set(pieces) for method, pieces in seconds.items()} == {m: set(f) for m, f in forwards.items()}
+
+
+def test_preference_trainers_raise_the_sentiment(rows):
+    """At these sizes the gains are three standard errors and more."""
+    row = rows["W4"]
+    assert set(row.figures) == {"base", "DPO, 1 epochs", "WPO, 1 epochs"}
+    for name in ("DPO", "WPO"):
+        found = row.figures[f"{name}, 1 epochs"]
+        assert found["sentiment"][0] > row.figures["base"][0]
+        assert abs(found["kl"][0]) < 2  # an estimate from 64 responses
+
+
+def test_offline_trainers_are_measured_beside_their_predictions(rows):
+    """At these sizes nothing is learnt well: FA comes part of its way."""
+    figures = rows["O4"].figures
+    assert 0.6 < figures["FA"]["predicted"] < 0.9
+    assert 0.15 < figures["RWR"]["predicted"] < 0.25
+    assert figures["base"]["z"] < figures["FA"]["z"] < figures["FA"]["predicted"]
+    assert [asked for asked, *_ in figures["curve"]] == [-5, 0, 5]
+    assert len(rows["O4"].checks) == 4
 
 
 def raised(row):
