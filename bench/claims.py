@@ -4,10 +4,11 @@ Each claim has two columns: EXACT, by dynamic programming or order statistics, a
 `pyengine.Engine` from a GPT-2 that represents the world, with its standard error. A sampled figure further than four
 standard errors from its exact one is a failure too. Seeds are fixed here; nothing is drawn again until it passes.
 
-The rows R1 to R3 have no exact answer: they are about the embedded review model, whose rewards are exact for any text.
+The rows W4, O4 and R1 to R3 have no exact answer: they are about the embedded review model, whose rewards are exact
+for any text. O3 is about cost.
 
-Writes bench/results/claims.json, docs/claims.svg and docs/claims_reviews.svg; --small takes reduced sizes and --only
-some rows, and then nothing is written.
+Writes bench/results/claims.json, docs/claims.svg, docs/claims_reviews.svg and docs/claims_training.svg; --small takes
+reduced sizes and --only some rows, and then nothing is written.
 """
 
 from __future__ import annotations
@@ -38,13 +39,26 @@ HERE = Path(__file__).parent
 # The neighbours by their names, also under `python -m`, which has the repository root on the path instead.
 sys.path.insert(0, str(HERE))
 
+import claims_cost  # noqa: E402
 import claims_decoding  # noqa: E402
+import claims_offline  # noqa: E402
 import claims_plot  # noqa: E402
 import claims_reviews  # noqa: E402
 import claims_rewards  # noqa: E402
+import claims_trainers  # noqa: E402
+import claims_weights  # noqa: E402
 from claims_rig import SMALL, Row, Sizes  # noqa: E402
 
-CLAIMS = {f.__name__.upper(): f for f in (*claims_decoding.CLAIMS, *claims_rewards.CLAIMS, *claims_reviews.CLAIMS)}
+MODULES = (
+    claims_decoding,
+    claims_rewards,
+    claims_weights,
+    claims_offline,
+    claims_cost,
+    claims_trainers,
+    claims_reviews,
+)
+CLAIMS = {claim.__name__.upper(): claim for module in MODULES for claim in module.CLAIMS}
 
 
 def machine() -> dict[str, Any]:
@@ -79,14 +93,16 @@ def run(sizes: Sizes, only: Sequence[str] = ()) -> Iterator[Row]:
 
 
 def table(rows: Sequence[Row]) -> Table:
-    """CD: Controlled Decoding; LSC: Transforming and Combining Rewards; QP: Q-Probe."""
+    """CD: Controlled Decoding; LSC: Transforming and Combining Rewards; QP: Q-Probe; WPO: Weighted Preference
+    Optimization; OA: offline alignment (arXiv:2308.12050)."""
     title = "The papers' claims in exact worlds, and on the embedded model (sampled ± standard error)"
     out = Table(title=title, show_lines=True)
     for name in ("", "claim", "paper", "exact world, or setting", "engine", "asserted", "verdict"):
         out.add_column(name)
     for row in rows:
         style = "red" if row.verdict.startswith("does") else "green" if row.verdict.startswith("holds") else ""
-        out.add_row(row.id, row.claim, row.paper, row.exact, row.engine, row.asserted, Text(row.verdict, style))
+        exact = f"{row.exact}\nCaveat: {row.caveat}" if row.caveat else row.exact
+        out.add_row(row.id, row.claim, row.paper, exact, row.engine, row.asserted, Text(row.verdict, style))
     return out
 
 
@@ -118,7 +134,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not options.small and not only:
         found = report(rows, sizes)
         (HERE / "results" / "claims.json").write_text(json.dumps(found, indent=1) + "\n")
-        print(claims_plot.draw(found), claims_plot.draw_reviews(found))
+        print(*(draw(found) for draw in claims_plot.PLOTS))
     return int(any(row.failed for row in rows))
 
 

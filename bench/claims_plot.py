@@ -1,4 +1,4 @@
-"""Draws docs/claims.svg and docs/claims_reviews.svg from bench/results/claims.json: python bench/claims_plot.py."""
+"""Draws docs/claims*.svg from bench/results/claims.json: python bench/claims_plot.py."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import matplotlib.pyplot as plt
 HERE = Path(__file__).parent
 SVG = HERE.parent / "docs" / "claims.svg"
 REVIEWS = SVG.with_name("claims_reviews.svg")
+TRAINING = SVG.with_name("claims_training.svg")
 BLOCKS = ("#f0c9a8", "#e3986b", "#c8553d", "#7d2e1e")  # M = 8, 16, 32, 64
 COLOURS = ("#1b6ca8", "#c8553d", "#6fa8d0", "#e3986b", "#2f8f5b")
 matplotlib.rcParams["svg.hashsalt"] = "pyengine"  # the same file from the same numbers
@@ -97,6 +98,50 @@ def draw_reviews(report) -> Path:
     return REVIEWS
 
 
+def epochs(axis, lines):
+    """World D2: mean reward over seeds after each epoch, with its standard error."""
+    names = {"DPO": "DPO", "WPO": "WPO", "shuffled": "WPO, weights shuffled (control)"}
+    for (name, points), colour in zip(lines.items(), COLOURS, strict=False):
+        mean = [m for m, _ in points]
+        low, high = zip(*((m - e, m + e) for m, e in points), strict=True)
+        axis.plot(range(len(points)), mean, "o-", color=colour, label=names[name], markersize=3, linewidth=1.2)
+        axis.fill_between(range(len(points)), low, high, color=colour, alpha=0.15, linewidth=0)
+    axis.set_xlabel("epoch")
+    axis.set_ylabel("expected reward (sd over all candidates)")
+    axis.set_title("World D2: off-policy pairs of a concave reward", fontsize=9)
+
+
+def scores(axis, exact, reviews):
+    """E[z] against the score in the prompt with standard errors: of World F over worlds, of the reviews by sampling."""
+    axis.plot(*[[p[0] for p in exact]] * 2, "--", color="#222222", label="what was asked for", linewidth=1)
+    for points, label, colour in (
+        (exact, "world F, log-linear policy (exact)", COLOURS[0]),
+        (reviews, "review model, trained policy (sampled)", COLOURS[1]),
+    ):
+        asked, z, error = zip(*points, strict=True)
+        axis.errorbar(asked, z, error, fmt="o-", color=colour, label=label, markersize=4, linewidth=1.2)
+    axis.set_xlabel("score asked for (standard deviations of the data)")
+    axis.set_ylabel("E[z] of what it writes")
+    axis.set_title("Conditional alignment", fontsize=9)
+
+
+def draw_training(report) -> Path:
+    """WPO and its control over epochs; what conditional alignment makes of the score."""
+    figures = {row["id"]: row["figures"] for row in report["claims"]}
+    figure, axes = plt.subplots(1, 2, figsize=(10, 4))
+    epochs(axes[0], figures["W2"]["curves"])
+    scores(axes[1], figures["O2"]["curve"], figures["O4"]["curve"])
+    for axis in axes:
+        axis.grid(alpha=0.3)
+        axis.legend(frameon=False, fontsize=7)
+    figure.tight_layout()
+    figure.savefig(TRAINING, metadata={"Date": None})
+    plt.close(figure)
+    return TRAINING
+
+
+PLOTS = (draw, draw_reviews, draw_training)
+
 if __name__ == "__main__":
     found = json.loads((HERE / "results" / "claims.json").read_text())
-    print(draw(found), draw_reviews(found))
+    print(*(plot(found) for plot in PLOTS))

@@ -20,6 +20,11 @@ class Sizes:
 
     Of the reviews: roll-outs that each scorer is trained on, responses decoded for each figure, pairs for DPO, and the
     settings of the curves, λ of tokenwise and K of blockwise and best-of-K. What is asserted is the last of each.
+
+    confident: prompts of D1. bandits: seeds of D2, and the lengths that W3 counts its responses as. offline: seeds of
+    F, and the responses in each of its halves. cost: responses of O3, and how often they are timed.
+    labelled: roll-outs that O4 trains on. groups: of five responses to each prompt that W4's pairs come from. epochs:
+    of W4. measured: responses of a policy that O4 has trained.
     """
 
     responses: int = 480
@@ -35,6 +40,17 @@ class Sizes:
     weights: tuple[float, ...] = (1, 2, 4)
     branches: tuple[int, ...] = (2, 4, 8)
     best: tuple[int, ...] = (2, 4, 8, 16, 50)
+    confident: int = 16
+    bandits: int = 24
+    lengths: tuple[int, ...] = (1, 3, 10)
+    offline: int = 6
+    halves: int = 5000
+    cost: int = 64
+    rounds: int = 3
+    labelled: int = 4096
+    groups: int = 10
+    epochs: tuple[int, ...] = (1, 3)
+    measured: int = 1024
 
 
 SMALL = Sizes(
@@ -51,12 +67,26 @@ SMALL = Sizes(
     weights=(4,),
     branches=(8,),
     best=(8,),
+    confident=6,
+    bandits=8,
+    lengths=(3,),
+    offline=2,
+    halves=1000,
+    cost=8,
+    rounds=1,
+    labelled=256,
+    groups=2,
+    epochs=(1,),
+    measured=128,
 )
 
 
 @dataclass
 class Row:
-    """One line of the table. checks: what was asserted, and whether it holds. reported_only: no failure if not."""
+    """One line of the table. checks: what was asserted, and whether it holds. reported_only: no failure if not.
+
+    caveat: what the figures must not be read without.
+    """
 
     id: str
     claim: str
@@ -64,6 +94,7 @@ class Row:
     exact: str = ""
     engine: str = ""
     asserted: str = ""
+    caveat: str = ""
     checks: dict[str, bool] = field(default_factory=dict)
     figures: dict[str, Any] = field(default_factory=dict)
     seconds: float = 0.0

@@ -156,11 +156,32 @@ def value_scorer(chain: Chain, world: World, value: Array | None = None, name: s
     return TableScorer(np.vstack([value[1:], value[-1:]]), world.positions, name, chain.gain.astype(float))
 
 
-def one_token(prompts: int, outcomes: int) -> World:
-    """Uniform one-token responses "o0", "o1", ... to the prompts "p0", "p1", ...; every prompt is a class."""
+def bigrams(laws: Array, length: int) -> World:
+    """P(next | last) of X prompts "p0", "p1", ..., each with tokens "0.0", "0.1", ... of its own: laws [X, V + 1, V].
+
+    Responses have `length` tokens; token v after prompt x has the id x V + v.
+    """
+    prompts, rows, vocab = laws.shape
+    law = np.zeros((prompts * rows + 1, prompts * (vocab + 1) + 1))
+    for x in range(prompts):
+        law[x * rows : (x + 1) * rows, x * vocab : (x + 1) * vocab] = laws[x]
+    law[-1, -1] = 1  # nothing follows the EOS
+    classes = [x * rows + v for x in range(prompts) for v in range(vocab)]
+    classes += [x * rows + vocab for x in range(prompts)] + [prompts * rows]
+    names = [f"{x}.{v}" for x in range(prompts) for v in range(vocab)] + [f"p{x}" for x in range(prompts)]
+    return build(law, classes, names, length + 1)
+
+
+def one_token(prompts: int, outcomes: int, laws: Array | None = None) -> World:
+    """One-token responses "o0", "o1", ... to the prompts "p0", "p1", ...; every prompt is a class.
+
+    laws: [X, Y], the probabilities of the outcomes of each prompt; uniform by default.
+    """
     vocab = outcomes + prompts + 1
     law = np.zeros((prompts + 1, vocab))
     law[:, :outcomes] = 1 / outcomes
+    if laws is not None:
+        law[:-1, :outcomes] = laws
     classes = [prompts] * outcomes + [*range(prompts), prompts]
     names = [f"o{i}" for i in range(outcomes)] + [f"p{i}" for i in range(prompts)]
     return build(law, classes, names, 2)
