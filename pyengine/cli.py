@@ -1,4 +1,4 @@
-"""The command line: `pyengine generate`, `train`, `curve`, `demo`, `info`."""
+"""The command line: `pyengine generate`, `label`, `pairs`, `train`, `curve`, `demo`, `info`."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 import typer
 
 import pyengine
-import pyengine.cli_align  # adds commands to `train`
-from pyengine.cli_train import train
+from pyengine import cli_data
+from pyengine.cli_align import train
+from pyengine.cli_load import SCORERS, load_engine, make_scorer, quiet_loading
 from pyengine.errors import InputError, whole
 
 if TYPE_CHECKING:
-    from pyengine.engine import Engine
     from pyengine.strategies import Strategy
 
 app = typer.Typer(
@@ -28,8 +28,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.add_typer(train, name="train")
+app.command()(cli_data.label)
+app.command()(cli_data.pairs)
 
-SCORERS = ("prefix", "probe", "reward-model", "sentiment", "politeness", "length")
 # strategy -> the options that it uses
 STRATEGIES: dict[str, tuple[str, ...]] = {
     "base": (),
@@ -61,17 +62,6 @@ def make_strategy(name: str, options: dict[str, Any]) -> Strategy:
     if name == "q-probe":
         soft = {"selection": "softmax", "beta": given.get("beta", 0.1)}
     return BestOfK(given.get("k", 8), **soft)
-
-
-def make_scorer(name: str) -> Any:
-    """A scorer by embedded name, or a directory or hub id."""
-    if name in ("prefix", "probe", "reward-model"):
-        return pyengine.embedded(name)
-    if name in SCORERS:
-        from pyengine.worlds import reviews
-
-        return getattr(reviews, name)
-    return name
 
 
 class Complaints:
@@ -127,27 +117,6 @@ def to_json(record: Any) -> str:
     from pyengine.results import finite
 
     return json.dumps(finite(record), allow_nan=False)
-
-
-def quiet_loading() -> None:
-    """No loading bars where nobody watches."""
-    if not sys.stderr.isatty():
-        from transformers.utils import logging
-
-        logging.disable_progress_bar()
-
-
-def load_engine(
-    model: str | None, scorer: str | None, device: str, cache_gb: float | None, trust_remote_code: bool
-) -> Engine:
-    from pyengine.engine import Engine
-
-    quiet_loading()
-    path: Any = pyengine.embedded("policy") if model is None else model
-    picked = None if scorer is None else make_scorer(scorer)
-    return Engine.from_pretrained(
-        path, scorer=picked, device=device, cache_gb=cache_gb, trust_remote_code=trust_remote_code
-    )
 
 
 @app.command()

@@ -6,16 +6,19 @@ import contextlib
 import json
 import os
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+import pyengine
+from pyengine.cli_load import quiet_loading
 from pyengine.cli_train import packages, train
 
 Data = Annotated[Path, typer.Argument(help="JSONL file.")]
-Model = Annotated[str, typer.Option(help="Directory or hub id of the policy to start from.")]
+Model = Annotated[str | None, typer.Option(help="Directory or hub id to start from; default: the embedded model.")]
 Out = Annotated[Path, typer.Option(help="Directory for the policy, its report and its checkpoints.")]
 Epochs = Annotated[float, typer.Option(help="Passes over the data.")]
 Batch = Annotated[int, typer.Option(help="Pairs or responses in a step, over all processes.")]
@@ -33,8 +36,8 @@ RemoteCode = Annotated[bool, typer.Option("--trust-remote-code", help="Run the m
 @train.command()
 def preference(
     data: Data,
-    model: Model,
     out: Out,
+    model: Model = None,
     loss: Annotated[str, typer.Option(help="dpo, ipo, hinge, simpo, orpo (on pairs) or kto (on labels too).")] = "dpo",
     weights: Annotated[
         str, typer.Option(help="WPO's, by the policy's probability against none, greedy or sampled; or off.")
@@ -63,17 +66,17 @@ def preference(
         from pyengine.integrations.trl_runs import PolicyTraining, train_preference
     training = PolicyTraining(lr, epochs, batch, accumulate, max_length, lora, held_out, bf16, seed, checkpoint_every)
     options = (loss, weights, variant, clamp, beta, training, resume, trust_remote_code)
-    _run(lambda: train_preference(model, data, out, *options))  # type: ignore[arg-type]
+    _run(lambda start: train_preference(start, data, out, *options), model)  # type: ignore[arg-type]
 
 
 @train.command()
 def offline(
     data: Data,
-    model: Model,
     out: Out,
     method: Annotated[
         str, typer.Option(help="fa (keeps z above a threshold), rwr (weighs by exp(z/beta)), ca (states z) or sft.")
     ],
+    model: Model = None,
     beta: Annotated[float | None, typer.Option(help="Of rwr's weights (default: 5).")] = None,
     threshold: Annotated[float | None, typer.Option(help="fa keeps z above it (default: 0).")] = None,
     cap: Annotated[float | None, typer.Option(help="Greatest weight of rwr (default: none).")] = None,
@@ -99,12 +102,14 @@ def offline(
         from pyengine.integrations.trl_runs import PolicyTraining, train_offline
     training = PolicyTraining(lr, epochs, batch, accumulate, max_length, lora, held_out, bf16, seed, checkpoint_every)
     options = (method, beta, threshold, cap, template, reduction, training, resume, trust_remote_code)
-    _run(lambda: train_offline(model, data, out, *options))
+    _run(lambda start: train_offline(start, data, out, *options), model)
 
 
-def _run(work: Callable[[], dict[str, Any]]) -> None:
-    """The report on stdout; what libraries print goes to stderr."""
-    with contextlib.redirect_stdout(sys.stderr):
-        report = work()
+def _run(work: Callable[[Any], dict[str, Any]], model: str | None) -> None:
+    """The report on stdout; what libraries print goes to stderr, but not what they tell each other of their future."""
+    quiet_loading()
+    with contextlib.redirect_stdout(sys.stderr), warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        report = work(pyengine.embedded("policy") if model is None else model)
     if int(os.environ.get("RANK", "0")) == 0:
         print(json.dumps({name: value for name, value in report.items() if name != "settings"}))

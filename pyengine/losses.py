@@ -353,8 +353,7 @@ def weighted_nll(moments: SequenceMoments, weight: Tensor, reduction: Reduction 
             f"weighted_nll: weight must have shape {list(moments.logp.shape)}, got {list(weight.shape)}: one a response"
         )
     weight = weight.detach()
-    dropped = weight == 0
-    losses = torch.where(dropped, 0.0, -weight * torch.where(dropped, 0.0, _wide(moments.logp)))
+    losses = torch.where(weight == 0, 0.0, -weight * _wide(moments.logp))
     count = moments.tokens.sum().clamp(min=1) if reduction == "token_mean" else max(1, weight.numel())
     return losses.sum() / count
 

@@ -249,6 +249,8 @@ def test_pairs_with_equal_tokens_are_left_out(policy, tmp_path, caplog):
         ({"loss_type": ["simpo"], "precompute_ref_log_probs": True}, "'simpo' has no reference policy"),
         ({"loss_type": ["orpo"], "sync_ref_model": True}, "'orpo' has no reference policy"),
         ({"loss_type": ["orpo"]}, "ref_model: loss_type 'orpo' has no reference policy"),
+        ({"beta": -1.0}, "dpo_loss: beta must be above 0"),
+        ({"label_smoothing": 0.7}, r"label_smoothing must be a finite number in 0 .. 0.5"),
         ({"padding_free": True}, "padding_free=True: TRL's DPO trainer would fall back"),
         ({"use_liger_kernel": True}, "use_liger_kernel=True: Liger rewrites"),
         ({"label_smoothing_factor": 0.1}, "label_smoothing_factor is not read"),
@@ -342,6 +344,8 @@ class TestUnpaired:
         [
             ({"per_device_train_batch_size": 1}, "per_device_train_batch_size must be at least 2"),
             ({"weights": "W"}, "weights must be one of"),
+            ({"beta": 0.0}, "beta must be a finite number"),
+            ({"desirable_weight": -1.0}, "desirable_weight must be a finite number"),
             ({"use_liger_kernel": True}, "Liger rewrites"),
         ],
     )

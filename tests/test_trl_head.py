@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 import transformers
+from trl.trainer import dpo_trainer
 from trl.trainer.utils import add_fused_lm_head
 
 from pyengine import InputError, losses
-from pyengine.integrations.trl_head import Recorder, add_head, moments_of, numbers_of
+from pyengine.integrations.trl_head import Recorder, add_head, in_place_of, moments_of, numbers_of
 
 SIZES = {
     "vocab_size": 200,
@@ -162,3 +167,58 @@ def test_logits_that_no_config_tells_of_are_refused():
         add_head(model)
     with pytest.raises(InputError, match=r"multiplies its logits by 0.0; that must be above 0"):
         numbers_of(transformers.Cohere2Config(**SIZES, logit_scale=0.0))
+
+
+def test_another_trl_is_named(monkeypatch):
+    monkeypatch.delattr(dpo_trainer, "add_fused_lm_head")
+    message = r"TRL [\d.]+ has no add_fused_lm_head to put this head in place of"
+    with pytest.raises(InputError, match=message), in_place_of(dpo_trainer):
+        pass
+
+
+SHARDED = """
+import torch
+import torch.distributed as dist
+import transformers
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from pyengine import losses
+from pyengine.integrations.trl_head import add_head
+
+dist.init_process_group("gloo")
+mesh = init_device_mesh("cpu", (2,))
+config = transformers.LlamaConfig(vocab_size=200, hidden_size=16, intermediate_size=24, num_hidden_layers=1,
+                                  num_attention_heads=2, num_key_value_heads=1, pad_token_id=0)
+
+def made():
+    torch.manual_seed(0)
+    model = transformers.LlamaForCausalLM(config)
+    add_head(model)
+    return model
+
+def loss(model, rank, paired):
+    ids = torch.randint(1, 200, (4, 6), generator=torch.Generator().manual_seed(rank))
+    given = {"input_ids": ids, "labels": ids, "fused_lm_head": True}
+    return model(**given, paired_loss=losses.simpo_loss).loss if paired else -model(**given).log_probs.mean()
+
+for paired in (True, False):
+    whole = made()
+    ((loss(whole, 0, paired) + loss(whole, 1, paired)) / 2).backward()
+    for own_group in (False, True):
+        model = made()
+        for part in (*model.model.layers, *([model.lm_head] if own_group else []), model):
+            fully_shard(part, mesh=mesh)
+        loss(model, dist.get_rank(), paired).backward()
+        for (name, want), found in zip(whole.named_parameters(), model.parameters(), strict=True):
+            torch.testing.assert_close(found.grad.full_tensor(), want.grad, msg=f"{paired} {own_group} {name}")
+dist.destroy_process_group()
+"""
+
+
+def test_fsdp2_averages_the_gradients_of_its_processes(tmp_path):
+    """Two processes with a batch each: also where the head is a group of its own, whose forward is never called."""
+    (tmp_path / "sharded.py").write_text(SHARDED)
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "sharded.py"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(launch, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr

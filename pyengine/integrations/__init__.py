@@ -1,1 +1,1 @@
-"""pyengine inside other systems; each module imports its system, and nothing imports a module unasked."""
+"""What the library does through other people's: each module is imported by whoever asks for it."""

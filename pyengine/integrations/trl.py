@@ -26,7 +26,7 @@ from pyengine.integrations.trl_options import (
     REFERENCE_FREE,
     check_model,
     check_options,
-    check_weights,
+    check_unpaired,
     paired_loss,
 )
 
@@ -176,7 +176,7 @@ class PreferenceTrainer(DPOTrainer):
             how = (self.args.weights, self.args.weight_variant, self.args.weight_clamp)
             means["weights/mean"] = losses.pair_weight(chosen, rejected, *how)
         sums |= {name: (value, ones) for name, value in means.items()}
-        found = [x.sum().double() for pair in (*sums.values(), (read, read)) for x in pair]
+        found = [x.sum().float() for pair in (*sums.values(), (read, read)) for x in pair]
         *total, tokens, _ = self.accelerator.gather(torch.stack(found)[None]).sum(0).tolist()
         mode = "train" if self.model.training else "eval"
         for name, of, over in zip(sums, total[::2], total[1::2], strict=True):
@@ -201,10 +201,8 @@ class UnpairedTrainer(KTOTrainer):
         args = args or UnpairedConfig(_directory(model, "KTO"))
         if not isinstance(args, UnpairedConfig):
             raise InputError(f"UnpairedTrainer takes an UnpairedConfig, got a {type(args).__name__}")
-        check_weights(args)
+        check_unpaired(args)
         check_options(args)
-        if args.loss_type == "kto" and args.per_device_train_batch_size < 2:
-            raise InputError("per_device_train_batch_size must be at least 2: z0 of KTO is of mismatched examples")
         with in_place_of(kto_trainer):
             super().__init__(model, ref_model, args, *rest, **others)
         check_model(self)

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 from unittest import mock
 
 import torch
+import trl
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Partial
 from transformers.utils import ModelOutput
@@ -130,6 +131,9 @@ def in_place_of(module: types.ModuleType, reference: bool = True, loads: int = 0
 
     loads: how many models it loads that are no reference.
     """
+    lacking = [name for name in ("add_fused_lm_head", "create_model_from_path") if not hasattr(module, name)]
+    if lacking:
+        raise InputError(f"TRL {trl.__version__} has no {lacking[0]} to put this head in place of; TRL 1.16 has")
     real, left = module.create_model_from_path, iter(range(loads))
 
     def policy_only(*args: Any, **kwargs: Any) -> Any:

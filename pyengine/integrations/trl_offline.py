@@ -79,7 +79,6 @@ class OfflineTrainer(SFTTrainer):
 
     args: Any
     model: Any
-    loss_is_scaled_for_ga: Any = True
     _signature_columns: Any
     cut = 0  # training responses longer than max_length
 
@@ -160,10 +159,12 @@ class OfflineTrainer(SFTTrainer):
         if self.args.reduction == "token_mean" and num_items_in_batch is not None:
             # As TRL counts: the tokens of all processes and of all parts of the step; DDP takes the processes' mean.
             loss = losses.weighted_nll(moments, weight, "sum") * len(weight) / num_items_in_batch
-            loss = loss * (self.accelerator.num_processes if self.args.average_tokens_across_devices else 1)
+            if self.args.average_tokens_across_devices:
+                loss = loss * (self.accelerator.num_processes // self.get_tp_size())
         else:
-            parts = getattr(self, "current_gradient_accumulation_steps", 1) if self.model.training else 1
-            loss = losses.weighted_nll(moments, weight, self.args.reduction) / parts
+            loss = losses.weighted_nll(moments, weight, self.args.reduction)
+            if self.model.training and num_items_in_batch is not None:  # else Trainer divides
+                loss = loss / getattr(self, "current_gradient_accumulation_steps", 1)
         return (loss, plain[1]) if return_outputs else loss
 
     @torch.no_grad()

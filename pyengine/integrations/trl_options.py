@@ -7,9 +7,11 @@ from dataclasses import MISSING, fields
 from functools import partial
 from typing import Any
 
+import torch
+
 from pyengine import losses
-from pyengine.errors import InputError
-from pyengine.reference import PairedLoss
+from pyengine.errors import InputError, real
+from pyengine.reference import PairedLoss, SequenceMoments
 
 WEIGHTS = ("off", "none", "greedy", "sampled")
 REFERENCE_FREE = ("simpo", "orpo")
@@ -79,6 +81,9 @@ def _built(args: Any, kind: str) -> PairedLoss:
         "simpo": partial(losses.simpo_loss, **beta, gamma=args.simpo_gamma),
         "orpo": partial(losses.orpo_loss, lam=args.beta),
     }[kind]
+    zero = torch.zeros(1)
+    nothing = SequenceMoments(zero, zero.long(), zero, zero, zero)
+    loss(nothing, nothing, zero, zero)  # checks the numbers now, not at the first step
     if args.weights == "off":
         return loss
     return losses.weighted(loss, args.weights, args.weight_variant, args.weight_clamp)
@@ -107,6 +112,16 @@ def check_weights(args: Any, details: Iterable[str] = ()) -> None:
             raise InputError(f"{name} must be one of {', '.join(known)}, got {getattr(args, name)!r}")
     if args.weights == "off" and (unread := given(args, details)):
         raise InputError(f"{unread[0]}: weights are off")
+
+
+def check_unpaired(args: Any) -> None:
+    """InputError for an UnpairedConfig that cannot be trained with."""
+    check_weights(args)
+    real(args.beta, "beta", 1e-12)
+    for name in ("desirable_weight", "undesirable_weight"):
+        real(getattr(args, name), name, 0)
+    if args.loss_type == "kto" and args.per_device_train_batch_size < 2:
+        raise InputError("per_device_train_batch_size must be at least 2: z0 of KTO is of mismatched examples")
 
 
 def check_options(args: Any) -> None:

@@ -31,6 +31,7 @@ from pyengine.rewards.conditioning import OPENRLHF, Conditioning
 from pyengine.training.checkpoints import checkpoint_of
 from pyengine.training.data import raise_all, read_examples, read_file, split
 from pyengine.training.examples import Labelled, Pair, read_preferences
+from pyengine.training.prefix import Shuffled
 from pyengine.training.texts import Texts
 
 log = logging.getLogger("pyengine")
@@ -39,11 +40,36 @@ Loss = Literal["dpo", "ipo", "hinge", "simpo", "orpo", "kto"]
 NOT_SAVED = ("training_args.bin",)  # a pickle
 
 
+class _WholeBatches:
+    """Goes through the data as `Shuffled` does, so that a step is the same for any number of processes and parts.
+
+    TRL's own last batch would have parts of unequal size, which count alike, and rows twice where processes share it.
+    """
+
+    args: Any
+    state: Any
+    train_dataset: Any
+
+    def _get_train_sampler(self, *_: Any, **__: Any) -> torch.utils.data.Sampler:
+        args, epoch = self.args, lambda: int(self.state.epoch or 0)
+        batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+        return Shuffled(len(self.train_dataset), batch, args.seed, epoch)
+
+
+class _Preference(_WholeBatches, PreferenceTrainer):
+    pass
+
+
+class _Offline(_WholeBatches, OfflineTrainer):
+    pass
+
+
 @dataclass(frozen=True)
 class PolicyTraining:
     """How a policy is trained.
 
-    batch: pairs or responses in an optimiser step, over all processes and the `accumulate` parts of it. max_length:
+    batch: pairs or responses in an optimiser step, over all processes and the `accumulate` parts of it; an epoch's last
+    is made up from its beginning (but for KTO, whose order and z0 hang on the parts). max_length:
     tokens of prompt and response that are read, at most the model's context; what is longer is cut at its end.
     lora: rank of adapters on all linear layers but the head, scaled by 2 (alpha = 2 rank); None trains all weights.
     held_out: the share of the prompts that only the report uses. checkpoint_every: optimiser steps; None is an epoch.
@@ -126,7 +152,7 @@ def train_preference(
     parts = [rows([examples[i] for i in part], training.seed) for part in (train, test)]
     config = run.config(kind, **options)
     needs_reference = training.lora is None and loss not in REFERENCE_FREE
-    trainer_kind: Any = UnpairedTrainer if loss == "kto" else PreferenceTrainer
+    trainer_kind: Any = UnpairedTrainer if loss == "kto" else _Preference
     trainer = trainer_kind(
         run.policy,
         run.load()[0] if needs_reference else None,
@@ -212,7 +238,7 @@ def train_offline(
         ]
         for part in (train, test)
     ]
-    trainer: Any = OfflineTrainer(
+    trainer: Any = _Offline(
         run.policy,
         config,
         train_dataset=Dataset.from_list(parts[0]),

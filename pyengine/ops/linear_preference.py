@@ -43,9 +43,10 @@ library.define(
     "float temperature, float? softcap, int ignore_index, bool[] wanted) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
-# Logits that a chunk of pairs may keep: two pairs of 2 x 128 tokens at V = 151,936, 320 MB in fp32. With one pair
-# a chunk, the weight's gradient is read and written twice as often, which took 8 % more time.
-KEPT_LOGITS = 80_000_000
+# Logits that a chunk of pairs may keep: a pair of 2 x 512 tokens at V = 128,256, 540 MB in fp32, half a GB less than
+# TRL's chunked head takes for it. Chunks that kept 80M took 6 to 9 % more of a training step's time there, and one
+# pair of 2 x 128 a chunk 8 % more of the op's: the weight's gradient is read and written for each.
+KEPT_LOGITS = 2**27
 
 
 def linear_preference(

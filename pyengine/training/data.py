@@ -154,7 +154,7 @@ def read_examples(path: str | Path, engine: Engine) -> list[Example]:
         try:
             where = f"{path}:{number}"
             record = json_object(line, where)
-            example = _parsed(record, where)
+            example = example_of(record, where)
             tokens = encode(engine, example).ids
             if example.tokens is not None and "finish_reason" not in record and tokens[-1] not in engine.eos:
                 raise InputError(
@@ -170,7 +170,8 @@ def read_examples(path: str | Path, engine: Engine) -> list[Example]:
     return found
 
 
-def _parsed(record: dict[str, Any], where: str) -> Example:
+def example_of(record: dict[str, Any], where: str) -> Example:
+    """The example in one object; InputError, naming `where`, for a key that is missing or of another kind."""
     missing = [key for key in ("prompt", "response", "reward") if key not in record]
     if missing:
         pair = ": it is a pair" if "chosen" in record else ""

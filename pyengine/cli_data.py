@@ -1,0 +1,93 @@
+"""`pyengine label` and `pyengine pairs`: data for training, from rewards."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from pyengine.cli_load import SCORERS, load_engine, make_scorer, quiet_loading
+from pyengine.errors import InputError
+
+NAMES = ", ".join(SCORERS)
+
+
+def label(
+    data: Annotated[Path, typer.Argument(help='JSONL file, {"prompt", "response"} a line.')],
+    scorer: Annotated[str, typer.Option(help=f"Reads text: directory, hub id or embedded: {NAMES}.")],
+    out: Annotated[Path, typer.Option(help='The same lines with "reward"; a report comes beside it.')],
+    ray: Annotated[
+        str | None, typer.Option(help="On a Ray cluster: its HOST:PORT, auto, or local to start one here.")
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Take up a run into --out that was cut short.")] = False,
+    device: Annotated[str, typer.Option(help="Of the scorer: cpu or cuda.")] = "cpu",
+) -> None:
+    """Score the responses of a file, each once, whoever is killed on the way."""
+    from pyengine.training import labelling
+
+    quiet_loading()
+    if ray is None:
+        report = labelling.label(data, make_scorer(scorer), out, device=device, resume=resume)
+    else:
+        try:
+            from pyengine.integrations import ray as cluster
+        except ImportError as error:
+            raise InputError(f"--ray needs {error.name}: pip install 'tilt-engine[ray]'") from error
+        with contextlib.redirect_stdout(sys.stderr):  # Ray prints what happens to its workers
+            report = cluster.label(data, make_scorer(scorer), out, address=ray, device=device, resume=resume)
+    print(json.dumps(report))
+
+
+def pairs(
+    scorer: Annotated[str, typer.Option(help=f"What prefers: directory, hub id or embedded: {NAMES}.")],
+    out: Annotated[Path, typer.Option(help='JSONL of {"prompt", "chosen", "rejected"}; a report comes beside it.')],
+    prompts: Annotated[
+        Path | None, typer.Option(help='JSONL file, {"prompt"} a line; default: the embedded reviews.')
+    ] = None,
+    model: Annotated[str | None, typer.Option(help="Directory or hub id; default: the embedded model.")] = None,
+    samples: Annotated[int, typer.Option(help="Responses to each prompt.")] = 5,
+    candidates: Annotated[
+        Path | None,
+        typer.Option(help='Others\' responses beside the samples: JSONL of {"prompt", "response"[, "reward"]}.'),
+    ] = None,
+    margin: Annotated[
+        float | None, typer.Option(help="Reject any that scores lower by this (default: the lowest score).")
+    ] = None,
+    max_tokens: Annotated[int, typer.Option(help="Most new tokens; what is cut off makes no pair.")] = 1024,
+    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.7,
+    top_p: Annotated[float, typer.Option(help="1 is off.")] = 0.95,
+    seed: Annotated[int, typer.Option(help="Same seed and prompt, same pair.")] = 0,
+    resume: Annotated[bool, typer.Option("--resume", help="Take up a run into --out that was cut short.")] = False,
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    cache_gb: Annotated[
+        float | None, typer.Option(help="GB for keys and values (default: a share of what is free).")
+    ] = None,
+    trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code", help="Run the model's own code.")] = False,
+) -> None:
+    """Sample responses and keep the best and the worst of each prompt (WPO)."""
+    from pyengine.results import SamplingParams
+    from pyengine.training.data import read_prompts
+    from pyengine.training.pairs import build_pairs
+    from pyengine.worlds import reviews
+
+    if model is not None and prompts is None:
+        raise InputError("pairs of another model need --prompts FILE.jsonl")
+    sampling = SamplingParams(max_tokens, temperature, top_p=top_p, seed=seed)
+    texts = reviews.prompts(96) if prompts is None else read_prompts(prompts)
+    engine = load_engine(model, None, device, cache_gb, trust_remote_code)
+    report = build_pairs(
+        engine,
+        texts,
+        make_scorer(scorer),
+        out,
+        samples=samples,
+        sampling=sampling,
+        candidates=candidates,
+        margin=margin,
+        resume=resume,
+    )
+    print(json.dumps(report))

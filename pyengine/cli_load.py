@@ -1,0 +1,45 @@
+"""What the commands load: scorers and models by their names on the command line."""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING, Any
+
+import pyengine
+
+if TYPE_CHECKING:
+    from pyengine.engine import Engine
+
+SCORERS = ("prefix", "probe", "reward-model", "sentiment", "politeness", "length")
+
+
+def make_scorer(name: str) -> Any:
+    """A scorer by embedded name, or a directory or hub id."""
+    if name in ("prefix", "probe", "reward-model"):
+        return pyengine.embedded(name)
+    if name in SCORERS:
+        from pyengine.worlds import reviews
+
+        return getattr(reviews, name)
+    return name
+
+
+def quiet_loading() -> None:
+    """No loading bars where nobody watches."""
+    if not sys.stderr.isatty():
+        from transformers.utils import logging
+
+        logging.disable_progress_bar()
+
+
+def load_engine(
+    model: str | None, scorer: str | None, device: str, cache_gb: float | None, trust_remote_code: bool
+) -> Engine:
+    from pyengine.engine import Engine
+
+    quiet_loading()
+    path: Any = pyengine.embedded("policy") if model is None else model
+    picked = None if scorer is None else make_scorer(scorer)
+    return Engine.from_pretrained(
+        path, scorer=picked, device=device, cache_gb=cache_gb, trust_remote_code=trust_remote_code
+    )

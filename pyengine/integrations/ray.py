@@ -1,0 +1,155 @@
+"""Labelling on a Ray cluster, with Ray Data: `pyengine.training.labelling.label` over actors that load the scorer once.
+
+A shard is committed by the worker that scored it, under its own name, so that the retry of a task, which Ray starts
+when a worker dies, or of the whole job changes nothing that is there. Input, output and scorer lie where every node
+sees them.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # before Ray is imported, which reads it then
+
+import ray
+import ray.data
+
+from pyengine.errors import InputError, first_line, whole
+from pyengine.scorers import ScorerLike
+from pyengine.training import labelling
+from pyengine.training.labelling import Labeller, Shard
+
+OBJECT_STORE = 128 * 2**20  # bytes, little above Ray's minimum: shards travel as their places in the file
+RETRIES = 5  # of a shard whose worker died; Ray Data would go on for ever, also where the shard is what kills it
+CONNECT = 5  # seconds to wait for a cluster to answer; Ray itself waits for minutes
+
+
+def label(
+    source: str | Path | Iterable[Mapping[str, Any]],
+    scorer: ScorerLike,
+    out: str | Path,
+    *,
+    address: str = "local",
+    workers: int | None = None,
+    device: str = "cpu",
+    resume: bool = False,
+    progress: bool | None = None,
+) -> dict[str, Any]:
+    """`pyengine.training.labelling.label` by the workers of a Ray cluster; the same shards, output and report.
+
+    address: "local" starts a cluster on this machine for as long as this takes, "auto" or HOST:PORT joins one; where
+    this process is part of one already, that is taken. workers: actors, by default one for each CPU, or for each GPU
+    with device "cuda". A scorer that is a path is loaded by each worker, any other is sent to it.
+    Raises InputError as `label` does, if there is no such cluster, and where a shard's workers die again and again.
+    """
+    if workers is not None:
+        whole(workers, "label: workers", 1)
+    through = partial(_through, address=address, workers=workers)
+    return labelling.label(
+        source, _absolute(scorer), out, device=device, resume=resume, progress=progress, through=through
+    )
+
+
+def _absolute(scorer: Any) -> Any:
+    """A scorer whose directories are found from a worker's working directory too."""
+    if isinstance(scorer, (str, os.PathLike)):
+        return Path(scorer).absolute() if Path(scorer).is_dir() else scorer
+    if isinstance(scorer, Sequence):
+        return [(weight, _absolute(part)) for weight, part in scorer]
+    return scorer
+
+
+class _Worker:
+    """What an actor runs: one shard after another."""
+
+    def __init__(self, labeller: Labeller) -> None:
+        self.labeller = labeller
+
+    def __call__(self, batch: dict[str, Any]) -> dict[str, list[Any]]:
+        """A batch of one shard; a fault of the input is a result, since Ray would wrap the exception."""
+        shard = Shard(**{name: value.item() for name, value in batch.items()})
+        try:
+            return {"rows": [self.labeller(shard)], "fault": [""]}
+        except InputError as error:
+            return {"rows": [0], "fault": [str(error)]}
+
+
+def _through(labeller: Labeller, shards: Sequence[Shard], address: str, workers: int | None) -> Iterator[int]:
+    """Rows of each shard as it is committed, in whatever order that is."""
+    kind = "GPU" if labeller.device.startswith("cuda") else "CPU"
+    with _cluster(address), _quiet():
+        count = workers or int(ray.cluster_resources().get(kind, 0))
+        if not count:
+            raise InputError(f"label: the cluster has no {kind}")
+        places = ray.data.from_items([shard._asdict() for shard in shards], override_num_blocks=len(shards))
+        done = places.map_batches(
+            _Worker,
+            batch_size=1,
+            compute=ray.data.ActorPoolStrategy(size=min(count, len(shards))),
+            fn_constructor_args=(labeller,),
+            num_cpus=1 if kind == "CPU" else None,
+            num_gpus=1 if kind == "GPU" else None,
+            max_task_retries=RETRIES,
+        )
+        try:
+            for row in done.iter_rows():
+                if row["fault"]:
+                    raise InputError(row["fault"])
+                yield row["rows"]
+        except ray.exceptions.RayActorError as error:
+            raise InputError(
+                f"{labeller.source}: a shard's workers died {RETRIES + 1} times, the last with {first_line(error)!r}; "
+                "the other shards are kept: resume when there is memory enough, or without what kills them"
+            ) from error
+
+
+@contextmanager
+def _cluster(address: str) -> Iterator[None]:
+    """The cluster at an address; one that was joined or started here is left when the block ends."""
+    if ray.is_initialized():
+        yield
+        return
+    options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
+    if address == "local":
+        options |= {"include_dashboard": False, "object_store_memory": OBJECT_STORE}
+    else:
+        _answers(address)
+    try:
+        ray.init(address=address, **options)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise InputError(f"no Ray cluster at {address!r}: {first_line(error)}") from error
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def _answers(address: str) -> None:
+    """InputError if an address is HOST:PORT and nobody listens there."""
+    host, colon, port = address.rpartition(":")
+    if colon and port.isdecimal() and "/" not in host:
+        try:
+            socket.create_connection((host, int(port)), CONNECT).close()
+        except (OSError, OverflowError) as error:
+            raise InputError(f"no Ray cluster at {address!r}: {first_line(error)}") from error
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Ray Data without its own bars and its account of the plan; errors are still told."""
+    context, logger = ray.data.DataContext.get_current(), logging.getLogger("ray.data")
+    before = context.enable_progress_bars, logger.level
+    context.enable_progress_bars = False
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        context.enable_progress_bars = before[0]
+        logger.setLevel(before[1])

@@ -1,0 +1,255 @@
+"""Rewards for the rows of a JSONL file: each row once and in order, whoever is killed on the way.
+
+The file is read as a stream, twice: to check all of it before any of it is scored, and shard by shard as it is.
+`pyengine.integrations.ray` runs the same on many machines.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from tqdm import tqdm
+
+from pyengine.errors import InputError, first_line
+from pyengine.rewards.references import Statistics
+from pyengine.scorers import Candidates, Part, ScorerLike, parts_of, score_texts
+from pyengine.training.data import SHOWN, example_of, json_object, raise_all
+from pyengine.training.identity import identity
+from pyengine.training.shards import Job, finished, held, lines, merged, missing, written
+
+SHARD_BYTES = 1 << 18  # of input in a shard at least: what a kill loses of one worker's time
+SHARDS = 10_000  # at most, so that neither the manifest nor the directory grows with the input
+
+
+class Shard(NamedTuple):
+    """Rows first .. first + rows - 1: `size` bytes of the file from `offset`, which is where line `line` begins."""
+
+    first: int
+    rows: int
+    offset: int
+    size: int
+    line: int
+    digest: str
+
+
+@dataclass
+class Labeller:
+    """Scores shards and commits them; the scorer is loaded with the first. Any process that sees the files can do it.
+
+    device: where the scorer runs, as torch calls it.
+    """
+
+    source: Path
+    job: Job
+    scorer: ScorerLike
+    device: str = "cpu"
+    _parts: list[Part] = field(default_factory=list, init=False, repr=False)
+
+    def __call__(self, shard: Shard) -> int:
+        """The rows of the shard, which is committed when this returns; one that already was is left as it is.
+
+        Raises InputError, with file:line, for scores that are not finite, and if the file is not what it was.
+        """
+        path = self.job.file(shard)
+        if path.is_file():
+            return shard.rows
+        found = self._rows(shard)
+        rewards = self._rewards([record for _, record in found], shard)
+        faults = [
+            f"{self.source}:{line}: its score is {reward}; a reward must be finite"
+            for (line, _), reward in zip(found, rewards, strict=True)
+            if not math.isfinite(reward)
+        ]
+        raise_all(faults, shard.rows, f"rows from {self.source}:{shard.line}")
+        with written(path) as file:
+            for (_, record), reward in zip(found, rewards, strict=True):
+                file.write(json.dumps(record | {"reward": reward}) + "\n")
+        return shard.rows
+
+    def _rows(self, shard: Shard) -> list[tuple[int, dict[str, Any]]]:
+        """(line, record) of each row."""
+        try:
+            with self.source.open("rb") as file:
+                file.seek(shard.offset)
+                data = file.read(shard.size)
+        except OSError as error:
+            raise InputError(f"{self.source}: {error.strerror}; every worker must see it") from error
+        if _digest(data) != shard.digest:
+            raise InputError(f"{self.source} has changed since this run read it; label it anew, into another output")
+        numbered = enumerate(data.split(b"\n"), shard.line)
+        return [(i, json_object(line, f"{self.source}:{i}")) for i, line in numbered if line.strip()]
+
+    def _rewards(self, records: Sequence[Mapping[str, Any]], shard: Shard) -> list[float]:
+        if not self._parts:
+            self._parts = ready(self.scorer, self.device)
+        prompts, responses = ([record[key] for record in records] for key in ("prompt", "response"))
+        candidates = Candidates(prompts, [()] * len(records), {}, {}, lambda _: responses)
+        try:
+            return score_texts(self._parts, candidates).tolist()
+        except InputError as error:
+            raise InputError(f"rows from {self.source}:{shard.line}: {error}") from error
+
+
+Through = Callable[[Labeller, Sequence[Shard]], Iterable[int]]
+
+
+def label(
+    source: str | Path | Iterable[Mapping[str, Any]],
+    scorer: ScorerLike,
+    out: str | Path,
+    *,
+    device: str = "cpu",
+    resume: bool = False,
+    progress: bool | None = None,
+    through: Through = map,
+) -> dict[str, Any]:
+    """Write the rows of `source` to `out` with their rewards, and a report to OUT.report.json, which is returned too.
+
+    source: a JSONL file of {"prompt", "response"} lines, or such rows. A row keeps its place and whatever else it has;
+    a "reward" that it had is replaced, and the report counts those. scorer: anything that reads text. device: where it
+    runs. resume: take up a run that was cut short, of the same rows with the same scorer (see `identity`); one that was
+    not begun starts, and one that is done is only reported. progress: a bar on stderr after two seconds; None shows it
+    on a terminal only. through: who labels the shards; by default this process, one after the other.
+
+    The report: rows, replaced, seconds of this run, and the rewards' least, greatest and `statistics`, which are what
+    `pyengine.Statistics` is made of (ddof 0).
+    Memory does not grow with the rows, whose results lie in OUT.shards until all are there. Raises one InputError
+    with file:line for lines that cannot be used, before any is scored; for a score that is not finite; and for an
+    output that is there already, or is part of other work.
+    """
+    out, start = Path(out).absolute(), time.perf_counter()
+    with _file_of(source, out) as path:
+        digest, shards, replaced = _scan(path)
+        job = Job(out, {"input": digest, "scorer": identity(scorer)})
+        report = finished(job, resume)
+        if report is not None:
+            return report
+        rows = sum(shard.rows for shard in shards)
+        report = {"rows": rows, "replaced": replaced}
+        with held(job, resume):
+            todo = missing(job, shards)
+            hide = None if progress is None else not progress
+            done = rows - sum(shard.rows for shard in todo)
+            with tqdm(total=rows, initial=done, unit="row", delay=2, disable=hide, leave=False) as bar:
+                for labelled in through(Labeller(path, job, scorer, device), todo) if todo else ():
+                    bar.update(labelled)
+            with merged(job, report) as file:
+                rewards = _Moments()
+                for line in lines(job, shards):
+                    file.write(line)
+                    rewards.add(json.loads(line)["reward"])
+                report |= rewards.report() | {"seconds": round(time.perf_counter() - start, 2)}
+    return {"of": job.pins, **report}
+
+
+def ready(scorer: ScorerLike, device: str) -> list[Part]:
+    """The parts of a scorer of text, on their device; InputError for one that cannot be there."""
+    parts = parts_of(scorer)
+    if not parts:
+        raise InputError("labelling needs a scorer")
+    try:
+        for part in parts:
+            part.scorer.move(torch.device(device))
+    except (RuntimeError, AssertionError) as error:
+        raise InputError(f"device {device!r}: {first_line(error)}") from error
+    return parts
+
+
+@contextmanager
+def _file_of(source: str | Path | Iterable[Mapping[str, Any]], out: Path) -> Iterator[Path]:
+    """The file of a source; rows become one beside the output, for as long as they are labelled."""
+    if isinstance(source, (str, Path)):
+        yield Path(source).absolute()
+        return
+    path = out.with_name(out.name + ".rows")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with written(path) as file:
+        for row in source:
+            file.write(json.dumps(dict(row)) + "\n")
+    yield path
+    path.unlink()  # a run that failed keeps them beside its shards
+
+
+def _scan(path: Path) -> tuple[str, list[Shard], int]:
+    """(digest of the file, its shards, how many rows have a reward); one InputError for all bad lines."""
+    whole, faults, shards = hashlib.blake2b(digest_size=16), list[str](), list[Shard]()
+    rows = replaced = offset = 0
+    line = 1
+    try:
+        least = max(SHARD_BYTES, path.stat().st_size // SHARDS)
+        with path.open("rb") as file:
+            while part := file.readlines(least):
+                first, data = rows + len(faults), b"".join(part)
+                for number, text in enumerate(part, line):
+                    if not text.strip():
+                        continue
+                    try:
+                        replaced += _check(text, f"{path}:{number}")
+                        rows += 1
+                    except InputError as error:
+                        faults.append(str(error) if len(faults) < SHOWN else "")  # no more are shown
+                count = rows + len(faults) - first
+                if count:
+                    shards.append(Shard(first, count, offset, len(data), line, _digest(data)))
+                whole.update(data)
+                offset += len(data)
+                line += len(part)
+    except OSError as error:
+        raise InputError(f"{path}: {error.strerror}") from error
+    raise_all(faults, rows + len(faults), "lines")
+    if not rows:
+        raise InputError(f'{path}: no rows; it needs lines {{"prompt", "response"}}')
+    return whole.hexdigest(), shards, replaced
+
+
+def _check(line: bytes, where: str) -> bool:
+    """Whether a row has a reward; InputError, naming `where`, if it is none that can be scored."""
+    record = json_object(line, where)
+    example = example_of({**record, "reward": 0.0}, where)
+    for key, text in (("prompt", example.prompt), ("response", example.response)):
+        if not text.strip():
+            raise InputError(f"{where}: the {key} is empty")
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise InputError(
+                f"{where}: the {key} is not valid Unicode: {error.reason} at character {error.start}"
+            ) from error
+    return "reward" in record
+
+
+def _digest(data: bytes) -> str:
+    return hashlib.blake2b(data, digest_size=8).hexdigest()
+
+
+@dataclass
+class _Moments:
+    """Mean and standard deviation of a stream (Welford 1962), with its ends."""
+
+    count: int = 0
+    mean: float = 0.0
+    squares: float = 0.0
+    least: float = math.inf
+    greatest: float = -math.inf
+
+    def add(self, value: float) -> None:
+        self.count += 1
+        gap = value - self.mean
+        self.mean += gap / self.count
+        self.squares += gap * (value - self.mean)
+        self.least, self.greatest = min(self.least, value), max(self.greatest, value)
+
+    def report(self) -> dict[str, Any]:
+        # Equal values have a std of exactly 0, which rounding of the mean would spoil.
+        std = 0.0 if self.least == self.greatest else math.sqrt(self.squares / self.count)
+        statistics = Statistics(self.mean, std, 0, self.count)
+        return {"least": self.least, "greatest": self.greatest, "statistics": asdict(statistics)}

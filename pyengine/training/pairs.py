@@ -1,0 +1,280 @@
+"""Preference pairs from the engine: sample responses, score them, keep the best and the worst of each prompt.
+
+The rules are those of WPO (arXiv:2406.11827): on-policy pairs of the highest and the lowest score, and hybrid ones,
+where another model's responses stand beside the samples.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import math
+import random
+import time
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from tqdm import tqdm
+
+from pyengine.engine import Engine
+from pyengine.errors import InputError, real, whole
+from pyengine.results import SamplingParams
+from pyengine.scorers import Candidates, ScorerLike, score_texts
+from pyengine.training.data import encode, example_of, json_object, raise_all, read_file
+from pyengine.training.identity import identity
+from pyengine.training.shards import Job, finished, held, lines, merged, missing, written
+
+AT_ONCE = 512  # responses in a shard: what a kill loses
+SAMPLING = SamplingParams(max_tokens=1024, temperature=0.7, top_p=0.95, seed=0)  # temperature and top-p are WPO's
+
+
+class Answer(NamedTuple):
+    """One response to a prompt; length in tokens of the policy, its EOS included. given: not sampled here."""
+
+    response: str
+    reward: float
+    length: int
+    given: bool = False
+
+
+class Given(NamedTuple):
+    """A response that was read from a file; reward None has to be scored."""
+
+    response: str
+    reward: float | None
+    tokens: list[int]  # as the policy reads it, its EOS included
+    where: str  # file:line
+
+
+class Choice(NamedTuple):
+    """A pair, or why there is none: "single" (fewer than two answers), "tied" (all scores equal), "margin" (none is
+    far enough below the best), "equal" (both are the same text)."""
+
+    outcome: str
+    chosen: Answer | None = None
+    rejected: Answer | None = None
+
+
+def choose(answers: Sequence[Answer], margin: float | None = None, rng: random.Random | None = None) -> Choice:
+    """The chosen and the rejected of one prompt's answers.
+
+    Chosen is the highest score, of several the shortest. Rejected is the lowest, of several the one whose length is
+    closest to the chosen one's (WPO's README v2); with a margin it is any answer whose score is lower by at least that
+    (WPO's hybrid rule), which `rng` draws. What still ties goes to the earlier answer.
+    """
+    if len(answers) < 2:
+        return Choice("single")
+    highest, lowest = max(a.reward for a in answers), min(a.reward for a in answers)
+    if highest == lowest:
+        return Choice("tied")
+    chosen = min((a for a in answers if a.reward == highest), key=lambda a: a.length)
+    if margin is None:
+        below = [a for a in answers if a.reward == lowest]
+        rejected = min(below, key=lambda a: abs(a.length - chosen.length))
+    else:
+        below = [a for a in answers if highest - a.reward >= margin]
+        if not below:
+            return Choice("margin")
+        rejected = (rng or random.Random()).choice(below)
+    if chosen.response == rejected.response:  # a scorer that is not a function of the text, or scores from two of them
+        return Choice("equal")
+    return Choice("pair", chosen, rejected)
+
+
+class _Prompts(NamedTuple):
+    """A shard: the prompts first .. first + rows - 1."""
+
+    first: int
+    rows: int
+
+
+def build_pairs(
+    engine: Engine,
+    prompts: str | Sequence[str],
+    scorer: ScorerLike,
+    out: str | Path,
+    *,
+    samples: int = 5,
+    sampling: SamplingParams = SAMPLING,
+    candidates: str | Path | None = None,
+    margin: float | None = None,
+    resume: bool = False,
+    progress: bool | None = None,
+) -> dict[str, Any]:
+    """Write a pair for each prompt that has one, and a report to OUT.report.json, which is returned too.
+
+    A line is {"prompt", "chosen", "rejected", "score_chosen", "score_rejected"}, in the order of the prompts: TRL's
+    preference format, which `read_preferences` reads. samples: responses of the base policy to each prompt, the j-th
+    drawn with seed sampling.seed + j, whatever else is in the batch. scorer: anything that the engine follows, the
+    responses of `candidates` must be text enough for it. candidates: JSONL lines {"prompt", "response"} of another
+    model, with a "reward" where they were scored already, by the same scorer. margin: the hybrid rule (see `choose`),
+    drawn by seed and prompt. resume: take up a run that was cut short; nothing is sampled again but the shard in hand.
+    progress: a bar on stderr after two seconds; None shows it on a terminal only.
+
+    No candidate are responses that were cut off, which have no reward yet and which a trainer would end with an EOS,
+    and empty ones. The report counts: prompts, repeated (prompts that came again, which are taken once), pairs, dropped
+    (by reason), sampled, given, left_out (by reason), chosen_given and rejected_given, and seconds of this run.
+    Raises InputError for a prompt that cannot be decoded, for lines of `candidates` that cannot be used (of other
+    prompts, too), and, naming prompt or line, for a score that is not finite.
+    """
+    start, out = time.perf_counter(), Path(out).absolute()
+    samples = whole(samples, "build_pairs: samples", 1)
+    margin = None if margin is None else real(margin, "build_pairs: margin", 1e-12)
+    if sampling.seed is None:
+        raise InputError("build_pairs: sampling needs a seed, so that a run that was cut short can be taken up again")
+    asked = [prompts] if isinstance(prompts, str) else list(prompts)
+    for i, prompt in enumerate(asked):
+        engine.encode(prompt, f"prompt {i}")
+    unique = list(dict.fromkeys(asked))
+    if not unique:
+        raise InputError("build_pairs needs prompts")
+    given = read_candidates(candidates, engine, unique) if candidates is not None else {}
+    job = Job(
+        out,
+        {
+            "prompts": _digest(json.dumps(unique).encode()),
+            "model": [identity(engine.model), identity(engine.tokenizer)],
+            "scorer": identity(scorer),
+            "sampling": {"samples": samples, **dataclasses.asdict(sampling)},
+            "candidates": None if candidates is None else _digest(read_file(candidates)),
+            "margin": margin,
+        },
+    )
+    report = finished(job, resume)
+    if report is not None:
+        return report
+    size = max(1, AT_ONCE // samples)
+    shards = [_Prompts(first, min(size, len(unique) - first)) for first in range(0, len(unique), size)]
+    with held(job, resume), engine.following(scorer):
+        if not engine.parts:
+            raise InputError("build_pairs needs a scorer")
+        todo = missing(job, shards)
+        hide = None if progress is None else not progress
+        done = len(unique) - sum(shard.rows for shard in todo)
+        with tqdm(total=len(unique), initial=done, unit="prompt", delay=2, disable=hide, leave=False) as bar:
+            for shard in todo:
+                some = unique[shard.first : shard.first + shard.rows]
+                with written(job.file(shard)) as file:
+                    for line in _sampled(engine, some, given, samples, sampling, margin):
+                        file.write(json.dumps(line) + "\n")
+                bar.update(shard.rows)
+        report = {"prompts": len(unique), "repeated": len(asked) - len(unique)}
+        with merged(job, report) as file:
+            counts, dropped, left_out = Counter[str](), Counter[str](), Counter[str]()
+            for line in map(json.loads, lines(job, shards)):
+                counts.update(line["counts"])
+                left_out.update(line["left_out"])
+                if line["pair"] is None:
+                    dropped[line["outcome"]] += 1
+                else:
+                    counts["pairs"] += 1
+                    file.write(json.dumps(line["pair"]) + "\n")
+            names = ("pairs", "sampled", "given", "chosen_given", "rejected_given")
+            report |= {name: counts[name] for name in names} | {"dropped": dict(dropped), "left_out": dict(left_out)}
+            report["seconds"] = round(time.perf_counter() - start, 2)
+    return {"of": job.pins, **report}
+
+
+def read_candidates(path: str | Path, engine: Engine, prompts: Sequence[str]) -> dict[str, list[Given]]:
+    """The responses of a JSONL file {"prompt", "response"[, "reward"]} to these prompts, in the file's order.
+
+    "finish_reason" and "tokens" are as `read_examples` takes them. Raises one InputError with file:line for all lines
+    that the engine's model cannot read or that answer other prompts.
+    """
+    known, faults, count = {prompt: list[Given]() for prompt in prompts}, [], 0
+    for number, line in enumerate(read_file(path).splitlines(), 1):
+        if not line.strip():
+            continue
+        count += 1
+        try:
+            where = f"{path}:{number}"
+            record = json_object(line, where)
+            example = example_of({"reward": 0.0, **record}, where)
+            if example.prompt not in known:
+                raise InputError(f"{where}: its prompt is not among those to sample for: {example.prompt[:40]!r}")
+            if not example.ended:
+                raise InputError(f'{where}: finish_reason is "length": a response that was cut off makes no pair')
+            encoded = encode(engine, example)
+            reward = encoded.reward if "reward" in record else None
+            known[example.prompt].append(Given(example.response, reward, encoded.ids[encoded.start :], where))
+        except InputError as error:
+            faults.append(str(error))
+    raise_all(faults, count, "lines")
+    return {prompt: found for prompt, found in known.items() if found}
+
+
+def _sampled(
+    engine: Engine,
+    prompts: Sequence[str],
+    given: Mapping[str, Sequence[Given]],
+    samples: int,
+    sampling: SamplingParams,
+    margin: float | None,
+) -> list[dict[str, Any]]:
+    """The line of each prompt: its outcome, what was counted, and the pair or None."""
+    seed = sampling.seed or 0
+    params = [dataclasses.replace(sampling, seed=seed + j) for j in range(samples)]
+    repeated = [prompt for prompt in prompts for _ in range(samples)]
+    results = engine.generate(repeated, sampling=params * len(prompts), progress=False)
+    others = _scored(engine, prompts, given)
+    out = []
+    for i, prompt in enumerate(prompts):
+        answers, left_out = list[Answer](), Counter[str]()
+        for j, result in enumerate(results[i * samples : (i + 1) * samples]):
+            if result.finish_reason == "length":
+                left_out["cut_off"] += 1
+            elif not result.text.strip():
+                left_out["empty"] += 1
+            elif result.reward is None or not math.isfinite(result.reward):
+                raise InputError(
+                    f"sample {j} of prompt {prompt[:40]!r}: its score is {result.reward}, it must be finite: "
+                    f"{result.text[:40]!r}"
+                )
+            else:
+                answers.append(Answer(result.text, result.reward, len(result.tokens)))
+        answers += others.get(prompt, [])
+        choice = choose(answers, margin, random.Random(f"{seed}:{prompt}"))
+        counts = {"sampled": samples, "given": len(others.get(prompt, []))}
+        pair = None
+        if choice.chosen is not None and choice.rejected is not None:
+            counts |= {"chosen_given": int(choice.chosen.given), "rejected_given": int(choice.rejected.given)}
+            pair = {
+                "prompt": prompt,
+                "chosen": choice.chosen.response,
+                "rejected": choice.rejected.response,
+                "score_chosen": choice.chosen.reward,
+                "score_rejected": choice.rejected.reward,
+            }
+        out.append({"outcome": choice.outcome, "counts": counts, "left_out": left_out, "pair": pair})
+    return out
+
+
+def _scored(engine: Engine, prompts: Sequence[str], given: Mapping[str, Sequence[Given]]) -> dict[str, list[Answer]]:
+    """The given responses to these prompts, all with a reward."""
+    bare = [(prompt, one) for prompt in prompts for one in given.get(prompt, ()) if one.reward is None]
+    rewards = {one.where: one.reward for found in given.values() for one in found if one.reward is not None}
+    if bare:
+        texts = [one.response for _, one in bare]
+        candidates = Candidates(
+            [prompt for prompt, _ in bare],
+            [one.tokens for _, one in bare],
+            {},
+            {},
+            lambda _: texts,
+            [engine.encode(prompt) for prompt, _ in bare],
+        )
+        for (_, one), reward in zip(bare, score_texts(engine.parts, candidates).tolist(), strict=True):
+            if not math.isfinite(reward):
+                raise InputError(f"{one.where}: its score is {reward}, it must be finite")
+            rewards[one.where] = reward
+    return {
+        prompt: [Answer(one.response, rewards[one.where], len(one.tokens), True) for one in given.get(prompt, ())]
+        for prompt in prompts
+    }
+
+
+def _digest(data: bytes) -> str:
+    return hashlib.blake2b(data, digest_size=16).hexdigest()

@@ -1,0 +1,139 @@
+"""Labelling on a local Ray cluster: the output of a local run, whoever is killed; faults come back as they are."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+import signal
+import threading
+import time
+
+import numpy as np
+import psutil
+import pytest
+from typer.testing import CliRunner
+
+import pyengine
+from pyengine import InputError, cli
+from pyengine.integrations import ray as cluster
+from pyengine.training import labelling
+from pyengine.training.shards import Job
+from pyengine.worlds import reviews
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    path = tmp_path_factory.mktemp("rows") / "rows.jsonl"
+    lines = enumerate(reviews.corpus(1000, seed=2))
+    path.write_text("".join(json.dumps({"id": i, "prompt": p, "response": r}) + "\n" for i, (p, r) in lines))
+    return path
+
+
+@pytest.fixture(scope="module")
+def local():
+    """One cluster for all tests here, as `address="local"` starts it."""
+    with cluster._cluster("local"):
+        yield
+
+
+def workers():
+    """Processes of this one's cluster that run an actor of Ray Data."""
+    found = []
+    for process in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.Error):  # it may end meanwhile
+            if any("MapWorker" in word for word in process.cmdline()):
+                found.append(process)
+    return found
+
+
+def test_a_killed_worker_and_shards_of_an_earlier_run(local, source, tmp_path, monkeypatch):
+    """Half of the shards come from a run without Ray that was cut short; a worker dies over the others."""
+    monkeypatch.setattr(labelling, "SHARD_BYTES", 2**12)
+    scorer, out = pyengine.embedded("reward-model"), tmp_path / "out.jsonl"
+    labelling.label(source, [(1.0, scorer)], tmp_path / "whole.jsonl")
+
+    def cut_short(labeller, todo):
+        yield from map(labeller, todo[::2])
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        labelling.label(source, [(1.0, scorer)], out, through=cut_short)
+    directory = tmp_path / "out.jsonl.shards"
+    before = len(list(directory.glob("*.jsonl")))
+    killed = []
+
+    def kill():
+        while not killed and not out.exists():
+            found = workers()
+            if len(list(directory.glob("*.jsonl"))) > before and found:
+                os.kill(found[0].pid, signal.SIGKILL)
+                killed.append(found[0].pid)
+            time.sleep(0.005)
+
+    thread = threading.Thread(target=kill)
+    thread.start()
+    monkeypatch.chdir(scorer.parent)  # where no worker is
+    scorers = [(1.0, scorer.name)]
+    report = cluster.label(source, scorers, out, resume=True, workers=1, progress=True)
+    thread.join()
+    assert len(killed) == 1
+    assert not psutil.pid_exists(killed[0]) or psutil.Process(killed[0]).status() == psutil.STATUS_ZOMBIE
+    assert report["rows"] == 1000
+    found, whole = ([json.loads(line) for line in path.open()] for path in (out, tmp_path / "whole.jsonl"))
+    assert [row["id"] for row in found] == list(range(1000))
+    assert [row["reward"] for row in found] == pytest.approx([row["reward"] for row in whole], abs=1e-5)
+
+
+def test_a_fault_is_a_result_of_the_worker_and_an_error_of_the_run(local, source, tmp_path, monkeypatch):
+    """The two halves of its way, without the seconds that an actor takes to start."""
+    line = next(i for i, text in enumerate(source.read_text().splitlines(), 1) if "wonderful" in text)
+
+    def bad(prompts, completions):
+        return [math.nan if "wonderful" in c else 0.0 for c in completions]
+
+    job = Job(tmp_path / "out.jsonl", {})
+    worker = cluster._Worker(labelling.Labeller(source, job, bad))
+    place = labelling._scan(source)[1][0]._asdict()
+    done = worker({name: np.array([value]) for name, value in place.items()})
+    (fault,) = done["fault"]
+    assert done["rows"] == [0]
+    assert f"{source}:{line}: its score is nan" in fault
+    monkeypatch.setattr(cluster.ray.data.Dataset, "iter_rows", lambda dataset: iter([{"rows": 0, "fault": fault}]))
+    with pytest.raises(InputError, match=rf"cannot be used: .*rows.jsonl:{line}: its score is nan"):
+        cluster.label(source, bad, tmp_path / "out.jsonl")
+    assert not (tmp_path / "out.jsonl").exists()
+
+
+def test_a_shard_that_kills_its_workers_ends_the_run(local, source, tmp_path, monkeypatch):
+    def dying(dataset):
+        raise cluster.ray.exceptions.ActorDiedError
+        yield
+
+    monkeypatch.setattr(cluster.ray.data.Dataset, "iter_rows", dying)
+    with pytest.raises(InputError, match=r"rows.jsonl: a shard's workers died 6 times.*: resume when there is memory"):
+        cluster.label(source, reviews.sentiment, tmp_path / "out.jsonl")
+
+
+def test_what_is_refused_before_a_cluster_is_asked(source, tmp_path, monkeypatch):
+    monkeypatch.setattr(cluster.ray, "is_initialized", lambda: False)
+
+    def refused(*arguments):
+        done = CliRunner().invoke(cli.app, ["label", *map(str, arguments)], standalone_mode=False)
+        assert isinstance(done.exception, InputError)
+        assert done.stdout == ""
+        return str(done.exception)
+
+    options = (source, "--scorer", "sentiment", "--out", tmp_path / "out.jsonl")
+    assert "no Ray cluster at '127.0.0.1:1'" in refused(*options, "--ray", "127.0.0.1:1")
+    assert "no Ray cluster at 'nonsense': Invalid address" in refused(*options, "--ray", "nonsense")
+    assert "no such directory" in refused(source, "--scorer", "/no/such", "--out", tmp_path / "o", "--ray", "local")
+    with pytest.raises(InputError, match="workers must be a whole number of at least 1"):
+        cluster.label(source, reviews.sentiment, tmp_path / "o", workers=0)
+
+
+def test_usage_statistics_are_off_and_no_dashboard_runs(local):
+    assert os.environ["RAY_USAGE_STATS_ENABLED"] == "0"
+    assert not cluster.ray._private.worker.global_worker.node.webui_url
+    assert cluster.ray.cluster_resources()["object_store_memory"] == cluster.OBJECT_STORE

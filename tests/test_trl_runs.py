@@ -1,0 +1,245 @@
+"""`pyengine train preference` and `offline`: what they leave, that they resume, that two processes do as one."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import TrainerCallback
+from typer.testing import CliRunner
+
+from pyengine import Engine, InputError, SamplingParams, cli, cli_align
+from pyengine.integrations.trl_runs import PolicyTraining, train_offline, train_preference
+from pyengine.rewards import Statistics
+from pyengine.rewards.conditioning import Conditioning
+
+WORDS = ("quick", "brown", "fox", "jumps", "over", "lazy", "dog", "box", "five", "jugs")
+
+
+def pairs(count=24):
+    return [
+        {
+            "prompt": f"pack {WORDS[i % 6]}",
+            "chosen": f" the {WORDS[i % 10]} {WORDS[(3 * i + 1) % 10]}",
+            "rejected": f" {WORDS[(i + 5) % 10]}" * (i % 3 + 1),
+        }
+        for i in range(count)
+    ]
+
+
+def rewarded(count=24):
+    return [
+        {"prompt": f"pack {WORDS[i % 6]}", "response": f" {WORDS[i % 10]} {WORDS[(7 * i) % 10]}", "reward": i % 5 - 1.5}
+        for i in range(count)
+    ]
+
+
+def write(file, rows):
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return file
+
+
+def command(*arguments):
+    """The report that `pyengine train ARGUMENTS` prints."""
+    done = CliRunner().invoke(cli_align.train, [str(a) for a in arguments], standalone_mode=False)
+    if done.exception is not None:
+        raise done.exception
+    return json.loads(done.stdout)
+
+
+QUICK = ("--batch", 8, "--accumulate", 2, "--lr", 1e-3)
+
+
+def weights(directory, name="model.safetensors"):
+    return load_file(directory / name)
+
+
+def assert_same(one, other, **tolerance):
+    assert one.keys() == other.keys()
+    for name, value in one.items():
+        torch.testing.assert_close(other[name], value, msg=name, **tolerance)
+
+
+@pytest.mark.parametrize("loss", ["dpo", "simpo", "kto"])
+def test_preferences_move_the_policy_and_it_decodes(model_dirs, tmp_path, loss):
+    data, out = write(tmp_path / "pairs.jsonl", pairs()), tmp_path / "out"
+    report = command(
+        "preference", data, "--model", model_dirs["llama"], "--out", out, "--loss", loss, "--weights", "none",
+        "--epochs", 4, "--held-out", 0.2, *QUICK,
+    )  # fmt: skip
+    assert json.loads((out / "report.json").read_text()).items() >= report.items()
+    assert (report["examples"], report["cut"], report["same_tokens"]) == (24, 0, 0)
+    assert report["train"] == (40 if loss == "kto" else 20)
+    assert report["beta"] == {"dpo": 0.01, "simpo": 2.0, "kto": 0.1}[loss]
+    assert report["steps"] == 4 * (5 if loss == "kto" else 3)
+    assert report["held_out"]["rewards/margins"] > 0
+    names = {file.name for file in out.iterdir()}
+    assert {"model.safetensors", "config.json", "tokenizer.json", "report.json"} <= names
+    assert not [name for name in names if name.endswith((".bin", ".pt", ".pkl")) or name == "checkpoints"]
+    assert not torch.equal(weights(out)["lm_head.weight"], weights(model_dirs["llama"])["lm_head.weight"])
+    engine = Engine.from_pretrained(out)
+    assert engine.generate("pack my", sampling=SamplingParams(max_tokens=3, seed=0))[0].tokens
+
+
+def test_a_killed_run_resumes_to_the_same_weights(model_dirs, tmp_path):
+    class Kill(TrainerCallback):
+        def on_step_end(self, args, state, control, **_):
+            if state.global_step == 5:
+                raise KeyboardInterrupt
+
+    data = write(tmp_path / "pairs.jsonl", pairs())
+    training = PolicyTraining(1e-3, batch=8, accumulate=2, epochs=3, held_out=0, checkpoint_every=2, lora=2)
+    run = (model_dirs["llama"], data)
+    with pytest.raises(KeyboardInterrupt):
+        train_preference(*run, tmp_path / "killed", training=training, callbacks=[Kill()])
+    with pytest.raises(InputError, match="holds checkpoints of an earlier run"):
+        train_preference(*run, tmp_path / "killed", training=training)
+    with pytest.raises(InputError, match="of a run with another loss"):
+        train_preference(*run, tmp_path / "killed", "hinge", training=training, resume=True)
+    report = train_preference(*run, tmp_path / "killed", training=training, resume=True)
+    assert report["steps"] == 9
+    train_preference(*run, tmp_path / "whole", training=training)
+    name = "adapter_model.safetensors"
+    assert_same(weights(tmp_path / "killed", name), weights(tmp_path / "whole", name), rtol=0, atol=0)
+
+
+def test_two_processes_give_what_one_gives(model_dirs, tmp_path):
+    """LoRA under WPO, through `accelerate launch` on CPUs; 21 pairs do not divide into batches of 8."""
+    data = write(tmp_path / "pairs.jsonl", pairs(21))
+    options = ["preference", str(data), "--model", str(model_dirs["llama"]), "--lora", "4", "--held-out", "0"]
+    options += ["--batch", "8", "--lr", "1e-2", "--accumulate"]
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
+    launch += ["--main_process_port", "0", "-m", "pyengine", "train"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(
+        [*launch, *options, "1", "--out", str(tmp_path / "two")],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    both, one = json.loads(done.stdout.splitlines()[-1]), command(*options, "2", "--out", tmp_path / "one")
+    assert (both["processes"], both["steps"], both["beta"]) == (2, one["steps"], one["beta"])
+    assert both["training_loss"] == pytest.approx(one["training_loss"], rel=1e-4)
+    names = {file.name for file in (tmp_path / "two").iterdir()}
+    assert {"adapter_model.safetensors", "adapter_config.json", "tokenizer.json", "report.json"} <= names
+    adapters = [weights(tmp_path / n, "adapter_model.safetensors") for n in ("one", "two")]
+    assert any(value.abs().max() > 1e-2 for name, value in adapters[0].items() if "lora_B" in name)
+    assert_same(*adapters, rtol=1e-3, atol=1e-4)
+    found = Engine.from_pretrained(tmp_path / "two").generate("pack", sampling=SamplingParams(max_tokens=3, seed=0))
+    assert found[0].tokens
+
+
+@pytest.mark.parametrize("method", ["fa", "rwr", "ca", "sft"])
+def test_offline(model_dirs, tmp_path, method):
+    data, out = write(tmp_path / "rewards.jsonl", rewarded()), tmp_path / "out"
+    options = {"rwr": ("--beta", 2, "--reduction", "token_mean"), "fa": ("--threshold", 0.2)}.get(method, ())
+    report = command(
+        "offline",
+        data,
+        "--model",
+        model_dirs["llama"],
+        "--out",
+        out,
+        "--method",
+        method,
+        "--held-out",
+        0,
+        *QUICK,
+        *options,
+    )
+    statistics = Statistics.of([row["reward"] for row in rewarded()])
+    z = torch.tensor(statistics.z([row["reward"] for row in rewarded()]))
+    assert Statistics.load(out / "reward_statistics.json") == statistics if method != "sft" else not report["cut"]
+    assert (out / "conditioning.json").exists() == (method == "ca")
+    w = {"fa": (z > 0.2).float(), "rwr": (z / 2).exp()}.get(method, torch.ones_like(z))
+    assert report["retained"] == (w > 0).double().mean().item()
+    assert report["mean_z"] == pytest.approx(((w * z).sum() / w.sum()).item(), abs=1e-5)
+    assert report["steps"] == 3
+    assert not torch.equal(weights(out)["lm_head.weight"], weights(model_dirs["llama"])["lm_head.weight"])
+    if method == "ca":
+        prompt = Conditioning.load(out / "conditioning.json").prompt("pack my", 5.0)
+        assert prompt == "User:pack my Assistant: <rm_score> 5.0"
+        assert Engine.from_pretrained(out).generate(prompt, sampling=SamplingParams(max_tokens=2, seed=0))
+
+
+@pytest.mark.parametrize("reduction", ["sum", "token_mean"])
+def test_parts_of_a_step_change_nothing(model_dirs, tmp_path, reduction):
+    data = write(tmp_path / "rewards.jsonl", rewarded(12))
+    losses = []
+    for parts in (1, 4):
+        training = PolicyTraining(1e-3, batch=8, accumulate=parts, held_out=0)
+        options = {"method": "rwr", "reduction": reduction, "training": training}
+        losses.append(train_offline(model_dirs["llama"], data, tmp_path / str(parts), **options)["training_loss"])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+    assert_same(weights(tmp_path / "1"), weights(tmp_path / "4"), rtol=1e-4, atol=2e-5)
+
+
+@pytest.mark.parametrize(
+    ("line", "options", "message"),
+    [
+        ("nonsense", (), "pairs.jsonl:3: not JSON"),
+        ('{"prompt": "a", "chosen": "b"}', (), "pairs.jsonl:3: lacks rejected"),
+        ('{"prompt": "a", "chosen": "b", "rejected": "b"}', (), "pairs.jsonl:3: chosen and rejected are the same"),
+        (None, ("--max-length", 2), r"of 2 lines cannot be used: .*:1: the prompt has \d+ tokens, .* within 2"),
+        (None, ("--loss", "ppo"), "loss must be one of dpo, ipo, hinge, simpo, orpo, kto"),
+        (None, ("--loss", "kto", "--variant", "chosen"), "variant is of pairs"),
+        (None, ("--weights", "W"), "weights must be one of"),
+        (None, ("--weights", "off", "--clamp", "none"), "weight_clamp: weights are off"),
+        (None, ("--batch", 3, "--accumulate", 2), "a batch of 3 cannot be shared by 1 processes that accumulate 2"),
+        (None, ("--batch", 0), "batch must be a whole number"),
+        (None, ("--lr", 0), "lr must be a finite number"),
+        (None, ("--lora", 0), "lora must be a whole number"),
+        (None, ("--model", "/no/such"), "model /no/such: no such directory"),
+        (None, ("--loss", "kto", "--batch", 2, "--accumulate", 2), "per_device_train_batch_size must be at least 2"),
+    ],
+)
+def test_preferences_at_fault(model_dirs, tmp_path, line, options, message):
+    data = write(tmp_path / "pairs.jsonl", pairs(2))
+    data.write_text(data.read_text() + (line or ""))
+    with pytest.raises(InputError, match=message) as error:
+        command("preference", data, "--model", model_dirs["llama"], "--out", tmp_path / "out", *options)
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "out" / "report.json").exists()
+
+
+def test_a_fault_is_one_line_on_stderr(tmp_path, monkeypatch, capsys):
+    data = write(tmp_path / "pairs.jsonl", pairs(2))
+    given = ["pyengine", "train", "preference", str(data), "--out", str(tmp_path / "out"), "--batch", "3"]
+    monkeypatch.setattr(sys, "argv", given)
+    with pytest.raises(SystemExit) as end:
+        cli.main()
+    out, err = capsys.readouterr()
+    assert (end.value.code, out) == (2, "")
+    assert err == (
+        "pyengine: error: a batch of 3 cannot be shared by 1 processes that accumulate 16 parts each; make it a "
+        "multiple of 16\n"
+    )
+
+
+@pytest.mark.parametrize(
+    ("change", "options", "message"),
+    [
+        ({"reward": None}, ("--method", "fa"), "rewards.jsonl:1: the reward must be a number"),
+        ({"response": ""}, ("--method", "fa"), "rewards.jsonl:1: the response is empty"),
+        ({"response": " the" * 99}, ("--method", "fa"), r"rewards.jsonl:1: prompt and response have .* reads 96"),
+        ({}, ("--method", "fa", "--threshold", 9), "no response has z > 9"),
+        ({}, ("--method", "fa", "--beta", 2), "beta is read by method 'rwr'"),
+        ({}, ("--method", "rwr", "--template", "paper"), "template is read by method 'ca'"),
+        ({}, ("--method", "ca", "--template", "/no/such"), "conditioning /no/such"),
+        ({}, ("--method", "ppo"), "method must be one of"),
+    ],
+)
+def test_rewards_at_fault(model_dirs, tmp_path, change, options, message):
+    rows = rewarded(6)
+    data = write(tmp_path / "rewards.jsonl", [rows[0] | change, *rows[1:]])
+    with pytest.raises(InputError, match=message) as error:
+        command("offline", data, "--model", model_dirs["llama"], "--out", tmp_path / "out", *options)
+    assert "\n" not in str(error.value)
