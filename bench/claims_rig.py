@@ -45,7 +45,7 @@ class Sizes:
     lengths: tuple[int, ...] = (1, 3, 10)
     offline: int = 6
     halves: int = 5000
-    cost: int = 64
+    cost: int = 32
     rounds: int = 3
     labelled: int = 4096
     groups: int = 10

@@ -70,7 +70,7 @@ def test_cost_is_counted_and_timed(rows):
 
 
 def test_preference_trainers_raise_the_sentiment(rows):
-    """At these sizes the gains are three standard errors and more."""
+    """At these sizes the gains are two standard errors and more."""
     row = rows["W4"]
     assert set(row.figures) == {"base", "DPO, 1 epochs", "WPO, 1 epochs"}
     for name in ("DPO", "WPO"):

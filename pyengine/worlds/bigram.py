@@ -28,7 +28,7 @@ def normalised(logits: Array) -> Array:
 def confident(prompts: int = 16, seed: int = 0, vocab: int = VOCAB) -> Array:
     """World D1, the entropy language: logits c_x N(0, 1), where a prompt's confidence c_x scales all that follows it.
 
-    The confidences reach from near-uniform next tokens (3.9 nats) to near-certain ones (.4 nats).
+    The confidences reach from near-uniform next tokens (4.0 nats) to near-certain ones (.6 nats).
     """
     if prompts < 2:
         raise InputError(f"confident: prompts must be at least 2, got {prompts}")
