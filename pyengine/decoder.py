@@ -146,7 +146,7 @@ class BranchingDecoder:
     def close(self) -> None:
         for sequence in self._sequences:
             self.cache.release(sequence)
-        self._sequences, self._tree = [], None
+        self._sequences, self._tree, self._calls = [], None, []
         self._hook.close()
 
     def fits(self, waiting: list[Prompt]) -> int:

@@ -75,7 +75,7 @@ def sequence_moments(tokens: TokenLogprob, kept: Tensor) -> SequenceMoments:
 
 def check_labels(moments: SequenceMoments, name: str = "response") -> None:
     """InputError, naming the first, for responses with a token that the policy forbids. Waits for the device."""
-    forbidden = (moments.logp == -math.inf).nonzero().flatten().tolist()
+    forbidden = (moments.logp == -math.inf).flatten().nonzero().flatten().tolist()
     if forbidden:
         raise InputError(
             f"{name} {forbidden[0]} holds a token with log-probability -inf ({len(forbidden)} of "
@@ -123,7 +123,8 @@ def class_weight(moments: SequenceMoments, desirable: Tensor, alignment: Alignme
     _check_desirable("class_weight", desirable, moments)
     log_w = log_weight(moments, alignment)
     good, bad = (torch.where(members, log_w, -math.inf).softmax(-1) for members in (desirable, ~desirable))
-    return torch.where(desirable, good, bad)
+    # Of a class whose members all have weight 0, the softmax is 0 / 0.
+    return torch.where(log_w == -math.inf, 0.0, torch.where(desirable, good, bad))
 
 
 def weighted(
@@ -137,7 +138,9 @@ def weighted(
     _one_of(variant, "variant", ("both", "chosen", "rejected"))
     _one_of(clamp, "clamp", ("product", "none"))
     orpo: Any = loss if getattr(loss, "func", loss) is orpo_loss else None
-    weighing = partial(_weighted, loss if orpo is None else odds_ratio_loss, alignment, variant, clamp)
+    if orpo is not None:
+        loss = getattr(orpo, "keywords", {}).get("preference", odds_ratio_loss)
+    weighing = partial(_weighted, loss, alignment, variant, clamp)
     return weighing if orpo is None else partial(orpo, preference=weighing)
 
 
@@ -230,6 +233,7 @@ def simpo_loss(
     The defaults are those of the authors' code, whose gamma_beta_ratio is gamma / beta = 0.25.
     """
     beta, gamma = _positive(beta, "simpo_loss: beta"), real(gamma, "simpo_loss: gamma")
+    _check_sides("simpo_loss", chosen, rejected)
     return -logsigmoid(beta * (_mean_logp(chosen) - _mean_logp(rejected)) - gamma)
 
 
@@ -257,6 +261,7 @@ def odds_ratio_loss(
     reference_rejected: Tensor | None = None,
 ) -> Tensor:
     """-log sigmoid(log odds_w - log odds_l), odds = p / (1 - p), log p = logp/|y| (ORPO, Eq. 7). [P]; no reference."""
+    _check_sides("odds_ratio_loss", chosen, rejected)
     return -logsigmoid(_log_odds(chosen) - _log_odds(rejected))
 
 
@@ -316,6 +321,8 @@ def kto_loss(
         for name, value in (("desirable_weight", desirable_weight), ("undesirable_weight", undesirable_weight))
     ]
     z0 = baseline.detach() if isinstance(baseline, Tensor) else baseline
+    if isinstance(z0, Tensor) and z0.dim():
+        raise InputError(f"kto_loss: baseline must be a scalar, got shape {list(z0.shape)}")
     gap = beta * (_log_ratio("kto_loss", moments, reference_logp) - z0)
     return torch.where(desirable, lambdas[0] * torch.sigmoid(-gap), lambdas[1] * torch.sigmoid(gap))
 
@@ -415,10 +422,17 @@ def _margin(
     normalize: bool = False,
 ) -> Tensor:
     """rho_w - rho_l, of sums or, normalised, of means over tokens."""
+    _check_sides(loss, chosen, rejected)
     ratios = _log_ratio(loss, chosen, reference_chosen), _log_ratio(loss, rejected, reference_rejected)
     if normalize:
         ratios = ratios[0] / chosen.tokens.clamp(min=1), ratios[1] / rejected.tokens.clamp(min=1)
     return ratios[0] - ratios[1]
+
+
+def _check_sides(loss: str, chosen: SequenceMoments, rejected: SequenceMoments) -> None:
+    if chosen.logp.shape != rejected.logp.shape:
+        sizes = f"{list(chosen.logp.shape)} chosen and {list(rejected.logp.shape)} rejected"
+        raise InputError(f"{loss}: a pair has one response of each side, got {sizes}")
 
 
 def _check_desirable(name: str, desirable: Tensor, moments: SequenceMoments) -> None:

@@ -5,11 +5,14 @@ from __future__ import annotations
 import itertools
 import math
 from dataclasses import dataclass
+from functools import partial
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from pyengine import ops, reference
+from pyengine.ops.tree_attention import prepare, run_prepared
 
 PAGE = 64
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 8e-3, torch.float16: 1e-3}  # relative to values of size 1
@@ -233,3 +236,47 @@ def test_stores_that_do_not_fit_are_named():
     p = problem(heads=(5, 2))
     with pytest.raises(ValueError, match="5 query heads"):
         p()
+
+
+def packed(x):
+    """[N, S, H, D] as a model's layer has it: [H, N * S, D]."""
+    return x.flatten(0, 1).transpose(0, 1)
+
+
+class Watching(TorchDispatchMode):
+    def __torch_dispatch__(self, function, types, given=(), options=None):
+        return function(*given, **(options or {}))
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+@pytest.mark.parametrize("shape", ["decode", "new tokens", "MQA, width 80"])
+def test_prepared_calls_give_the_same_bits(shape, options, isa):
+    p = problem(**SHAPES[shape])
+    chosen = with_sinks({"scale": None, "window": None, "softcap": None} | OPTIONS[options], p)
+    (call,) = prepare([p.stores], p.tree)
+    run = partial(run_prepared, call, packed(p.query), packed(p.key), packed(p.value), p.query.shape[1])
+    before = ops.LAUNCHES.copy()
+    found = run(int(p.tree.tail_len), **chosen)
+    assert ops.LAUNCHES - before == {f"tree_attention/{isa}": 1}
+    assert found.equal(p.appending(**chosen).flatten(0, 1))
+
+
+def test_prepared_calls_leave_alone_what_they_do_not_serve():
+    p = problem()
+    assert prepare([problem(kernel=False).stores], p.tree) == []
+    (call,) = prepare([p.stores], p.tree)
+    query, key, value, tail = packed(p.query), packed(p.key), packed(p.value), int(p.tree.tail_len)
+    plain = (None, None, None, None)
+    for store in p.stores[2:]:
+        store.fill_(0)
+    for given in ((query[:, :-1], key, value), (query, key[:, :, :-1], value), (query[:5], key, value)):
+        assert run_prepared(call, *given, 1, tail, *plain) is None
+    strided = torch.stack((value, value), -1)[..., 0]
+    assert run_prepared(call, query, key, strided, 1, tail, *plain) is None
+    assert run_prepared(call, query, key, value, 1, tail, None, None, None, torch.zeros(5)) is None
+    with Watching():
+        assert run_prepared(call, query, key, value, 1, tail, *plain) is None
+    assert not any(store.any() for store in p.stores[2:])
+    for wrong in (0, 17):
+        with pytest.raises(ValueError, match=f"tail_len is {wrong}"):
+            run_prepared(call, query, key, value, 1, wrong, *plain)

@@ -281,3 +281,31 @@ class TestWeightedLosses:
 
         compiled = torch.compile(step, fullgraph=True, backend="eager")
         torch.testing.assert_close(compiled(hidden, torch.zeros(4)), step(hidden, torch.zeros(4)))
+
+
+def summed(*logp):
+    total = torch.tensor(logp)
+    return SequenceMoments(total, torch.full(total.shape, 2), total, total, total)
+
+
+def test_a_class_of_forbidden_labels_has_weight_0():
+    weight = class_weight(summed(-3.0, -math.inf), torch.tensor([True, False]))
+    assert weight.tolist() == [1.0, 0.0]
+
+
+def test_weights_are_put_on_the_preference_that_orpo_was_given():
+    def hundred(chosen, rejected, *_):
+        return 100 + 0 * chosen.logp
+
+    chosen, rejected = summed(-3.0, -2.0), summed(-4.0, -5.0)
+    loss = partial(orpo_loss, lam=1.0, preference=hundred)
+    weight = pair_weight(chosen, rejected)
+    torch.testing.assert_close(weighted(loss)(chosen, rejected, None, None), sft_loss(chosen, rejected) + 100 * weight)
+    twice = weighted(weighted(orpo_loss))(chosen, rejected, None, None)
+    torch.testing.assert_close(twice, sft_loss(chosen, rejected) + 0.1 * weight**2 * odds_ratio_loss(chosen, rejected))
+
+
+@pytest.mark.parametrize("loss", [dpo_loss, hinge_loss, ipo_loss, simpo_loss, orpo_loss, odds_ratio_loss])
+def test_sides_of_unequal_number_are_refused(loss):
+    with pytest.raises(InputError, match=r"\[2\] chosen and \[1\] rejected"):
+        loss(summed(-3.0, -2.0), summed(-4.0), torch.zeros(2), torch.zeros(1))

@@ -200,9 +200,8 @@ def _prepare(stores: tuple[Tensor, ...], tree: Tree, isa: str) -> Any:
 
 def prepare(layers: list[tuple[Tensor, Tensor, Tensor, Tensor]], tree: Tree) -> list[Any]:
     """A call of the CPU kernel for each layer's stores over one tree, to be run by `run_prepared`; none where another
-    backend serves them or somebody watches the ops. Good until the tree or the stores are other tensors."""
-    first = layers[0][0]
-    if first.device.type != "cpu" or traced(first) or not all(kernel_serves(*stores) for stores in layers):
+    backend serves them. Good until the tree or the stores are other tensors."""
+    if layers[0][0].device.type != "cpu" or not all(kernel_serves(*stores) for stores in layers):
         return []
     return [_prepare(stores, tree, instruction_set()) for stores in layers]
 
@@ -222,8 +221,11 @@ def run_prepared(
     """`tree_attention` as a model's layer calls it: query [Hq, N * S, D], key, value [Hkv, N * S, D] -> [N * S, Hq, D].
 
     Of 130 us that `tree_attention` spends on arguments where a model's weights have just gone through the caches, 25
-    are left. None where a tensor is not of that shape with unit stride along D, and nothing is done then.
+    are left. None where a tensor is not of that shape with unit stride along D, or somebody watches the ops, and
+    nothing is done then.
     """
+    if traced(query):
+        return None
     heads, packed, width = query.shape
     if sinks is not None:
         if sinks.shape != (heads,):
