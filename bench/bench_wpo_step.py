@@ -23,7 +23,7 @@ from trl.trainer import utils as trl_utils
 
 import pyengine
 from pyengine.integrations.trl import PreferenceConfig, PreferenceTrainer
-from pyengine.integrations.trl_head import in_place_of
+from pyengine.integrations.trl.head import in_place_of
 
 TESTS = ["linear_preference", "trl_head"]
 PROMPT = 8

@@ -111,7 +111,7 @@ def o4(sizes: Sizes) -> Row:
     )
     from datasets import Dataset
 
-    from pyengine.integrations.trl_offline import OfflineConfig, OfflineTrainer
+    from pyengine.integrations.trl import OfflineConfig, OfflineTrainer
 
     examples, _ = rollouts(sizes.rollouts)
     examples = examples[:: sizes.rollouts // sizes.labelled]

@@ -63,7 +63,7 @@ def preference(
     """Train a policy on preferences: {"prompt", "chosen", "rejected"} a line, for kto also {"prompt", "response",
     "label"}. The defaults are WPO's."""
     with packages():
-        from pyengine.integrations.trl_runs import PolicyTraining, train_preference
+        from pyengine.integrations.trl.runs import PolicyTraining, train_preference
     training = PolicyTraining(lr, epochs, batch, accumulate, max_length, lora, held_out, bf16, seed, checkpoint_every)
     options = (loss, weights, variant, clamp, beta, training, resume, trust_remote_code)
     _run(lambda start: train_preference(start, data, out, *options), model)  # type: ignore[arg-type]
@@ -99,7 +99,7 @@ def offline(
 ) -> None:
     """Train a policy on responses with rewards: {"prompt", "response", "reward"} a line. z is it standardised."""
     with packages():
-        from pyengine.integrations.trl_runs import PolicyTraining, train_offline
+        from pyengine.integrations.trl.runs import PolicyTraining, train_offline
     training = PolicyTraining(lr, epochs, batch, accumulate, max_length, lora, held_out, bf16, seed, checkpoint_every)
     options = (method, beta, threshold, cap, template, reduction, training, resume, trust_remote_code)
     _run(lambda start: train_offline(start, data, out, *options), model)

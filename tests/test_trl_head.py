@@ -13,7 +13,7 @@ from trl.trainer import dpo_trainer
 from trl.trainer.utils import add_fused_lm_head
 
 from pyengine import InputError, losses
-from pyengine.integrations.trl_head import Recorder, add_head, in_place_of, moments_of, numbers_of
+from pyengine.integrations.trl.head import Recorder, add_head, in_place_of, moments_of, numbers_of
 
 SIZES = {
     "vocab_size": 200,
@@ -183,7 +183,7 @@ import transformers
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from pyengine import losses
-from pyengine.integrations.trl_head import add_head
+from pyengine.integrations.trl.head import add_head
 
 dist.init_process_group("gloo")
 mesh = init_device_mesh("cpu", (2,))

@@ -12,7 +12,7 @@ from datasets import Dataset, disable_progress_bars
 from trl import SFTConfig, SFTTrainer
 
 from pyengine import InputError
-from pyengine.integrations.trl_offline import OfflineConfig, OfflineTrainer
+from pyengine.integrations.trl import OfflineConfig, OfflineTrainer
 from pyengine.rewards import Statistics
 from pyengine.rewards.conditioning import OPENRLHF, Conditioning
 

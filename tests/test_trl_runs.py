@@ -14,7 +14,7 @@ from transformers import TrainerCallback
 from typer.testing import CliRunner
 
 from pyengine import Engine, InputError, SamplingParams, cli, cli_align
-from pyengine.integrations.trl_runs import PolicyTraining, train_offline, train_preference
+from pyengine.integrations.trl.runs import PolicyTraining, train_offline, train_preference
 from pyengine.rewards import Statistics
 from pyengine.rewards.conditioning import Conditioning
 

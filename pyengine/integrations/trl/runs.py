@@ -24,8 +24,8 @@ from transformers import AutoModelForCausalLM, PrinterCallback, TrainerCallback
 from pyengine.checkpoint import load_checkpoint
 from pyengine.errors import InputError, real, whole
 from pyengine.integrations.trl import PreferenceConfig, PreferenceTrainer, UnpairedConfig, UnpairedTrainer
-from pyengine.integrations.trl_offline import OfflineConfig, OfflineTrainer, weights_of
-from pyengine.integrations.trl_options import REFERENCE_FREE
+from pyengine.integrations.trl.offline import OfflineConfig, OfflineTrainer, weights_of
+from pyengine.integrations.trl.options import REFERENCE_FREE
 from pyengine.rewards import Statistics
 from pyengine.rewards.conditioning import OPENRLHF, Conditioning
 from pyengine.training.checkpoints import checkpoint_of

@@ -1,7 +1,7 @@
 """TRL's DPO and KTO trainers on pyengine's LM head, with the weights of WPO: `PreferenceTrainer`, `UnpairedTrainer`.
 
 Data sets, PEFT, accelerate, FSDP, metrics, checkpoints and resuming are TRL's. What would be ignored without a word is
-refused when a trainer is made. `pyengine.integrations.trl_offline` has their sibling for responses with rewards.
+refused when a trainer is made. `offline.py` has their sibling for responses with rewards.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from trl.trainer import dpo_trainer, kto_trainer
 
 from pyengine import losses
 from pyengine.errors import InputError
-from pyengine.integrations.trl_head import PairedOutput, Recorder, in_place_of, moments_of
-from pyengine.integrations.trl_options import (
+from pyengine.integrations.trl.head import PairedOutput, Recorder, in_place_of, moments_of
+from pyengine.integrations.trl.options import (
     BETAS,
     REFERENCE_FREE,
     check_model,

@@ -21,8 +21,8 @@ from trl.trainer import sft_trainer
 
 from pyengine import losses
 from pyengine.errors import InputError, real
-from pyengine.integrations.trl_head import Recorder, in_place_of, moments_of
-from pyengine.integrations.trl_options import check_model, check_options, given
+from pyengine.integrations.trl.head import Recorder, in_place_of, moments_of
+from pyengine.integrations.trl.options import check_model, check_options, given
 from pyengine.rewards import Statistics
 from pyengine.rewards.conditioning import Conditioning
 from pyengine.training.data import Example, encode
