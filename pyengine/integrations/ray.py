@@ -24,6 +24,7 @@ import ray.data
 from pyengine.errors import InputError, first_line, whole
 from pyengine.scorers import ScorerLike
 from pyengine.training import labelling
+from pyengine.training.identity import terms
 from pyengine.training.labelling import Labeller, Shard
 
 OBJECT_STORE = 128 * 2**20  # bytes, little above Ray's minimum: shards travel as their places in the file
@@ -62,7 +63,7 @@ def _absolute(scorer: Any) -> Any:
     if isinstance(scorer, (str, os.PathLike)):
         return Path(scorer).absolute() if Path(scorer).is_dir() else scorer
     if isinstance(scorer, Sequence):
-        return [(weight, _absolute(part)) for weight, part in scorer]
+        return [(weight, _absolute(part)) for weight, part in terms(scorer)]
     return scorer
 
 

@@ -29,11 +29,12 @@ LIBRARIES = {*sys.stdlib_module_names, "numpy", "tokenizers", "torch", "transfor
 INTERNALS = {*vars(nn.Module())}  # of every module: its parts, which are walked by themselves, its mode and its hooks
 IDLE = (logging.Logger, type(Lock()), type(RLock()))  # decide nothing about a score
 # Of a class: what it says of itself, and what Python or its decorators add to it.
-ASIDE = set(
-    "__abstractmethods__ __annotate_func__ __annotations__ __annotations_cache__ __dataclass_fields__ "
-    "__dataclass_params__ __dict__ __doc__ __firstlineno__ __match_args__ __module__ __orig_bases__ __parameters__ "
-    "__qualname__ __slotnames__ __static_attributes__ __weakref__ _abc_impl".split()
-)
+ASIDE = {
+    *("__abstractmethods__", "__annotate_func__", "__annotations__", "__annotations_cache__", "__dataclass_fields__"),
+    *("__dataclass_params__", "__dict__", "__doc__", "__firstlineno__", "__match_args__", "__module__"),
+    *("__orig_bases__", "__parameters__", "__qualname__", "__slotnames__", "__static_attributes__", "__weakref__"),
+    "_abc_impl",
+}
 DESCRIPTORS = (types.GetSetDescriptorType, types.MemberDescriptorType, types.WrapperDescriptorType)
 
 
@@ -65,7 +66,7 @@ def _scorer(thing: Any, feed: Feed, classes: set[type]) -> None:
     """A scorer in any of the forms that `parts_of` takes, in which a string is a path."""
     if isinstance(thing, (str, os.PathLike)):
         path, name = Path(thing), os.fspath(thing)
-        if not name or not path.is_dir() and (path.is_absolute() or name.startswith(".") or "/" not in name):
+        if not name or (not path.is_dir() and (path.is_absolute() or name.startswith(".") or "/" not in name)):
             raise InputError(f"scorer {name or repr(name)}: no such directory; a hub id is OWNER/NAME")
         _walk(("directory", _files(path)) if path.is_dir() else ("hub", name, _commit(name)), feed, classes)
     elif isinstance(thing, Sequence) and not callable(thing):
@@ -205,7 +206,7 @@ def _held(thing: Any) -> list[Any]:
                 f"cannot tell what decides a score in {thing!r:.80}: {first_line(error)}; make it where it is used, "
                 "not in the scorer"
             ) from error
-        return [object.__getstate__(thing)]  # type: ignore[attr-defined]  # since Python 3.11: its __dict__ and slots
+        return [object.__getstate__(thing)]  # its __dict__ and slots
     if isinstance(state, str):
         return [state]
     return [list(part) if isinstance(part, Iterator) else part for part in state]
