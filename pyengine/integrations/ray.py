@@ -70,8 +70,8 @@ def _absolute(scorer: Any) -> Any:
 class _Worker:
     """What an actor runs: one shard after another."""
 
-    def __init__(self, labeller: Labeller) -> None:
-        self.labeller = labeller
+    def __init__(self, labeller: ray.ObjectRef) -> None:
+        self.labeller: Labeller = ray.get(labeller)
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, list[Any]]:
         """A batch of one shard; a fault of the input is a result, since Ray would wrap the exception."""
@@ -94,7 +94,7 @@ def _through(labeller: Labeller, shards: Sequence[Shard], address: str, workers:
             _Worker,
             batch_size=1,
             compute=ray.data.ActorPoolStrategy(size=min(count, len(shards))),
-            fn_constructor_args=(labeller,),
+            fn_constructor_args=(ray.put(labeller),),  # a place: the scorer itself may be a model
             num_cpus=1 if kind == "CPU" else None,
             num_gpus=1 if kind == "GPU" else None,
             max_task_retries=RETRIES,
