@@ -60,31 +60,40 @@ class Run:
     def shards(self) -> int:
         return len(list(self.directory.glob("*.jsonl")))
 
+    def lives(self) -> bool:
+        if self.process.poll():
+            raise SystemExit(f"{self.log.read_text()}\nthe run ended with {self.process.returncode}")
+        return self.process.returncode is None
+
     def wait_for(self, shards: int) -> None:
-        while self.shards() < shards:
-            if self.process.poll() is not None:
-                raise SystemExit(f"the run ended with {self.process.returncode} before shard {shards}")
+        while self.shards() < shards and self.lives():
             time.sleep(0.02)
 
     def processes(self) -> list[psutil.Process]:
-        return psutil.Process(self.process.pid).children(recursive=True)
+        try:
+            return psutil.Process(self.process.pid).children(recursive=True)
+        except psutil.NoSuchProcess:
+            return []
 
-    def kill_worker(self) -> int:
-        """SIGKILL for one actor that labels; its process id."""
-        while True:
+    def kill_worker(self) -> bool:
+        """SIGKILL for one actor that labels; False if the run ended before there was one."""
+        while self.lives():
             for process in self.processes():
                 with contextlib.suppress(psutil.Error):  # it may end meanwhile
                     if any("MapWorker" in word for word in process.cmdline()):
                         process.send_signal(signal.SIGKILL)
-                        return process.pid
+                        return True
+            time.sleep(0.02)
+        return False
 
-    def kill(self) -> float:
-        """SIGKILL for all of it; seconds that it ran."""
-        for process in [psutil.Process(self.process.pid), *self.processes()]:
+    def kill(self) -> bool:
+        """SIGKILL for all of it; False if it had ended by itself."""
+        children = self.processes()
+        self.process.kill()
+        for process in children:
             with contextlib.suppress(psutil.NoSuchProcess):  # it went with its parent
                 process.kill()
-        self.process.wait()
-        return time.perf_counter() - self.began
+        return self.process.wait() == -signal.SIGKILL
 
     def end(self) -> float:
         """Wait for it; seconds that it ran."""
@@ -132,7 +141,8 @@ def main() -> int:
         first.wait_for(shards // 5)
         workers = [first.kill_worker()]
         first.wait_for(shards // 2)
-        seconds = [first.kill()]
+        killed = first.kill()
+        seconds = [time.perf_counter() - first.began]
         kept = first.shards()
         second = Run(rows, out, log)
         second.wait_for(shards * 3 // 4)
@@ -146,8 +156,8 @@ def main() -> int:
             "seconds": round(sum(seconds), 1),
             "seconds_of_each_run": [round(s, 1) for s in seconds],
             "rows_per_second": round(count / sum(seconds)),
-            "killed_workers": len(workers),
-            "restarts": 1,
+            "killed_workers": sum(workers),
+            "restarts": int(killed),
             "shards_kept_at_the_restart": kept,
             **verify(rows, out, count),
             "report": second.report,
@@ -158,7 +168,7 @@ def main() -> int:
     sound = sound and result["largest_difference_from_a_direct_run"] < TOLERANCE
     if not sound:
         print(said, file=sys.stderr)
-    elif count == ROWS:
+    elif count == ROWS and killed and all(workers):
         (HERE / "results" / "label_rows.json").write_text(json.dumps(result, indent=1) + "\n")
     return int(not sound)
 

@@ -70,19 +70,20 @@ def pairs(
 ) -> None:
     """Sample responses and keep the best and the worst of each prompt (WPO)."""
     from pyengine.results import SamplingParams
-    from pyengine.training.data import read_prompts
     from pyengine.training.pairs import build_pairs
+    from pyengine.training.shards import vacant
     from pyengine.worlds import reviews
 
     if model is not None and prompts is None:
         raise InputError("pairs of another model need --prompts FILE.jsonl")
     sampling = SamplingParams(max_tokens, temperature, top_p=top_p, seed=seed)
-    texts = reviews.prompts(96) if prompts is None else read_prompts(prompts)
+    judge = make_scorer(scorer)
+    vacant(out.absolute(), resume)  # before a model is loaded
     engine = load_engine(model, None, device, cache_gb, trust_remote_code)
     report = build_pairs(
         engine,
-        texts,
-        make_scorer(scorer),
+        reviews.prompts(96) if prompts is None else prompts,
+        judge,
         out,
         samples=samples,
         sampling=sampling,

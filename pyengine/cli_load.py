@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pyengine
+from pyengine.errors import InputError
 
 if TYPE_CHECKING:
     from pyengine.engine import Engine
@@ -14,13 +16,17 @@ SCORERS = ("prefix", "probe", "reward-model", "sentiment", "politeness", "length
 
 
 def make_scorer(name: str) -> Any:
-    """A scorer by embedded name, or a directory or hub id."""
+    """A scorer by embedded name, or a directory or hub id; InputError for what can be neither."""
     if name in ("prefix", "probe", "reward-model"):
         return pyengine.embedded(name)
     if name in SCORERS:
         from pyengine.worlds import reviews
 
         return getattr(reviews, name)
+    if not name or ("/" not in name and not Path(name).is_dir()):  # else the hub is asked, which takes its time
+        raise InputError(
+            f"no scorer {name!r}: embedded are {', '.join(SCORERS)}; else give a directory or a hub id, OWNER/NAME"
+        )
     return name
 
 

@@ -93,8 +93,9 @@ def test_a_fault_is_a_result_of_the_worker_and_an_error_of_the_run(local, source
     def bad(prompts, completions):
         return [math.nan if "wonderful" in c else 0.0 for c in completions]
 
-    job = Job(tmp_path / "out.jsonl", {})
-    worker = cluster._Worker(labelling.Labeller(source, job, bad))
+    (tmp_path / "a.jsonl.shards").mkdir()
+    job = Job(tmp_path / "a.jsonl", {})
+    worker = cluster._Worker(cluster.ray.put(labelling.Labeller(source, job, bad)))
     place = labelling._scan(source)[1][0]._asdict()
     done = worker({name: np.array([value]) for name, value in place.items()})
     (fault,) = done["fault"]
@@ -106,14 +107,35 @@ def test_a_fault_is_a_result_of_the_worker_and_an_error_of_the_run(local, source
     assert not (tmp_path / "out.jsonl").exists()
 
 
-def test_a_shard_that_kills_its_workers_ends_the_run(local, source, tmp_path, monkeypatch):
-    def dying(dataset):
-        raise cluster.ray.exceptions.ActorDiedError
+@pytest.mark.parametrize("error", ["ActorDiedError", "ActorUnavailableError"])
+def test_a_shard_that_kills_its_workers_ends_the_run(local, source, tmp_path, monkeypatch, error):
+    """What Ray is told, and what it then ends with; six workers that start and die would take a minute."""
+    dataset, told = cluster.ray.data.Dataset, {}
+    map_batches = dataset.map_batches
+
+    def told_of(self, *arguments, **options):
+        told.update(options)
+        return map_batches(self, *arguments, **options)
+
+    def dying(self):
+        kind = getattr(cluster.ray.exceptions, error)
+        raise kind("gone", b"0" * 16) if error == "ActorUnavailableError" else kind()
         yield
 
-    monkeypatch.setattr(cluster.ray.data.Dataset, "iter_rows", dying)
+    monkeypatch.setattr(dataset, "map_batches", told_of)
+    monkeypatch.setattr(dataset, "iter_rows", dying)
     with pytest.raises(InputError, match=r"rows.jsonl: a shard's workers died 6 times.*: resume when there is memory"):
-        cluster.label(source, reviews.sentiment, tmp_path / "out.jsonl")
+        cluster.label(source, reviews.sentiment, tmp_path / "out.jsonl", workers=1)
+    assert told["max_task_retries"] == cluster.RETRIES == 5
+    assert told["num_cpus"] == told["batch_size"] == 1
+    (place,) = told["fn_constructor_args"]
+    assert isinstance(place, cluster.ray.ObjectRef)  # not the scorer, which may be a model
+    assert cluster.ray.get(place).scorer is not None
+
+
+def test_bad_lists_of_scorers_are_refused(source, tmp_path):
+    with pytest.raises(InputError, match=r"holds \(weight, scorer\) pairs"):
+        cluster.label(source, [reviews.sentiment, reviews.politeness], tmp_path / "out.jsonl")
 
 
 def test_what_is_refused_before_a_cluster_is_asked(source, tmp_path, monkeypatch):

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import collections
 import functools
 import shutil
+import threading
 
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 import pyengine
 from pyengine import FunctionScorer, InputError, LearnedReference, Probe, RewardModel, SamplingParams, lsc
@@ -105,3 +108,102 @@ def test_what_is_not_there_is_refused():
     ):
         with pytest.raises(InputError, match=message):
             identity(path)
+
+
+def called(body, **held):
+    """An object of a class S whose __call__ is this source."""
+    names: dict = {"__name__": "made"}
+    exec(f"class S:\n    {body}\n", names)
+    thing = names["S"]()
+    vars(thing).update(held)
+    return thing
+
+
+def test_objects_count_by_the_code_of_their_class():
+    plus, minus = "def __call__(self, p, c): return [1.0] * len(c)", "def __call__(self, p, c): return [-1.0] * len(c)"
+    assert identity(called(plus)) == identity(called(plus)) != identity(called(minus))
+    assert identity(called(plus, scale=1.0)) != identity(called(plus, scale=2.0))
+    helped = "{}\n    def __call__(self, p, c): return [self.one(x) for x in c]"
+    for form in (
+        "def one(self, x): return {}",
+        "@staticmethod\n    def one(x): return {}",
+        "@property\n    def one(self): return lambda x: {}",
+        "factor = {}\n    def one(self, x): return self.factor",
+    ):
+        assert identity(called(helped.format(form.format(2)))) != identity(called(helped.format(form.format(3))))
+
+    def derived(value):
+        class Base:
+            def of(self, text):
+                return value if value else len(text)
+
+        class Scorer(Base):
+            def __call__(self, prompts, completions):
+                return [super(Scorer, self).of(c) for c in completions]
+
+        return Scorer()
+
+    assert identity(derived(1)) == identity(derived(1)) != identity(derived(2))  # in a base
+
+
+def test_arguments_that_change_places_and_handlers_count():
+    names: dict = {}
+    exec("def f(prompts, completions): return prompts", names)
+    one = names["f"]
+    exec("def f(completions, prompts): return completions", names)
+    assert identity(one) != identity(names["f"])  # they are called by name
+
+
+def test_slots_count():
+    class Slotted:
+        __slots__ = ("scale",)
+
+        def __init__(self, scale):
+            self.scale = scale
+
+        def __call__(self, prompts, completions):
+            return [self.scale] * len(completions)
+
+    class Both(Slotted):
+        pass
+
+    for kind in (Slotted, Both):
+        assert identity(kind(1.0)) == identity(kind(1.0)) != identity(kind(2.0))
+    one, other = (called("x = 1", last=collections.deque(held)) for held in ([1], [2]))
+    assert identity(one) != identity(other)
+
+
+def test_modules_count_by_their_parts():
+    torch.manual_seed(0)
+    linear = nn.Linear(3, 3)
+    one = nn.Sequential(linear, nn.ReLU())
+    assert identity(one) == identity(nn.Sequential(linear, nn.ReLU())) != identity(nn.Sequential(linear, nn.GELU()))
+    assert identity(nn.LayerNorm(3, eps=1e-5)) != identity(nn.LayerNorm(3, eps=1e-6))
+    assert identity(nn.Sequential(nn.LayerNorm(3))) != identity(nn.Sequential(nn.LayerNorm(3, eps=1e-6)))
+    assert identity(one.eval()) == identity(one.train())
+
+    class Scaled(nn.Module):
+        def __init__(self, scale, table):
+            super().__init__()
+            self._scale = scale
+            self.register_buffer("table", torch.tensor(table), persistent=False)
+
+    assert identity(Scaled(1.0, 2.0)) == identity(Scaled(1.0, 2.0))
+    assert len({identity(Scaled(*pair)) for pair in ((1.0, 2.0), (1.0, 3.0), (2.0, 2.0))}) == 3
+
+
+def test_what_cannot_be_looked_into_is_refused(tmp_path):
+    with (tmp_path / "file").open("w") as file, pytest.raises(InputError, match="cannot tell what decides a score in"):
+        identity(called("def __call__(self, p, c): return c", file=file))
+    assert identity(called("x = 1", lock=threading.Lock())) == identity(called("x = 1", lock=threading.Lock()))
+
+
+def test_lists_that_are_none_of_scorers_are_refused():
+    for scorer, message in (
+        ([("x", reviews.sentiment)], "its weight must be a finite number, got 'x'"),
+        ([reviews.sentiment, reviews.politeness], r"holds \(weight, scorer\) pairs, got <function"),
+        ([(1.0, "sentimant")], "scorer sentimant: no such directory; a hub id is OWNER/NAME"),
+        ("", "scorer '': no such directory"),
+    ):
+        with pytest.raises(InputError, match=message):
+            identity(scorer)

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
 import random
-import shutil
 import signal
 import statistics
 import subprocess
@@ -27,6 +27,7 @@ from pyengine.training.data import read_examples
 from pyengine.training.labelling import label
 from pyengine.worlds import reviews
 
+CUT = [(1, "stop"), (10, "length"), (2, "stop")]
 PROMPT = "Review of the Harbour, a bakery:"
 
 
@@ -71,15 +72,16 @@ def test_every_row_keeps_its_place_and_gets_the_direct_score(tmp_path, small, en
     expected = [r | {"reward": s} for r, s in zip(records, direct(reviews.sentiment, records), strict=True)]
     assert read(tmp_path / "new" / "out.jsonl") == expected
     rewards = [r["reward"] for r in expected]
-    assert (report["rows"], report["replaced"]) == (400, 1)
+    assert (report["rows"], report["replaced"], report["cut_off"]) == (400, 1, 1)
+    del rewards[7]  # it was cut off: a reward in the output, none of the statistics
     assert (report["least"], report["greatest"]) == (min(rewards), max(rewards))
     known = Statistics(**report["statistics"])
-    assert (known.count, known.ddof) == (400, 0)
+    assert (known.count, known.ddof) == (399, 0)
     assert known.mean == pytest.approx(statistics.fmean(rewards), abs=1e-12)
     assert known.std == pytest.approx(statistics.pstdev(rewards), abs=1e-12)
     assert json.loads((tmp_path / "new" / "out.jsonl.report.json").read_text()) == report
     assert sorted(p.name for p in (tmp_path / "new").iterdir()) == ["out.jsonl", "out.jsonl.report.json"]
-    assert [e.reward for e in read_examples(tmp_path / "new" / "out.jsonl", engine)] == rewards
+    assert [e.reward for e in read_examples(tmp_path / "new" / "out.jsonl", engine) if e.ended] == rewards
 
 
 def test_a_sum_of_scorers_over_rows_in_memory(tmp_path, small):
@@ -108,6 +110,7 @@ def test_equal_rewards_have_a_std_of_zero(tmp_path):
         ({"prompt": 3, "response": " A."}, "rows.jsonl:2: 'prompt' must be a string, got 3"),
         ({"prompt": PROMPT, "response": " "}, "rows.jsonl:2: the response is empty"),
         ({"prompt": "", "response": " A."}, "rows.jsonl:2: the prompt is empty"),
+        (f'{{"prompt": "{PROMPT}", "response": " A.", "y": 1e999}}', "rows.jsonl:2: cannot be written again: Out of"),
         ({"prompt": PROMPT, "response": "\ud800"}, "rows.jsonl:2: the response is not valid Unicode"),
     ],
 )
@@ -150,6 +153,8 @@ def test_scorers_that_cannot_score_these_rows(tmp_path):
         (pyengine.embedded("probe"), "reads hidden states or tokens"),
         (pyengine.rewards.length(), "counts tokens"),
         ([], "needs a scorer"),
+        ([("x", reviews.sentiment)], "its weight must be a finite number, got 'x'"),
+        ([reviews.sentiment, reviews.length], r"holds \(weight, scorer\) pairs"),
         ("/no/such/scorer", "scorer /no/such/scorer: no such directory"),
     ):
         with pytest.raises(InputError, match=message):
@@ -232,7 +237,7 @@ def test_killed_at_every_commit(tmp_path, small, monkeypatch):
     source = jsonl(tmp_path / "rows.jsonl", records)
     label(source, reviews.sentiment, tmp_path / "whole.jsonl")
     whole = (tmp_path / "whole.jsonl").read_bytes()
-    replace, rmtree = Path.replace, shutil.rmtree
+    acts = {name: getattr(Path, name) for name in ("replace", "unlink", "rmdir")}
 
     class Killed(BaseException):
         pass
@@ -249,8 +254,8 @@ def test_killed_at_every_commit(tmp_path, small, monkeypatch):
                     act(*arguments, **options)
                 raise Killed
 
-            monkeypatch.setattr(Path, "replace", lambda self, to: dying(replace, self, to))
-            monkeypatch.setattr(shards.shutil, "rmtree", lambda *a, **k: dying(rmtree, *a, **k))
+            for name, act in acts.items():
+                monkeypatch.setattr(Path, name, lambda *a, act=act, **k: dying(act, *a, **k))
             try:
                 label(source, reviews.sentiment, out, resume=True)
             except Killed:
@@ -264,15 +269,17 @@ def test_killed_at_every_commit(tmp_path, small, monkeypatch):
             else:
                 break
             finally:
+                monkeypatch.undo()
+                monkeypatch.setattr(labelling, "SHARD_BYTES", 4096)
                 out.unlink(missing_ok=True)
-        assert ends >= 6  # the manifest, three shards, the report, the output, and the directory's end
+        assert ends >= 11  # the manifest, three shards, the report, the output, and the end of each file but it
     assert out.exists() is False
 
 
 def test_one_run_at_a_time(tmp_path, small):
     records, out = rows(60), tmp_path / "out.jsonl"
     job = shards.Job(out, {})
-    with shards.held(job, False), pytest.raises(InputError, match="another run is making it"):
+    with shards.held(job.out, False), pytest.raises(InputError, match="another run is making it"):
         label(records, reviews.sentiment, out)
     assert label(records, reviews.sentiment, out)["rows"] == 60
 
@@ -289,14 +296,173 @@ def test_a_file_that_changes_meanwhile_and_a_shard_that_is_damaged(tmp_path, sma
     with pytest.raises(InputError, match="has changed since this run read it"):
         label(source, reviews.sentiment, out, through=changing)
 
+    assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda path: path.write_bytes(path.read_bytes()[:-9]), "is damaged and was removed"),
+        (lambda path: path.write_text(path.read_text().partition("\n")[0] + "\n"), r"has 1 lines for \d+ rows"),
+        (Path.unlink, "is gone"),
+    ],
+)
+def test_a_damaged_shard_is_labelled_again_by_the_run_that_is_resumed(tmp_path, small, damage, message):
+    records, out = rows(80), tmp_path / "out.jsonl"
+
     def damaging(labeller, todo):
         yield from map(labeller, todo)
-        path = labeller.job.file(todo[1])
-        path.write_text(path.read_text().partition("\n")[0])
+        damage(labeller.job.file(todo[1]))
 
-    with pytest.raises(InputError, match=r"\.jsonl has 1 lines for \d+ rows; delete it and resume"):
-        label(source, reviews.sentiment, out, through=damaging)
+    with pytest.raises(InputError, match=rf"\d\.jsonl {message}.*; run it again with --resume"):
+        label(records, reviews.sentiment, out, through=damaging)
     assert not out.exists()
+    again = []
+
+    def counting(labeller, todo):
+        again.extend(todo)
+        return map(labeller, todo)
+
+    assert label(records, reviews.sentiment, out, resume=True, through=counting)["rows"] == 80
+    assert len(again) == 1
+    assert [r["reward"] for r in read(out)] == direct(reviews.sentiment, records)
+
+
+def test_rewards_of_what_was_cut_off_are_no_statistics(tmp_path):
+    records = [{"prompt": PROMPT, "response": " Fine." * n, "finish_reason": f} for n, f in CUT]
+    report = label(records, lambda p, c: [len(x) for x in c], tmp_path / "out.jsonl")
+    assert (report["rows"], report["cut_off"], report["statistics"]["count"]) == (3, 1, 2)
+    assert (report["least"], report["greatest"], report["statistics"]["mean"]) == (6, 12, 9)
+    assert [r["reward"] for r in read(tmp_path / "out.jsonl")] == [6, 60, 12]
+    none = label(records[1:2], lambda p, c: [1.0], tmp_path / "none.jsonl")
+    assert (none["cut_off"], none["least"], none["statistics"]) == (1, None, None)
+
+
+def stranger(directory):
+    directory.mkdir()
+    (directory / "thesis.jsonl").write_text("years of work")
+    return directory
+
+
+def test_files_of_others_are_not_touched(tmp_path, small):
+    theirs = stranger(tmp_path / "out.jsonl.shards")
+    for resume in (False, True):
+        with pytest.raises(InputError, match=r"is of no run that was cut short: it holds thesis.jsonl; move it away"):
+            label(rows(30), never, tmp_path / "out.jsonl", resume=resume)
+    (theirs / "manifest.json").write_text("{}")
+    with pytest.raises(InputError, match="is of no run that was cut short"):
+        label(rows(30), never, tmp_path / "out.jsonl")
+    assert sorted(p.name for p in theirs.iterdir()) == ["manifest.json", "thesis.jsonl"]
+
+    def adding(labeller, todo):
+        (labeller.job.directory / "thesis.jsonl").write_text("more")
+        return map(labeller, todo)
+
+    label(rows(30), reviews.sentiment, tmp_path / "b.jsonl", through=adding)
+    assert [p.name for p in (tmp_path / "b.jsonl.shards").iterdir()] == ["thesis.jsonl"]
+
+
+def test_an_output_that_another_run_made_meanwhile_is_kept(tmp_path, monkeypatch):
+    out, locked = tmp_path / "out.jsonl", shards._locked
+
+    def late(*arguments):
+        out.write_text("theirs")
+        return locked(*arguments)
+
+    monkeypatch.setattr(shards, "_locked", late)
+    with pytest.raises(InputError, match="exists already"):
+        label(rows(5), never, out)
+    assert out.read_text() == "theirs"
+    assert [p.name for p in tmp_path.iterdir()] == ["out.jsonl"]
+
+
+def test_a_lock_on_a_directory_that_is_gone_is_none(tmp_path, monkeypatch):
+    """Another run removes the directory between this one's open and its lock; a third must still be kept out."""
+    out, flock, calls = tmp_path / "out.jsonl", shards.fcntl.flock, []
+
+    def late(handle, how):
+        calls.append(handle)
+        if len(calls) == 1:
+            shards.directory_of(out).rmdir()
+        return flock(handle, how)
+
+    monkeypatch.setattr(shards.fcntl, "flock", late)
+    with (
+        shards.held(out, False) as directory,
+        pytest.raises(InputError, match="another run is making it"),
+        shards.held(out, False),
+    ):
+        pass
+    assert len(calls) == 3
+    assert not directory.exists()
+
+
+def test_a_second_run_does_not_touch_the_rows_of_the_first(tmp_path, small):
+    records, out = rows(60), tmp_path / "out.jsonl"
+
+    def meanwhile(labeller, todo):
+        with pytest.raises(InputError, match="another run is making it"):
+            label(rows(60, seed=1), never, out)
+        return map(labeller, todo)
+
+    label(records, reviews.sentiment, out, through=meanwhile)
+    assert [r["id"] for r in read(out)] == list(range(60))
+    assert [r["response"] for r in read(out)] == [r["response"] for r in records]
+    with pytest.raises(InputError, match="exists already"):
+        label(rows(60, seed=1), never, out)
+    with pytest.raises(InputError, match="the prompt is empty"):
+        label([{"prompt": "", "response": " A."}], never, tmp_path / "other.jsonl")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["out.jsonl", "out.jsonl.report.json"]
+
+
+def test_what_the_system_refuses_names_its_path(tmp_path, small, monkeypatch):
+    (tmp_path / "file").write_text("")
+    (tmp_path / "b.jsonl.shards").write_text("")
+    for out, message in (
+        (tmp_path / "file" / "out.jsonl", r"file/out.jsonl.shards: Not a directory"),
+        (tmp_path / "b.jsonl", r"b.jsonl.shards: File exists"),
+        (Path("/proc/out.jsonl"), r"/proc/out.jsonl.shards: No such file"),
+    ):
+        with pytest.raises(InputError, match=message):
+            label(rows(3), never, out)
+
+    def full(handle):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(shards.os, "fsync", full)
+    with pytest.raises(InputError, match=r"c.jsonl.shards/manifest.json: No space left on device"):
+        label(rows(3), reviews.sentiment, tmp_path / "c.jsonl")
+    assert not (tmp_path / "c.jsonl.shards").exists()
+
+
+def test_both_names_are_on_the_disk_before_the_shards_go(tmp_path, monkeypatch):
+    synced, fsync, clear = [], os.fsync, shards._clear
+    monkeypatch.setattr(shards.os, "fsync", lambda fd: synced.append(os.readlink(f"/proc/self/fd/{fd}")) or fsync(fd))
+    monkeypatch.setattr(shards, "_clear", lambda directory: synced.append("clear") or clear(directory))
+    label(rows(3), reviews.sentiment, tmp_path / "out.jsonl")
+    assert synced[synced.index("clear") - 1] == str(tmp_path)
+
+
+def test_a_pipe_is_refused(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    for source in (tmp_path / "pipe", tmp_path):
+        with pytest.raises(InputError, match="is no regular file; rows are read more than once: write them to a file"):
+            label(source, never, tmp_path / "out.jsonl")
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        (1, "row 2 must be a mapping, got 1"),
+        ("abc", "row 2 must be a mapping, got 'abc'"),
+        ({"prompt": PROMPT, "response": " A.", "x": torch.zeros(1)}, "row 2 cannot be written as JSON: Object of type"),
+        ({"prompt": PROMPT, "response": " A.", "x": math.nan}, "row 2 cannot be written as JSON: Out of range"),
+    ],
+)
+def test_rows_that_are_none_are_named(tmp_path, row, message):
+    with pytest.raises(InputError, match=message):
+        label([{"prompt": PROMPT, "response": " A."}, row], never, tmp_path / "out.jsonl")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_memory_does_not_grow_with_the_rows(tmp_path, monkeypatch):
@@ -342,6 +508,9 @@ def test_command(tmp_path):
         ((source, "--scorer", "sentiment", "--out", out), "exists already"),
         ((source, "--scorer", "sentiment", "--out", out, "--resume"), "made with another scorer"),
         ((tmp_path / "no.jsonl", "--scorer", "sentiment", "--out", tmp_path / "o"), "No such file"),
+        ((tmp_path / "no.jsonl", "--scorer", "sentiment", "--out", out), "exists already"),  # before the rows are read
+        ((source, "--scorer", "sentimant", "--out", tmp_path / "o"), "embedded are prefix, probe, reward-model, sent"),
+        ((source, "--scorer", "", "--out", tmp_path / "o"), "no scorer ''"),
         ((source, "--scorer", "/no/such", "--out", tmp_path / "o"), "/no/such: no such directory"),
     ):
         failed = run(*options)

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import random
+import threading
 from collections import Counter
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
 import pyengine
@@ -70,6 +73,11 @@ def test_hybrid_draws_any_that_is_lower_by_the_margin():
     assert set(drawn) == {("a", "c"), ("a", "d"), ("a", "e")}  # 4.0 is lower by exactly 1
     assert all(150 < times < 250 for times in drawn.values())
     assert picked(*scored, margin=4.5) == "margin"
+    for best, worst in ((0.3, 0.2), tuple(torch.tensor([0.7, 0.6]).tolist())):  # off by a rounding, fp64 and fp32
+        assert best - worst < 0.1
+        assert picked((best, 3), (worst, 3), margin=0.1) == ("a", "b")
+        assert picked((best, 3), (worst, 3), margin=0.1001) == "margin"
+    assert picked((1e9, 3), (1e9 - 50, 3), margin=1e-6) == ("a", "b")
     assert picked((2.0, 5), (2.0, 6), margin=0.5) == "tied"
     assert picked((2.0, 9), (2.0, 6), (0.0, 1), margin=0.5) == ("b", "c")  # a tie at the top: the shortest
 
@@ -213,8 +221,6 @@ def test_degenerate_prompts_are_counted_and_make_no_pair(engine, tmp_path):
     assert (tmp_path / "flat").read_text() == ""
     short = built("short", reviews.sentiment, sampling=SamplingParams(max_tokens=2, seed=0))
     assert (short["dropped"], short["left_out"]) == ({"single": 3}, {"cut_off": 12})
-    alone = built("alone", reviews.sentiment, samples=1, sampling=SamplingParams(max_tokens=200, seed=0))
-    assert alone["dropped"] == {"single": 3}
     assert built("greedy", reviews.sentiment, sampling=SamplingParams(200, 0.0, seed=0))["dropped"] == {"tied": 3}
     far = built("far", reviews.sentiment, margin=2.5, sampling=SamplingParams(200, seed=0))
     assert far["pairs"] == 0
@@ -235,7 +241,7 @@ def test_empty_responses_are_no_candidates(engine, tmp_path, monkeypatch):
     assert report["left_out"]["empty"] == 1
 
 
-def test_what_cannot_be_used_is_refused(engine, tmp_path):
+def test_what_cannot_be_used_is_refused(engine, tmp_path, monkeypatch):
     def bad(prompts, completions):
         return [math.nan] * len(prompts)
 
@@ -243,7 +249,8 @@ def test_what_cannot_be_used_is_refused(engine, tmp_path):
         ({"scorer": bad}, r"sample \d of prompt 'Review of .*: its score is nan, it must be finite"),
         ({"scorer": []}, "needs a scorer"),
         ({"prompts": []}, "needs prompts"),
-        ({"prompts": ["fine", ""]}, "prompt 1 is empty"),
+        ({"prompts": ["fine", "", ""]}, "2 of 3 prompts cannot be used: prompt 1 is empty.*; prompt 2 is empty"),
+        ({"samples": 1}, "one sample makes no pair"),
         ({"samples": 0}, "samples must be a whole number of at least 1"),
         ({"margin": 0.0}, "margin must be a finite number"),
         ({"sampling": SamplingParams()}, "needs a seed"),
@@ -262,8 +269,44 @@ def test_what_cannot_be_used_is_refused(engine, tmp_path):
             candidates=file,
             **SETTINGS,
         )
-    with pytest.raises(InputError, match="'probe' reads hidden states"):
+    monkeypatch.setattr(engine, "generate", None)  # it is told before anything is sampled
+    with pytest.raises(InputError, match=r"given.jsonl:1 has no reward, and scorer 'probe' reads hidden states"):
         build_pairs(engine, PROMPTS[:1], pyengine.embedded("probe"), tmp_path / "o", candidates=file, **SETTINGS)
+
+
+def test_prompts_of_a_file_are_named_by_their_lines(engine, tmp_path):
+    file = jsonl(tmp_path / "prompts.jsonl", [{"prompt": PROMPTS[0]}, "", {"prompt": ""}, {"prompt": PROMPTS[0] * 500}])
+    with pytest.raises(InputError, match=r"2 of 3 prompts .*prompts.jsonl:3 is empty.*prompts.jsonl:4.*tokens"):
+        build_pairs(engine, file, reviews.sentiment, tmp_path / "out", **SETTINGS)
+
+
+def test_candidates_are_read_once(engine, tmp_path):
+    line = {"prompt": PROMPTS[0], "response": " The bread was wonderful."}
+    file, pipe = jsonl(tmp_path / "given.jsonl", [line]), tmp_path / "pipe"
+    os.mkfifo(pipe)
+    thread = threading.Thread(target=lambda: pipe.write_bytes(file.read_bytes()))
+    thread.start()
+    one = build_pairs(engine, PROMPTS[:1], reviews.sentiment, tmp_path / "a", candidates=pipe, **SETTINGS)
+    thread.join()
+    other = build_pairs(engine, PROMPTS[:1], reviews.sentiment, tmp_path / "b", candidates=file, **SETTINGS)
+    assert one["given"] == 1
+    assert one["of"] == other["of"]
+
+
+def test_a_response_may_stand_beside_a_single_sample(engine, tmp_path):
+    file = jsonl(tmp_path / "given.jsonl", [{"prompt": PROMPTS[0], "response": " The bread was wonderful."}])
+    settings = {"samples": 1, "sampling": SamplingParams(200, seed=0), "candidates": file}
+    report = build_pairs(engine, PROMPTS[:2], reviews.sentiment, tmp_path / "out", **settings)
+    assert report["dropped"]["single"] == 1
+    assert report["given"] == 1
+
+
+def test_an_output_that_is_there_is_told_before_the_model_is_loaded(tmp_path):
+    (tmp_path / "out").write_text("")
+    arguments = ["pairs", "--scorer", "sentiment", "--out", tmp_path / "out", "--model", "no/such", "--prompts", "p"]
+    done = CliRunner().invoke(cli.app, list(map(str, arguments)), standalone_mode=False)
+    assert isinstance(done.exception, InputError)
+    assert "exists already" in str(done.exception)
 
 
 def test_command(tmp_path):

@@ -24,6 +24,7 @@ import ray.data
 from pyengine.errors import InputError, first_line, whole
 from pyengine.scorers import ScorerLike
 from pyengine.training import labelling
+from pyengine.training.identity import terms
 from pyengine.training.labelling import Labeller, Shard
 
 OBJECT_STORE = 128 * 2**20  # bytes, little above Ray's minimum: shards travel as their places in the file
@@ -62,15 +63,15 @@ def _absolute(scorer: Any) -> Any:
     if isinstance(scorer, (str, os.PathLike)):
         return Path(scorer).absolute() if Path(scorer).is_dir() else scorer
     if isinstance(scorer, Sequence):
-        return [(weight, _absolute(part)) for weight, part in scorer]
+        return [(weight, _absolute(part)) for weight, part in terms(scorer)]
     return scorer
 
 
 class _Worker:
     """What an actor runs: one shard after another."""
 
-    def __init__(self, labeller: Labeller) -> None:
-        self.labeller = labeller
+    def __init__(self, labeller: ray.ObjectRef) -> None:
+        self.labeller: Labeller = ray.get(labeller)
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, list[Any]]:
         """A batch of one shard; a fault of the input is a result, since Ray would wrap the exception."""
@@ -93,7 +94,7 @@ def _through(labeller: Labeller, shards: Sequence[Shard], address: str, workers:
             _Worker,
             batch_size=1,
             compute=ray.data.ActorPoolStrategy(size=min(count, len(shards))),
-            fn_constructor_args=(labeller,),
+            fn_constructor_args=(ray.put(labeller),),  # a place: the scorer itself may be a model
             num_cpus=1 if kind == "CPU" else None,
             num_gpus=1 if kind == "GPU" else None,
             max_task_retries=RETRIES,

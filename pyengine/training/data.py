@@ -19,6 +19,7 @@ from pyengine.errors import InputError, real, whole
 from pyengine.results import SamplingParams
 from pyengine.scorers import ScorerLike
 from pyengine.strategies import BASE
+from pyengine.training.shards import written
 
 SHOWN = 5  # faults that one message tells of
 
@@ -191,19 +192,22 @@ def write_examples(path: str | Path, examples: Iterable[Example]) -> None:
     """JSONL lines that `read_examples` reads again, to the token."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")  # never half a file under the final name
-    with partial.open("w") as file:
+    with written(path) as file:
         for e in examples:
             record: dict[str, Any] = {"prompt": e.prompt, "response": e.response, "reward": e.reward}
             record["finish_reason"] = "stop" if e.ended else "length"
             if e.tokens is not None:
                 record["tokens"] = e.tokens
             file.write(json.dumps(record) + "\n")
-    partial.replace(path)
 
 
 def read_prompts(path: str | Path) -> list[str]:
     """Prompts from JSONL lines {"prompt": ...}; one InputError for all lines that cannot be used."""
+    return [prompt for _, prompt in numbered_prompts(path)]
+
+
+def numbered_prompts(path: str | Path) -> list[tuple[str, str]]:
+    """(file:line, prompt) as `read_prompts` finds them."""
     found, faults = [], []
     for number, line in enumerate(read_file(path).splitlines(), 1):
         if not line.strip():
@@ -216,7 +220,7 @@ def read_prompts(path: str | Path) -> list[str]:
         except InputError as error:
             faults.append(str(error))
         else:
-            found.append(prompt)
+            found.append((where, prompt))
     raise_all(faults, len(found) + len(faults), "lines")
     if not found:
         raise InputError(f'{path}: no prompts; it needs lines {{"prompt": ...}}')

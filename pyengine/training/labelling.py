@@ -10,8 +10,7 @@ import hashlib
 import json
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,7 +23,7 @@ from pyengine.rewards.references import Statistics
 from pyengine.scorers import Candidates, Part, ScorerLike, parts_of, score_texts
 from pyengine.training.data import SHOWN, example_of, json_object, raise_all
 from pyengine.training.identity import identity
-from pyengine.training.shards import Job, finished, held, lines, merged, missing, written
+from pyengine.training.shards import Job, begun, digest_of, held, lines, merged, missing, refuse, written
 
 SHARD_BYTES = 1 << 18  # of input in a shard at least: what a kill loses of one worker's time
 SHARDS = 10_000  # at most, so that neither the manifest nor the directory grows with the input
@@ -83,7 +82,7 @@ class Labeller:
                 data = file.read(shard.size)
         except OSError as error:
             raise InputError(f"{self.source}: {error.strerror}; every worker must see it") from error
-        if _digest(data) != shard.digest:
+        if digest_of(data) != shard.digest:
             raise InputError(f"{self.source} has changed since this run read it; label it anew, into another output")
         numbered = enumerate(data.split(b"\n"), shard.line)
         return [(i, json_object(line, f"{self.source}:{i}")) for i, line in numbered if line.strip()]
@@ -120,34 +119,43 @@ def label(
     not begun starts, and one that is done is only reported. progress: a bar on stderr after two seconds; None shows it
     on a terminal only. through: who labels the shards; by default this process, one after the other.
 
-    The report: rows, replaced, seconds of this run, and the rewards' least, greatest and `statistics`, which are what
-    `pyengine.Statistics` is made of (ddof 0).
+    The report: rows, replaced, cut_off (rows whose finish_reason is "length"), seconds of this run, and of the rewards
+    the least, the greatest and `statistics`, which are what `pyengine.Statistics` is made of (ddof 0). Those leave out
+    what was cut off, whose reward is that of a prefix: it is kept in the output, where trainers bootstrap at the cut
+    instead. Where every row was cut off they are null.
     Memory does not grow with the rows, whose results lie in OUT.shards until all are there. Raises one InputError
-    with file:line for lines that cannot be used, before any is scored; for a score that is not finite; and for an
-    output that is there already, or is part of other work.
+    with file:line for lines that cannot be used, before any is scored; for a score that is not finite; for files that
+    cannot be read or written; and for an output that is there already, or is part of other work.
     """
     out, start = Path(out).absolute(), time.perf_counter()
-    with _file_of(source, out) as path:
+    if isinstance(source, (str, Path)):
+        source = Path(source).absolute()
+        if source.exists() and not source.is_file():
+            raise InputError(f"{source} is no regular file; rows are read more than once: write them to a file first")
+    with held(out, resume) as directory:
+        path = source if isinstance(source, Path) else _file_of(source, directory)
         digest, shards, replaced = _scan(path)
         job = Job(out, {"input": digest, "scorer": identity(scorer)})
-        report = finished(job, resume)
+        report = begun(job, resume)
         if report is not None:
             return report
         rows = sum(shard.rows for shard in shards)
-        report = {"rows": rows, "replaced": replaced}
-        with held(job, resume):
-            todo = missing(job, shards)
-            hide = None if progress is None else not progress
-            done = rows - sum(shard.rows for shard in todo)
-            with tqdm(total=rows, initial=done, unit="row", delay=2, disable=hide, leave=False) as bar:
-                for labelled in through(Labeller(path, job, scorer, device), todo) if todo else ():
-                    bar.update(labelled)
-            with merged(job, report) as file:
-                rewards = _Moments()
-                for line in lines(job, shards):
-                    file.write(line)
-                    rewards.add(json.loads(line)["reward"])
-                report |= rewards.report() | {"seconds": round(time.perf_counter() - start, 2)}
+        report = {"rows": rows, "replaced": replaced, "cut_off": 0}
+        todo = missing(job, shards)
+        hide = None if progress is None else not progress
+        done = rows - sum(shard.rows for shard in todo)
+        with tqdm(total=rows, initial=done, unit="row", delay=2, disable=hide, leave=False) as bar:
+            for labelled in through(Labeller(path, job, scorer, device), todo) if todo else ():
+                bar.update(labelled)
+        with merged(job, report) as file:
+            rewards = _Moments()
+            for line, record in lines(job, shards):
+                file.write(line)
+                if record.get("finish_reason") == "length":
+                    report["cut_off"] += 1
+                else:
+                    rewards.add(record["reward"])
+            report |= rewards.report() | {"seconds": round(time.perf_counter() - start, 2)}
     return {"of": job.pins, **report}
 
 
@@ -164,19 +172,21 @@ def ready(scorer: ScorerLike, device: str) -> list[Part]:
     return parts
 
 
-@contextmanager
-def _file_of(source: str | Path | Iterable[Mapping[str, Any]], out: Path) -> Iterator[Path]:
-    """The file of a source; rows become one beside the output, for as long as they are labelled."""
-    if isinstance(source, (str, Path)):
-        yield Path(source).absolute()
-        return
-    path = out.with_name(out.name + ".rows")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with written(path) as file:
-        for row in source:
-            file.write(json.dumps(dict(row)) + "\n")
-    yield path
-    path.unlink()  # a run that failed keeps them beside its shards
+def _file_of(rows: Iterable[Mapping[str, Any]], directory: Path) -> Path:
+    """Rows as a file among the shards, to go with them; InputError names one that JSON cannot hold."""
+    path = directory / "rows.partial"
+    try:
+        with path.open("w") as file:
+            for number, row in enumerate(rows, 1):
+                if not isinstance(row, Mapping):
+                    raise InputError(f"row {number} must be a mapping, got {row!r:.40}")
+                try:
+                    file.write(json.dumps(dict(row), allow_nan=False) + "\n")
+                except (TypeError, ValueError, RecursionError) as error:
+                    raise InputError(f"row {number} cannot be written as JSON: {first_line(error)}") from error
+    except OSError as error:
+        refuse(path, error)
+    return path
 
 
 def _scan(path: Path) -> tuple[str, list[Shard], int]:
@@ -199,12 +209,12 @@ def _scan(path: Path) -> tuple[str, list[Shard], int]:
                         faults.append(str(error) if len(faults) < SHOWN else "")  # no more are shown
                 count = rows + len(faults) - first
                 if count:
-                    shards.append(Shard(first, count, offset, len(data), line, _digest(data)))
+                    shards.append(Shard(first, count, offset, len(data), line, digest_of(data)))
                 whole.update(data)
                 offset += len(data)
                 line += len(part)
     except OSError as error:
-        raise InputError(f"{path}: {error.strerror}") from error
+        refuse(path, error)
     raise_all(faults, rows + len(faults), "lines")
     if not rows:
         raise InputError(f'{path}: no rows; it needs lines {{"prompt", "response"}}')
@@ -215,6 +225,10 @@ def _check(line: bytes, where: str) -> bool:
     """Whether a row has a reward; InputError, naming `where`, if it is none that can be scored."""
     record = json_object(line, where)
     example = example_of({**record, "reward": 0.0}, where)
+    try:
+        json.dumps({**record, "reward": 0.0}, allow_nan=False)
+    except (ValueError, RecursionError) as error:  # Python reads NaN and 1e999, which no JSON can say again
+        raise InputError(f"{where}: cannot be written again: {first_line(error)}") from error
     for key, text in (("prompt", example.prompt), ("response", example.response)):
         if not text.strip():
             raise InputError(f"{where}: the {key} is empty")
@@ -225,10 +239,6 @@ def _check(line: bytes, where: str) -> bool:
                 f"{where}: the {key} is not valid Unicode: {error.reason} at character {error.start}"
             ) from error
     return "reward" in record
-
-
-def _digest(data: bytes) -> str:
-    return hashlib.blake2b(data, digest_size=8).hexdigest()
 
 
 @dataclass
@@ -249,6 +259,8 @@ class _Moments:
         self.least, self.greatest = min(self.least, value), max(self.greatest, value)
 
     def report(self) -> dict[str, Any]:
+        if not self.count:
+            return {"least": None, "greatest": None, "statistics": None}
         # Equal values have a std of exactly 0, which rounding of the mean would spoil.
         std = 0.0 if self.least == self.greatest else math.sqrt(self.squares / self.count)
         statistics = Statistics(self.mean, std, 0, self.count)

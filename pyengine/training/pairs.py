@@ -7,7 +7,6 @@ where another model's responses stand beside the samples.
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 import math
 import random
@@ -23,10 +22,11 @@ from pyengine.engine import Engine
 from pyengine.errors import InputError, real, whole
 from pyengine.results import SamplingParams
 from pyengine.scorers import Candidates, ScorerLike, score_texts
-from pyengine.training.data import encode, example_of, json_object, raise_all, read_file
+from pyengine.training.data import encode, example_of, json_object, numbered_prompts, raise_all, read_file
 from pyengine.training.identity import identity
-from pyengine.training.shards import Job, finished, held, lines, merged, missing, written
+from pyengine.training.shards import Job, begun, digest_of, held, lines, merged, missing, vacant, written
 
+ROUNDING = 2.0**-23  # of a difference of two fp32 scores, relative to the larger: half a unit in the last place each
 AT_ONCE = 512  # responses in a shard: what a kill loses
 SAMPLING = SamplingParams(max_tokens=1024, temperature=0.7, top_p=0.95, seed=0)  # temperature and top-p are WPO's
 
@@ -63,7 +63,9 @@ def choose(answers: Sequence[Answer], margin: float | None = None, rng: random.R
 
     Chosen is the highest score, of several the shortest. Rejected is the lowest, of several the one whose length is
     closest to the chosen one's (WPO's README v2); with a margin it is any answer whose score is lower by at least that
-    (WPO's hybrid rule), which `rng` draws. What still ties goes to the earlier answer.
+    (the margin of WPO's hybrid rule, whose other half, that the best must score 5 or 6, is not asked), which `rng`
+    draws. Scores are fp32: a difference that misses the margin by their rounding reaches it. What still ties goes to
+    the earlier answer.
     """
     if len(answers) < 2:
         return Choice("single")
@@ -75,7 +77,8 @@ def choose(answers: Sequence[Answer], margin: float | None = None, rng: random.R
         below = [a for a in answers if a.reward == lowest]
         rejected = min(below, key=lambda a: abs(a.length - chosen.length))
     else:
-        below = [a for a in answers if highest - a.reward >= margin]
+        least = margin - ROUNDING * max(abs(highest), abs(lowest))
+        below = [a for a in answers if a.reward < highest and highest - a.reward >= least]
         if not below:
             return Choice("margin")
         rejected = (rng or random.Random()).choice(below)
@@ -93,7 +96,7 @@ class _Prompts(NamedTuple):
 
 def build_pairs(
     engine: Engine,
-    prompts: str | Sequence[str],
+    prompts: str | Sequence[str] | Path,
     scorer: ScorerLike,
     out: str | Path,
     *,
@@ -107,64 +110,64 @@ def build_pairs(
     """Write a pair for each prompt that has one, and a report to OUT.report.json, which is returned too.
 
     A line is {"prompt", "chosen", "rejected", "score_chosen", "score_rejected"}, in the order of the prompts: TRL's
-    preference format, which `read_preferences` reads. samples: responses of the base policy to each prompt, the j-th
-    drawn with seed sampling.seed + j, whatever else is in the batch. scorer: anything that the engine follows, the
-    responses of `candidates` must be text enough for it. candidates: JSONL lines {"prompt", "response"} of another
-    model, with a "reward" where they were scored already, by the same scorer. margin: the hybrid rule (see `choose`),
-    drawn by seed and prompt. resume: take up a run that was cut short; nothing is sampled again but the shard in hand.
-    progress: a bar on stderr after two seconds; None shows it on a terminal only.
+    preference format, which `read_preferences` reads. prompts: texts, or the Path of a JSONL file {"prompt"}. samples:
+    responses of the base policy to each prompt, at least two where there are no `candidates`, the j-th drawn with seed
+    sampling.seed + j, whatever else is in the batch. scorer: anything that the engine follows; it must read text where
+    `candidates` come without a reward. candidates: JSONL lines {"prompt", "response"} of another model, with a "reward"
+    where they were scored already, by the same scorer. margin: the hybrid rule (see `choose`), drawn by seed and
+    prompt. resume: take up a run that was cut short; nothing is sampled again but the shard in hand. progress: a bar on
+    stderr after two seconds; None shows it on a terminal only.
 
     No candidate are responses that were cut off, which have no reward yet and which a trainer would end with an EOS,
     and empty ones. The report counts: prompts, repeated (prompts that came again, which are taken once), pairs, dropped
     (by reason), sampled, given, left_out (by reason), chosen_given and rejected_given, and seconds of this run.
-    Raises InputError for a prompt that cannot be decoded, for lines of `candidates` that cannot be used (of other
-    prompts, too), and, naming prompt or line, for a score that is not finite.
+    Raises one InputError for all prompts that cannot be decoded, one for all lines of `candidates` that cannot be used
+    (of other prompts, too), and, naming prompt or line, one for a score that is not finite.
     """
     start, out = time.perf_counter(), Path(out).absolute()
     samples = whole(samples, "build_pairs: samples", 1)
+    if samples == 1 and candidates is None:
+        raise InputError("build_pairs: one sample makes no pair: take samples of at least 2, or give candidates")
     margin = None if margin is None else real(margin, "build_pairs: margin", 1e-12)
     if sampling.seed is None:
         raise InputError("build_pairs: sampling needs a seed, so that a run that was cut short can be taken up again")
-    asked = [prompts] if isinstance(prompts, str) else list(prompts)
-    for i, prompt in enumerate(asked):
-        engine.encode(prompt, f"prompt {i}")
+    vacant(out, resume)
+    asked = _readable(engine, prompts)
     unique = list(dict.fromkeys(asked))
-    if not unique:
-        raise InputError("build_pairs needs prompts")
-    given = read_candidates(candidates, engine, unique) if candidates is not None else {}
+    data = b"" if candidates is None else read_file(candidates)
+    given = {} if candidates is None else parse_candidates(data, str(candidates), engine, unique)
     job = Job(
         out,
         {
-            "prompts": _digest(json.dumps(unique).encode()),
+            "prompts": digest_of(json.dumps(unique).encode()),
             "model": [identity(engine.model), identity(engine.tokenizer)],
             "scorer": identity(scorer),
             "sampling": {"samples": samples, **dataclasses.asdict(sampling)},
-            "candidates": None if candidates is None else _digest(read_file(candidates)),
+            "candidates": None if candidates is None else digest_of(data),
             "margin": margin,
         },
     )
-    report = finished(job, resume)
-    if report is not None:
-        return report
     size = max(1, AT_ONCE // samples)
     shards = [_Prompts(first, min(size, len(unique) - first)) for first in range(0, len(unique), size)]
-    with held(job, resume), engine.following(scorer):
-        if not engine.parts:
-            raise InputError("build_pairs needs a scorer")
+    with held(out, resume), engine.following(scorer):
+        report = begun(job, resume)
+        if report is not None:
+            return report
+        _check_scorer(engine, given)
         todo = missing(job, shards)
         hide = None if progress is None else not progress
         done = len(unique) - sum(shard.rows for shard in todo)
         with tqdm(total=len(unique), initial=done, unit="prompt", delay=2, disable=hide, leave=False) as bar:
             for shard in todo:
                 some = unique[shard.first : shard.first + shard.rows]
+                found = _sampled(engine, some, given, samples, sampling, margin)
                 with written(job.file(shard)) as file:
-                    for line in _sampled(engine, some, given, samples, sampling, margin):
-                        file.write(json.dumps(line) + "\n")
+                    file.writelines(json.dumps(line) + "\n" for line in found)
                 bar.update(shard.rows)
         report = {"prompts": len(unique), "repeated": len(asked) - len(unique)}
         with merged(job, report) as file:
             counts, dropped, left_out = Counter[str](), Counter[str](), Counter[str]()
-            for line in map(json.loads, lines(job, shards)):
+            for _, line in lines(job, shards):
                 counts.update(line["counts"])
                 left_out.update(line["left_out"])
                 if line["pair"] is None:
@@ -178,14 +181,45 @@ def build_pairs(
     return {"of": job.pins, **report}
 
 
-def read_candidates(path: str | Path, engine: Engine, prompts: Sequence[str]) -> dict[str, list[Given]]:
-    """The responses of a JSONL file {"prompt", "response"[, "reward"]} to these prompts, in the file's order.
+def _readable(engine: Engine, prompts: str | Sequence[str] | Path) -> list[str]:
+    """The prompts; one InputError for all that the engine's model cannot read."""
+    if isinstance(prompts, Path):
+        named = numbered_prompts(prompts)
+    else:
+        named = [(f"prompt {i}", p) for i, p in enumerate([prompts] if isinstance(prompts, str) else prompts)]
+    faults = []
+    for where, prompt in named:
+        try:
+            engine.encode(prompt, where)
+        except InputError as error:
+            faults.append(str(error))
+    raise_all(faults, len(named), "prompts")
+    if not named:
+        raise InputError("build_pairs needs prompts")
+    return [prompt for _, prompt in named]
+
+
+def _check_scorer(engine: Engine, given: Mapping[str, Sequence[Given]]) -> None:
+    """InputError unless there is a scorer, and one of text where responses are given that have no reward."""
+    if not engine.parts:
+        raise InputError("build_pairs needs a scorer")
+    bare = next((one for found in given.values() for one in found if one.reward is None), None)
+    for part in engine.parts:
+        if bare is not None and (part.scorer.layers or part.scorer.scores_tokens):
+            raise InputError(
+                f"{bare.where} has no reward, and scorer {part.name!r} reads hidden states or tokens, not text: give "
+                "candidates with their rewards, or use a reward model or a function"
+            )
+
+
+def parse_candidates(data: bytes, path: str, engine: Engine, prompts: Sequence[str]) -> dict[str, list[Given]]:
+    """The responses in JSONL {"prompt", "response"[, "reward"]} to these prompts, in the file's order.
 
     "finish_reason" and "tokens" are as `read_examples` takes them. Raises one InputError with file:line for all lines
     that the engine's model cannot read or that answer other prompts.
     """
     known, faults, count = {prompt: list[Given]() for prompt in prompts}, [], 0
-    for number, line in enumerate(read_file(path).splitlines(), 1):
+    for number, line in enumerate(data.splitlines(), 1):
         if not line.strip():
             continue
         count += 1
@@ -274,7 +308,3 @@ def _scored(engine: Engine, prompts: Sequence[str], given: Mapping[str, Sequence
         prompt: [Answer(one.response, rewards[one.where], len(one.tokens), True) for one in given.get(prompt, ())]
         for prompt in prompts
     }
-
-
-def _digest(data: bytes) -> str:
-    return hashlib.blake2b(data, digest_size=16).hexdigest()

@@ -3,23 +3,25 @@
 While OUT is made, the directory OUT.shards holds a manifest, which says what the work is on, and one file for each
 shard that is done, named by its rows. A file comes under its name complete and at once: whoever makes a shard a second
 time changes nothing, and who is killed leaves nothing of the shard in hand. When all are there they become OUT, beside
-OUT.report.json, and the directory goes.
+OUT.report.json, and the directory goes. Of what lies in it only these files are ever removed.
 """
 
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import json
 import os
-import shutil
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, TextIO
+from typing import Any, NoReturn, Protocol, TextIO
 from uuid import uuid4
 
 from pyengine.errors import InputError
+
+SHARD, SCRATCH, MANIFEST = "[0-9]*-[0-9]*.jsonl", "*.partial", "manifest.json"  # all that OUT.shards is to hold
 
 
 class Rows(Protocol):
@@ -43,7 +45,7 @@ class Job:
 
     @property
     def directory(self) -> Path:
-        return self.out.with_name(self.out.name + ".shards")
+        return directory_of(self.out)
 
     @property
     def report(self) -> Path:
@@ -53,11 +55,21 @@ class Job:
         return self.directory / f"{shard.first:012}-{shard.first + shard.rows:012}.jsonl"
 
 
+def directory_of(out: Path) -> Path:
+    return out.with_name(out.name + ".shards")
+
+
+def digest_of(data: bytes) -> str:
+    """What stands for bytes in `Job.pins`."""
+    return hashlib.blake2b(data, digest_size=16).hexdigest()
+
+
 @contextmanager
 def written(path: Path, scratch: Path | None = None) -> Iterator[TextIO]:
     """A text file that appears under its name when the block ends well, and not at all otherwise.
 
-    scratch: a directory on the same file system for it until then; its own by default.
+    scratch: a directory on the same file system for it until then; its own by default. An OSError, in the block too, is
+    an InputError that names the file.
     """
     partial = (scratch or path.parent) / f"{path.name}.{uuid4().hex}.partial"
     try:
@@ -66,55 +78,109 @@ def written(path: Path, scratch: Path | None = None) -> Iterator[TextIO]:
             file.flush()
             os.fsync(file.fileno())  # else a crash of the machine could leave an empty file under the final name
         partial.replace(path)
-    except BaseException:
-        partial.unlink(missing_ok=True)
+    except BaseException as error:
+        with suppress(OSError):
+            partial.unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            refuse(path, error)
         raise
 
 
-def finished(job: Job, resume: bool) -> dict[str, Any] | None:
-    """The report of a run that has made this output already; None if it has to be made.
+def refuse(path: Path, error: OSError) -> NoReturn:
+    """The InputError for what the system will not do with a file."""
+    raise InputError(f"{path}: {error.strerror or error}") from error
 
-    Raises InputError where something else lies there, or where it does and nobody wants to resume.
-    """
-    if not job.out.exists():
-        return None
-    if not resume:
-        raise InputError(f"{job.out} exists already; choose another output, or resume the run that made it")
-    report = _json(job.report)
-    _same(job, report.get("of"), f"{job.out} exists already, and")
-    shutil.rmtree(job.directory, ignore_errors=True)  # the run was killed between its last two steps
-    return report
+
+def vacant(out: Path, resume: bool) -> None:
+    """InputError where something lies at `out` and nobody wants to resume."""
+    if not resume and os.path.lexists(out):
+        raise InputError(f"{out} exists already; choose another output, or resume the run that made it")
 
 
 @contextmanager
-def held(job: Job, resume: bool) -> Iterator[None]:
+def held(out: Path, resume: bool) -> Iterator[Path]:
     """The output's directory of shards, for this process alone; the lock goes with the process, however it ends.
 
-    Raises InputError if another run holds it, or if shards of other work, or of any that is not to be resumed, lie
-    there.
+    Raises InputError if another run holds it, or if shards that are not to be resumed or files of others lie there, or
+    if there is an output that is not to be resumed.
     """
-    directory, manifest = job.directory, job.directory / "manifest.json"
-    directory.mkdir(parents=True, exist_ok=True)
-    handle = os.open(directory, os.O_RDONLY)
+    vacant(out, resume)
+    directory = directory_of(out)
+    handle = _locked(out, directory)
     try:
+        _check_ours(directory)
         try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise InputError(f"{job.out}: another run is making it; wait for that, or choose another output") from None
-        try:
-            if any(directory.glob("*.jsonl")):
-                if not resume:
-                    raise InputError(f"{directory} holds part of a run that was cut short: resume it, or delete it")
-                _same(job, _json(manifest), f"{directory}")
-            else:
-                with written(manifest) as file:
-                    file.write(json.dumps(job.pins, indent=1) + "\n")
-            yield
+            vacant(out, resume)  # another run may have made it before the lock was ours
+            if any(directory.glob(SHARD)) and not resume:
+                raise InputError(f"{directory} holds part of a run that was cut short: resume it, or delete it")
+            yield directory
         finally:
-            if not any(directory.glob("*.jsonl")):  # nothing to resume
-                shutil.rmtree(directory, ignore_errors=True)
+            if not any(directory.glob(SHARD)):  # nothing to resume
+                _clear(directory)
     finally:
         os.close(handle)
+
+
+def begun(job: Job, resume: bool) -> dict[str, Any] | None:
+    """Take up the job in the directory that is held, or begin it there; its report if its output is made already.
+
+    Raises InputError where the output or the shards that lie there are of other work.
+    """
+    if os.path.lexists(job.out):
+        vacant(job.out, resume)
+        report = _json(job.report)
+        _same(job, report.get("of"), f"{job.out} exists already, and")
+        _clear(job.directory)  # the run was killed between its last two steps
+        return report
+    manifest = job.directory / MANIFEST
+    if any(job.directory.glob(SHARD)):
+        _same(job, _json(manifest).get("of"), f"{job.directory}")
+    else:
+        with written(manifest) as file:
+            file.write(json.dumps({"of": job.pins}, indent=1) + "\n")
+    return None
+
+
+def _locked(out: Path, directory: Path) -> int:
+    """A handle of the directory, which is made if it is not there, with the lock on it."""
+    while True:
+        try:
+            directory.mkdir(parents=True, exist_ok=True)
+            try:
+                handle = os.open(directory, os.O_RDONLY)
+            except FileNotFoundError:
+                continue  # the run that had it ended meanwhile
+        except OSError as error:
+            refuse(directory, error)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            with suppress(FileNotFoundError):
+                # The run that had it may have removed it after it was opened here: that lock keeps nobody out.
+                if os.path.samestat(os.fstat(handle), os.stat(directory)):
+                    return handle
+        except BlockingIOError:
+            os.close(handle)
+            raise InputError(f"{out}: another run is making it; wait for that, or choose another output") from None
+        except OSError as error:
+            os.close(handle)
+            refuse(directory, error)
+        os.close(handle)
+
+
+def _check_ours(directory: Path) -> None:
+    """InputError for a directory that no run made. What a run leaves before its manifest is scratch only."""
+    others = [path for path in directory.iterdir() if not path.match(SCRATCH)]
+    if others and not isinstance(_json(directory / MANIFEST).get("of"), dict):
+        raise InputError(f"{directory} is of no run that was cut short: it holds {others[0].name}; move it away")
+
+
+def _clear(directory: Path) -> None:
+    """Remove what runs put into the directory, and it too if it held nothing else."""
+    with suppress(OSError):  # what stays is in nobody's way
+        for pattern in (SHARD, SCRATCH, MANIFEST):  # the manifest last: it says whose the others are
+            for path in directory.glob(pattern):
+                path.unlink(missing_ok=True)
+        directory.rmdir()
 
 
 def missing(job: Job, shards: Iterable[Any]) -> list[Any]:
@@ -122,15 +188,31 @@ def missing(job: Job, shards: Iterable[Any]) -> list[Any]:
     return [shard for shard in shards if not job.file(shard).is_file()]
 
 
-def lines(job: Job, shards: Iterable[Rows]) -> Iterator[str]:
-    """All lines of all shards, in order; InputError for a shard that has not one for each of its rows."""
+def lines(job: Job, shards: Iterable[Rows]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(line, its object) of all shards, in order.
+
+    Raises InputError for a shard that has not one for each of its rows; it is removed, so that a run which is resumed
+    makes it again.
+    """
     for shard in shards:
         path, count = job.file(shard), 0
-        with path.open() as file:
-            for count, line in enumerate(file, 1):  # noqa: B007
-                yield line
+        try:
+            with path.open() as file:
+                for count, line in enumerate(file, 1):  # noqa: B007
+                    record = json.loads(line)
+                    if not isinstance(record, dict) or not line.endswith("\n"):
+                        raise ValueError("no object")
+                    yield line, record
+        except FileNotFoundError:
+            raise InputError(f"{path} is gone; run it again with --resume (resume=True) to make it anew") from None
+        except OSError as error:
+            refuse(path, error)
+        except ValueError:
+            count = -1
         if count != shard.rows:
-            raise InputError(f"{path} has {count} lines for {shard.rows} rows; delete it and resume")
+            path.unlink(missing_ok=True)
+            what = "is damaged" if count < 0 else f"has {count} lines for {shard.rows} rows"
+            raise InputError(f"{path} {what} and was removed; run it again with --resume (resume=True) to make it anew")
 
 
 @contextmanager
@@ -140,7 +222,12 @@ def merged(job: Job, report: dict[str, Any]) -> Iterator[TextIO]:
         yield file
         with written(job.report, job.directory) as beside:  # before the output: what lies there is always accounted for
             beside.write(json.dumps({"of": job.pins, **report}, indent=1) + "\n")
-    shutil.rmtree(job.directory, ignore_errors=True)
+    handle = os.open(job.out.parent, os.O_RDONLY)
+    try:
+        os.fsync(handle)  # both names are on the disk before the shards go
+    finally:
+        os.close(handle)
+    _clear(job.directory)
 
 
 def _json(path: Path) -> dict[str, Any]:
