@@ -120,6 +120,16 @@ def test_the_same_batch_through_trl(policy, tmp_path, loss, theirs, ours):
     same(step(one), step(other), ["weights/mean"] if "weights" in ours else [])
 
 
+@pytest.mark.parametrize("name", ["_compute_loss", "_prepare_dataset", "compute_ref_log_probs"])
+def test_a_trl_with_other_methods_is_named(policy, tmp_path, monkeypatch, name):
+    for base in (DPOTrainer, KTOTrainer):
+        monkeypatch.delattr(base, name)
+    with pytest.raises(InputError, match=rf"DPOTrainer of TRL [\d.]+ has no {name}; that of TRL 1.16 has"):
+        made(PreferenceTrainer, PreferenceConfig, policy, tmp_path, PAIRS)
+    with pytest.raises(InputError, match=rf"KTOTrainer of TRL [\d.]+ has no {name}; that of TRL 1.16 has"):
+        made(UnpairedTrainer, UnpairedConfig, policy, tmp_path, LABELLED)
+
+
 @pytest.mark.parametrize("kind", [*TRL_LOSSES, "simpo", "orpo"])
 def test_every_loss_runs_or_says_why_not(policy, tmp_path, kind):
     """Weighted too: hinge and sft crash under TRL 1.16's use_weighting, aot is refused there."""

@@ -127,6 +127,12 @@ def test_losses_are_those_of_the_formula(policy, tmp_path, settings, weigh, redu
     assert gradients["lm_head.weight"].abs().max() > 0
 
 
+def test_a_trl_with_other_methods_is_named(policy, tmp_path, monkeypatch):
+    monkeypatch.delattr(SFTTrainer, "_prepare_dataset")
+    with pytest.raises(InputError, match=r"SFTTrainer of TRL [\d.]+ has no _prepare_dataset"):
+        made(policy, tmp_path)
+
+
 def test_a_batch_of_which_nothing_is_kept_is_a_zero_with_a_gradient(policy, tmp_path):
     trainer = made(policy, tmp_path, method="fa")
     trainer.train_dataset = trainer.train_dataset.select([1, 3])

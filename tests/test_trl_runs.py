@@ -101,11 +101,63 @@ def test_a_killed_run_resumes_to_the_same_weights(model_dirs, tmp_path):
         train_preference(*run, tmp_path / "killed", training=training)
     with pytest.raises(InputError, match="of a run with another loss"):
         train_preference(*run, tmp_path / "killed", "hinge", training=training, resume=True)
+    about = tmp_path / "killed" / "checkpoints" / "run.json"
+    known = about.read_text()
+    about.write_text(known[:9])
+    with pytest.raises(InputError, match=r"run.json is missing or damaged"):
+        train_preference(*run, tmp_path / "killed", training=training, resume=True)
+    about.write_text(known)
     report = train_preference(*run, tmp_path / "killed", training=training, resume=True)
     assert report["steps"] == 9
     train_preference(*run, tmp_path / "whole", training=training)
     name = "adapter_model.safetensors"
     assert_same(weights(tmp_path / "killed", name), weights(tmp_path / "whole", name), rtol=0, atol=0)
+
+
+def test_an_adapter_is_merged_or_refused(model_dirs, tmp_path, monkeypatch):
+    """The policy that training starts from is the adapted one, from a relative path too."""
+    data = write(tmp_path / "pairs.jsonl", pairs(8))
+    (tmp_path / "base").symlink_to(model_dirs["llama"])
+    monkeypatch.chdir(tmp_path)
+    first = PolicyTraining(1e-1, epochs=3, batch=8, accumulate=1, held_out=0, lora=2)
+    train_preference("base", data, "first", training=first)
+    config = tmp_path / "first" / "adapter_config.json"
+    about = json.loads(config.read_text())
+    assert about["base_model_name_or_path"] == str((tmp_path / "base").resolve())
+    with pytest.raises(InputError, match=r"first: an adapter, and another would be stored without it: merge it") as e:
+        train_preference("first", data, "second", training=first)
+    assert "\n" not in str(e.value)
+    second = PolicyTraining(1e-12, batch=8, accumulate=1, held_out=0)
+    train_preference("first", data, "second", training=second)
+    name = "model.layers.0.self_attn.q_proj"
+    saved = weights(tmp_path / "first", "adapter_model.safetensors")
+    low = [saved[f"base_model.model.{name}.lora_{side}.weight"] for side in "BA"]
+    start = weights(model_dirs["llama"])[f"{name}.weight"]
+    assert (low[0] @ low[1]).abs().max() > 1e-2
+    torch.testing.assert_close(weights(tmp_path / "second")[f"{name}.weight"], start + 2 * low[0] @ low[1])
+    config.write_text(json.dumps(about | {"base_model_name_or_path": "/no/base"}))
+    with pytest.raises(InputError, match="an adapter; its base /no/base: no such directory"):
+        train_preference("first", data, "third", training=second)
+    with pytest.raises(InputError, match="first: an adapter on /no/base, which is no directory here: "):
+        Engine.from_pretrained("first")
+
+
+def test_a_used_directory(model_dirs, tmp_path):
+    data, out = write(tmp_path / "pairs.jsonl", pairs(8)), tmp_path / "out"
+    given = ("preference", data, "--model", model_dirs["llama"], "--held-out", 0, *QUICK)
+    with pytest.raises(InputError, match="is the model that is trained"):
+        command(*given, "--out", model_dirs["llama"])
+    report = command(*given, "--out", out)
+    before = (out / "model.safetensors").stat().st_mtime_ns
+    with pytest.raises(InputError, match=r"holds model.safetensors of an earlier run|holds report.json of an earlier"):
+        command(*given, "--out", out)
+    with pytest.raises(InputError, match="holds a finished run with another seed"):
+        command(*given, "--out", out, "--resume", "--seed", 1)
+    assert command(*given, "--out", out, "--resume") == report
+    (out / "report.json").unlink()
+    with pytest.raises(InputError, match=r"holds model.safetensors of an earlier run"):
+        command(*given, "--out", out, "--resume")
+    assert (out / "model.safetensors").stat().st_mtime_ns == before
 
 
 def test_two_processes_give_what_one_gives(model_dirs, tmp_path):
@@ -139,7 +191,8 @@ def test_two_processes_give_what_one_gives(model_dirs, tmp_path):
 
 @pytest.mark.parametrize("method", ["fa", "rwr", "ca", "sft"])
 def test_offline(model_dirs, tmp_path, method):
-    data, out = write(tmp_path / "rewards.jsonl", rewarded()), tmp_path / "out"
+    rows = [{k: v for k, v in row.items() if k != "reward" or method != "sft"} for row in rewarded()]
+    data, out = write(tmp_path / "rewards.jsonl", rows), tmp_path / "out"
     options = {"rwr": ("--beta", 2, "--reduction", "token_mean"), "fa": ("--threshold", 0.2)}.get(method, ())
     report = command(
         "offline",
@@ -157,11 +210,15 @@ def test_offline(model_dirs, tmp_path, method):
     )
     statistics = Statistics.of([row["reward"] for row in rewarded()])
     z = torch.tensor(statistics.z([row["reward"] for row in rewarded()]))
-    assert Statistics.load(out / "reward_statistics.json") == statistics if method != "sft" else not report["cut"]
+    assert (out / "reward_statistics.json").exists() == (method != "sft")
     assert (out / "conditioning.json").exists() == (method == "ca")
     w = {"fa": (z > 0.2).float(), "rwr": (z / 2).exp()}.get(method, torch.ones_like(z))
-    assert report["retained"] == (w > 0).double().mean().item()
-    assert report["mean_z"] == pytest.approx(((w * z).sum() / w.sum()).item(), abs=1e-5)
+    if method == "sft":
+        assert "statistics" not in report
+    else:
+        assert Statistics.load(out / "reward_statistics.json") == statistics
+        assert report["retained"] == (w > 0).double().mean().item()
+        assert report["mean_z"] == pytest.approx(((w * z).sum() / w.sum()).item(), abs=1e-5)
     assert report["steps"] == 3
     assert not torch.equal(weights(out)["lm_head.weight"], weights(model_dirs["llama"])["lm_head.weight"])
     if method == "ca":
@@ -192,13 +249,15 @@ def test_parts_of_a_step_change_nothing(model_dirs, tmp_path, reduction):
         (None, ("--loss", "ppo"), "loss must be one of dpo, ipo, hinge, simpo, orpo, kto"),
         (None, ("--loss", "kto", "--variant", "chosen"), "variant is of pairs"),
         (None, ("--weights", "W"), "weights must be one of"),
-        (None, ("--weights", "off", "--clamp", "none"), "weight_clamp: weights are off"),
+        (None, ("--weights", "off", "--clamp", "none"), r"clamp \(--clamp\) is read only with weights, which are off"),
         (None, ("--batch", 3, "--accumulate", 2), "a batch of 3 cannot be shared by 1 processes that accumulate 2"),
+        (None, ("--clamp", "sum"), "clamp must be one of product, none, got 'sum'"),
+        (None, ("--loss", "kto", "--batch", 8, "--accumulate", 1), r"held_out \(--held-out\): a single response"),
         (None, ("--batch", 0), "batch must be a whole number"),
         (None, ("--lr", 0), "lr must be a finite number"),
         (None, ("--lora", 0), "lora must be a whole number"),
         (None, ("--model", "/no/such"), "model /no/such: no such directory"),
-        (None, ("--loss", "kto", "--batch", 2, "--accumulate", 2), "per_device_train_batch_size must be at least 2"),
+        (None, ("--loss", "kto", "--batch", 2, "--accumulate", 2), r"batch \(--batch\): 2 in 2 parts leaves one response a part, .* at least 4"),
     ],
 )
 def test_preferences_at_fault(model_dirs, tmp_path, line, options, message):
@@ -234,6 +293,7 @@ def test_a_fault_is_one_line_on_stderr(tmp_path, monkeypatch, capsys):
         ({}, ("--method", "fa", "--beta", 2), "beta is read by method 'rwr'"),
         ({}, ("--method", "rwr", "--template", "paper"), "template is read by method 'ca'"),
         ({}, ("--method", "ca", "--template", "/no/such"), "conditioning /no/such"),
+        ({}, ("--method", "fa", "--cap", 2), "cap is read by method 'rwr', not by 'fa'"),
         ({}, ("--method", "ppo"), "method must be one of"),
     ],
 )
