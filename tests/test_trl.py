@@ -308,7 +308,25 @@ class TestAdapters:
             made(PreferenceTrainer, PreferenceConfig, policy, tmp_path, PAIRS, None, {"peft_config": lora})
 
 
+@pytest.mark.parametrize("tokens", [False, True])
+def test_prompts_that_fill_max_length(policy, tmp_path, tokens):
+    """Rows of tokens too, which TRL itself would not take."""
+    ids = {"prompt_ids": [5, 6, 7, 8], "chosen_ids": [9], "rejected_ids": [10], "completion_ids": [9], "label": True}
+    pairs, labelled = ([ids], [ids]) if tokens else (PAIRS, LABELLED)
+    for make in (
+        lambda: made(PreferenceTrainer, PreferenceConfig, policy, tmp_path, pairs, max_length=1),
+        lambda: made(UnpairedTrainer, UnpairedConfig, policy, tmp_path, labelled, max_length=1),
+    ):
+        with pytest.raises(InputError, match="the train dataset: every prompt fills max_length; nothing is left"):
+            make()
+
+
 class TestUnpaired:
+    def test_weights_of_responses_to_images_are_refused(self, policy, tmp_path):
+        rows = [row | {"images": [[0]]} for row in LABELLED]
+        with pytest.raises(InputError, match="weights: those of responses to images are not computed"):
+            made(UnpairedTrainer, UnpairedConfig, policy, tmp_path, rows)
+
     @pytest.mark.parametrize("settings", [{}, {"loss_type": "apo_zero_unpaired", "desirable_weight": 1.5}])
     def test_unweighted_it_is_trls(self, policy, tmp_path, settings):
         settings |= {"per_device_train_batch_size": 4}

@@ -249,6 +249,15 @@ def test_a_row_at_fault_is_named(policy, tmp_path, change, message):
         made(policy, tmp_path, [ROWS[0] | change, *ROWS[1:]], method="rwr")
 
 
+def test_nothing_is_left_where_prompts_fill_max_length(policy, tmp_path):
+    with pytest.raises(InputError, match="the train dataset: every prompt fills max_length"):
+        made(policy, tmp_path, method="sft", max_length=1)
+
+
+def test_an_option_that_asks_for_nothing_is_no_fault(policy, tmp_path):
+    made(policy, tmp_path, method="sft", eval_packing=False)
+
+
 def test_missing_columns_and_statistics(policy, tmp_path):
     rows = [{"prompt": "a", "completion": "b"}]
     with pytest.raises(InputError, match="the train dataset lacks reward"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -14,6 +15,7 @@ from transformers import TrainerCallback
 from typer.testing import CliRunner
 
 from pyengine import Engine, InputError, SamplingParams, cli, cli_align
+from pyengine.integrations.trl import runs
 from pyengine.integrations.trl.runs import PolicyTraining, train_offline, train_preference
 from pyengine.rewards import Statistics
 from pyengine.rewards.conditioning import Conditioning
@@ -252,12 +254,11 @@ def test_parts_of_a_step_change_nothing(model_dirs, tmp_path, reduction):
         (None, ("--weights", "off", "--clamp", "none"), r"clamp \(--clamp\) is read only with weights, which are off"),
         (None, ("--batch", 3, "--accumulate", 2), "a batch of 3 cannot be shared by 1 processes that accumulate 2"),
         (None, ("--clamp", "sum"), "clamp must be one of product, none, got 'sum'"),
-        (None, ("--loss", "kto", "--batch", 8, "--accumulate", 1), r"held_out \(--held-out\): a single response"),
         (None, ("--batch", 0), "batch must be a whole number"),
         (None, ("--lr", 0), "lr must be a finite number"),
         (None, ("--lora", 0), "lora must be a whole number"),
         (None, ("--model", "/no/such"), "model /no/such: no such directory"),
-        (None, ("--loss", "kto", "--batch", 2, "--accumulate", 2), r"batch \(--batch\): 2 in 2 parts leaves one response a part, .* at least 4"),
+        (None, ("--loss", "kto", "--batch", 2, "--accumulate", 2), r"\(--batch\): 2 in 2 parts .* at least 4"),
     ],
 )
 def test_preferences_at_fault(model_dirs, tmp_path, line, options, message):
@@ -267,6 +268,60 @@ def test_preferences_at_fault(model_dirs, tmp_path, line, options, message):
         command("preference", data, "--model", model_dirs["llama"], "--out", tmp_path / "out", *options)
     assert "\n" not in str(error.value)
     assert not (tmp_path / "out" / "report.json").exists()
+
+
+class TestLabels:
+    def labelled(self, count=6):
+        return [
+            {"prompt": f"pack {WORDS[i]}", "response": f" the {WORDS[i + 1]}", "label": i % 2} for i in range(count)
+        ]
+
+    def test_a_single_response_is_not_held_out(self, model_dirs, tmp_path):
+        data = write(tmp_path / "labels.jsonl", self.labelled())
+        with pytest.raises(InputError, match=r"held_out \(--held-out\): a single response .* give 0"):
+            command(
+                "preference", data, "--model", model_dirs["llama"], "--out", tmp_path / "out", "--loss", "kto", *QUICK
+            )
+
+    def test_a_run_goes_on_with_the_same_parts_alone(self, model_dirs, tmp_path):
+        """They make the order and z0."""
+
+        class Kill(TrainerCallback):
+            def on_step_end(self, args, state, control, **_):
+                if state.global_step == 2:
+                    raise KeyboardInterrupt
+
+        data, out = write(tmp_path / "labels.jsonl", self.labelled()), tmp_path / "out"
+        training = PolicyTraining(1e-3, batch=4, accumulate=2, epochs=3, held_out=0, checkpoint_every=1)
+        with pytest.raises(KeyboardInterrupt):
+            train_preference(model_dirs["llama"], data, out, "kto", training=training, callbacks=[Kill()])
+        other = dataclasses.replace(training, accumulate=1)
+        with pytest.raises(InputError, match="of a run with another accumulate"):
+            train_preference(model_dirs["llama"], data, out, "kto", training=other, resume=True)
+
+
+@pytest.mark.parametrize("loss", ["dpo", "kto"])
+def test_the_tokens_that_are_trained_on_are_the_engines(model_dirs, tmp_path, monkeypatch, loss):
+    """Behind a prompt that ends in a space, the response starts with a token of its own."""
+    rows = [{"prompt": "pack my ", "chosen": "the fox", "rejected": "the dog"}] * 2
+    data, seen = write(tmp_path / "pairs.jsonl", rows), []
+    monkeypatch.setattr(runs._Run, "finish", lambda self, trainer, *_: seen.append(trainer) or {})
+    training = PolicyTraining(1e-3, batch=4, accumulate=1, held_out=0)
+    train_preference(model_dirs["llama"], data, tmp_path / "out", loss, training=training)
+    engine = Engine.from_pretrained(model_dirs["llama"])
+    row = seen[0].train_dataset[0]
+    prompt = engine.encode("pack my ")
+    joint = engine.tokenizer("pack my the fox").input_ids
+    assert joint[: len(prompt)] != prompt, "tokens merge across this border"
+    assert row["prompt_ids"] == prompt
+    sides = ("completion_ids",) if loss == "kto" else ("chosen_ids", "rejected_ids")
+    found = [engine.tokenizer.decode(row[side]) for side in sides]
+    texts = ["the fox<eos>", "the dog<eos>"]
+    assert found == (texts if loss == "dpo" else texts[:1] if row["label"] else texts[1:])
+    if loss == "kto":
+        kl = list(seen[0].train_dataset["KL_completion_ids"])
+        own = list(seen[0].train_dataset["completion_ids"])
+        assert kl == own[-1:] + own[:-1]
 
 
 def test_a_fault_is_one_line_on_stderr(tmp_path, monkeypatch, capsys):

@@ -27,8 +27,8 @@ def changed(before: dict[str, Any], run: dict[str, Any], free: tuple[str, ...] =
 def checkpoint_of(out: Path, run: dict[str, Any], resume: bool, free: tuple[str, ...] = FREE) -> str | None:
     """The checkpoint in `out`/checkpoints to go on from, if any; notes what is being run beside it.
 
-    run: what must be the same for a run to go on, and its "settings", of which those in `free` may change. Every process calls this. Raises InputError for checkpoints of another run, or of one that `resume` does
-    not ask for.
+    run: what must be the same for a run to go on, and its "settings", of which those in `free` may change. Every
+    process calls this. Raises InputError for checkpoints of another run, or of one that `resume` does not ask for.
     """
     directory = out / "checkpoints"
     whole_ones = []
@@ -46,8 +46,8 @@ def checkpoint_of(out: Path, run: dict[str, Any], resume: bool, free: tuple[str,
             others = changed(json.loads((directory / "run.json").read_bytes()), run, free)
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise InputError(
-                f"{directory / 'run.json'} is missing or damaged, and does not tell of which run these checkpoints are: "
-                "remove them"
+                f"{directory / 'run.json'} is missing or damaged: it tells of which run these checkpoints are; remove "
+                "them"
             ) from error
         if others:
             raise InputError(f"{directory} is of a run with another {' and '.join(others)}; it cannot be resumed")

@@ -81,8 +81,9 @@ class PreferenceTrainer(DPOTrainer):
 
     The losses "sigmoid", "hinge", "ipo", "simpo" and "orpo" have their gradients made in the forward, by three products
     with the head instead of four. TRL's others, lists of losses, ld_alpha and f-divergences run through TRL's code,
-    unweighted. Rows may hold prompt_ids, chosen_ids and rejected_ids in place of texts. Pairs whose sides have the same tokens teach nothing: they are left out, with a warning that counts
-    them. Besides TRL's metrics it logs weights/mean, that of the pairs' weights.
+    unweighted. Rows may hold prompt_ids, chosen_ids and rejected_ids in place of texts. Pairs whose sides have the same
+    tokens teach nothing: they are left out, with a warning that counts them. Besides TRL's metrics it logs
+    weights/mean, that of the pairs' weights.
 
     Raises InputError for options that do not go together.
     """

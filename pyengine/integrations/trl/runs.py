@@ -205,8 +205,11 @@ def _tokens(texts: Any, example: Pair | Labelled, limit: int, single: bool) -> l
         found = encode(texts, Example(example.prompt, response, 0.0, where=example.where))
         return found.ids[: found.start], found.ids[found.start :]
 
-    labelled = isinstance(example, Labelled)
-    known = [ids(text) for text in ([example.response] if labelled else [example.chosen, example.rejected])]
+    if isinstance(example, Labelled):
+        responses = [(example.response, example.label > 0.5)]
+    else:
+        responses = [(example.chosen, True), (example.rejected, False)]
+    known = [ids(text) for text, _ in responses]
     prompt = known[0][0]
     if len(prompt) >= limit:
         raise InputError(
@@ -214,10 +217,9 @@ def _tokens(texts: Any, example: Pair | Labelled, limit: int, single: bool) -> l
         )
     if not single:
         return [{"prompt_ids": prompt, "chosen_ids": known[0][1], "rejected_ids": known[1][1]}]
-    labels = [example.label > 0.5] if labelled else [True, False]
     return [
         {"prompt_ids": prompt, "completion_ids": response, "label": label}
-        for (_, response), label in zip(known, labels, strict=True)
+        for (_, response), (_, label) in zip(known, responses, strict=True)
     ]
 
 
@@ -238,10 +240,11 @@ def train_offline(
 ) -> dict[str, Any]:
     """Train a policy on responses with rewards into `out` (2308.12050); the report, which is out/report.json too.
 
-    data: JSONL, a line {"prompt", "response", "reward"}, as `read_examples` takes it; "sft" reads no reward. method, beta, threshold, cap,
-    reduction: as in `OfflineConfig`; gradients are clipped to a norm of 1 with "token_mean", and not with "sum". template: of "ca", "paper" (the default), "openrlhf" or a file that
-    `Conditioning.save` wrote. The statistics of the training rewards, and the template, lie in `out` as
-    reward_statistics.json and conditioning.json. The rest is as for `train_preference`.
+    data: JSONL, a line {"prompt", "response", "reward"}, as `read_examples` takes it; "sft" reads no reward. method,
+    beta, threshold, cap, reduction: as in `OfflineConfig`; gradients are clipped to a norm of 1 with "token_mean", and
+    not with "sum". template: of "ca", "paper" (the default), "openrlhf" or a file that `Conditioning.save` wrote. The
+    statistics of the training rewards, and the template, lie in `out` as reward_statistics.json and conditioning.json.
+    The rest is as for `train_preference`.
     """
     for name, value, reader in (("template", template, "ca"), ("cap", cap, "rwr")):
         if value is not None and method != reader:
@@ -380,7 +383,7 @@ class _Run:
         model, tokenizer = load_checkpoint(AutoModelForCausalLM, f"{adapted}; its base", base, **how)
         if config.with_name("tokenizer_config.json").is_file():
             tokenizer = AutoTokenizer.from_pretrained(self.model, trust_remote_code=self.trust_remote_code)
-        merged: Any = PeftModel.from_pretrained(model, str(self.model)).merge_and_unload()  # type: ignore[operator]
+        merged: Any = PeftModel.from_pretrained(model, str(self.model)).merge_and_unload()
         return merged.requires_grad_(True), tokenizer  # peft has frozen the base
 
     def config(self, kind: Any, **options: Any) -> Any:
@@ -416,8 +419,8 @@ class _Run:
             )
         if issubclass(kind, UnpairedConfig) and each < 2:
             raise InputError(
-                f"batch (--batch): {training.batch} in {shares} parts leaves one response a part, and z0 of kto needs two: "
-                f"give at least {2 * shares}, or fewer parts (--accumulate)"
+                f"batch (--batch): {training.batch} in {shares} parts leaves one response a part, and z0 of kto needs "
+                f"two: give at least {2 * shares}, or fewer parts (--accumulate)"
             )
         config.per_device_train_batch_size = each
         config.per_device_eval_batch_size = EVAL_BATCH
