@@ -137,6 +137,13 @@ def test_an_adapter_is_merged_or_refused(model_dirs, tmp_path, monkeypatch):
     start = weights(model_dirs["llama"])[f"{name}.weight"]
     assert (low[0] @ low[1]).abs().max() > 1e-2
     torch.testing.assert_close(weights(tmp_path / "second")[f"{name}.weight"], start + 2 * low[0] @ low[1])
+    config.write_text("{}")
+    with pytest.raises(InputError, match=r"first: an adapter, whose adapter_config.json names no base"):
+        train_preference("first", data, "third", training=second)
+    config.write_text(json.dumps(about | {"r": 3}))
+    with pytest.raises(InputError, match=r"first: an adapter that does not go into /.*: ") as e:
+        train_preference("first", data, "third", training=second)
+    assert "\n" not in str(e.value)
     config.write_text(json.dumps(about | {"base_model_name_or_path": "/no/base"}))
     with pytest.raises(InputError, match="an adapter; its base /no/base: no such directory"):
         train_preference("first", data, "third", training=second)

@@ -22,7 +22,7 @@ from peft import LoraConfig, PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback, TrainerCallback
 
 from pyengine.checkpoint import load_checkpoint
-from pyengine.errors import InputError, real, whole
+from pyengine.errors import InputError, first_line, real, whole
 from pyengine.integrations.trl import PreferenceConfig, PreferenceTrainer, UnpairedConfig, UnpairedTrainer
 from pyengine.integrations.trl.offline import OfflineConfig, OfflineTrainer, weights_of
 from pyengine.integrations.trl.options import REFERENCE_FREE
@@ -379,11 +379,17 @@ class _Run:
             )
         if not config.with_name("adapter_model.safetensors").is_file():
             raise InputError(f"{adapted} without adapter_model.safetensors")
-        base = json.loads(config.read_bytes())["base_model_name_or_path"]
+        try:
+            base = str(json.loads(config.read_bytes())["base_model_name_or_path"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise InputError(f"{adapted}, whose {config.name} names no base") from error
         model, tokenizer = load_checkpoint(AutoModelForCausalLM, f"{adapted}; its base", base, **how)
         if config.with_name("tokenizer_config.json").is_file():
             tokenizer = AutoTokenizer.from_pretrained(self.model, trust_remote_code=self.trust_remote_code)
-        merged: Any = PeftModel.from_pretrained(model, str(self.model)).merge_and_unload()
+        try:
+            merged: Any = PeftModel.from_pretrained(model, str(self.model)).merge_and_unload()
+        except Exception as error:  # of another shape, of a kind that cannot be merged, of another peft
+            raise InputError(f"{adapted} that does not go into {base}: {first_line(error)}") from error
         return merged.requires_grad_(True), tokenizer  # peft has frozen the base
 
     def config(self, kind: Any, **options: Any) -> Any:
