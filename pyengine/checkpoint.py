@@ -25,7 +25,7 @@ def load_checkpoint(auto: Any, kind: str, path: str | Path, trust_remote_code: b
         )
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
     except Exception as error:
-        raise InputError(f"{kind} {path}: {first_line(error)}") from error
+        raise InputError(f"{kind} {path}: {_of_adapter(Path(path))}{first_line(error)}") from error
     if not tokenizer("a", add_special_tokens=False).input_ids:
         raise InputError(f"{kind} {path}: its tokenizer knows no text; are the tokenizer files there?")
     missing = sorted(found["missing_keys"])
@@ -35,6 +35,16 @@ def load_checkpoint(auto: Any, kind: str, path: str | Path, trust_remote_code: b
             f"{missing[0]!r} among them"
         )
     return model, tokenizer
+
+
+def _of_adapter(path: Path) -> str:
+    """Which base an adapter in this directory is of; transformers' errors name the base's files alone."""
+    file = path / "adapter_config.json"
+    try:
+        base = json.loads(file.read_bytes())["base_model_name_or_path"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return ""
+    return f"an adapter on {base}{'' if Path(base).is_dir() else ', which is no directory here'}: "
 
 
 def same_tokenizer(one: Any, other: Any) -> bool:

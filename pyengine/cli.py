@@ -16,7 +16,7 @@ import typer
 import pyengine
 from pyengine import cli_data
 from pyengine.cli_align import train
-from pyengine.cli_load import SCORERS, load_engine, make_scorer, quiet_loading
+from pyengine.cli_load import SCORERS, conditioned, load_engine, make_scorer, quiet_loading
 from pyengine.errors import InputError, whole
 
 if TYPE_CHECKING:
@@ -145,6 +145,9 @@ def generate(
     stream: Annotated[bool, typer.Option("--stream", help="Print each token or block as it is committed.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object a line.")] = False,
     trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code", help="Run the model's own code.")] = False,
+    score: Annotated[
+        float | None, typer.Option(help="Reward to ask a policy of `train offline --method ca` for, in deviations.")
+    ] = None,
 ) -> None:
     """Decode prompts with a strategy."""
     from pyengine.results import SamplingParams
@@ -156,9 +159,10 @@ def generate(
     found = list(read_prompts(list(prompts or []), input, complain))
     if not found:
         raise InputError(f"no usable prompt in {input}" if input else "no prompt on stdin")
+    asking = conditioned(model, score)
     engine = load_engine(model, scorer, device, cache_gb, trust_remote_code)
     usable = []
-    for where, prompt in found:
+    for where, prompt in ((where, asking(prompt)) for where, prompt in found):
         try:
             engine.encode(prompt, where)
         except InputError as error:

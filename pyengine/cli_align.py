@@ -97,7 +97,8 @@ def offline(
     resume: Resume = False,
     trust_remote_code: RemoteCode = False,
 ) -> None:
-    """Train a policy on responses with rewards: {"prompt", "response", "reward"} a line. z is it standardised."""
+    """Train a policy on responses with rewards: {"prompt", "response", "reward"} a line. z is it standardised.
+    sft needs no reward."""
     with packages():
         from pyengine.integrations.trl.runs import PolicyTraining, train_offline
     training = PolicyTraining(lr, epochs, batch, accumulate, max_length, lora, held_out, bf16, seed, checkpoint_every)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +29,22 @@ def make_scorer(name: str) -> Any:
             f"no scorer {name!r}: embedded are {', '.join(SCORERS)}; else give a directory or a hub id, OWNER/NAME"
         )
     return name
+
+
+def conditioned(model: str | None, score: float | None) -> Callable[[str], str]:
+    """What makes of a prompt the one that asks a policy of conditional alignment for this reward; None asks nothing."""
+    file = Path(model or "") / "conditioning.json"
+    there = model is not None and file.is_file()
+    if score is None:
+        if there:
+            print(f"pyengine: {model} was trained to be asked for a reward: --score 5, say", file=sys.stderr)
+        return str
+    if not there:
+        raise InputError(f"--score: {model or 'the embedded model'} has no conditioning.json, as method ca leaves it")
+    from pyengine.rewards.conditioning import Conditioning
+
+    template = Conditioning.load(file)
+    return lambda prompt: template.prompt(prompt, score)
 
 
 def quiet_loading() -> None:

@@ -9,7 +9,9 @@ import sys
 
 import pytest
 
+import pyengine
 from pyengine import PrefixScorer, cli
+from pyengine.rewards.conditioning import Conditioning
 from pyengine.worlds import reviews
 
 PROMPT = "Review of the Harbour, a bakery:"
@@ -62,6 +64,23 @@ def test_generate_prints_text_reward_and_kl(run):
     assert "reward " in out
     assert "nats (exact)" in out
     assert err == ""
+
+
+def test_a_policy_that_is_asked_for_a_reward(run, tmp_path):
+    for file in pyengine.embedded("policy").iterdir():
+        (tmp_path / file.name).symlink_to(file)
+    options = ("--model", tmp_path, "--seed", 1, "--max-tokens", 2)
+    code, _, err = run("generate", PROMPT, *options, "--score", 2)
+    assert code == 2
+    assert f"--score: {tmp_path} has no conditioning.json" in err
+    template = Conditioning("{instruction} <{score}>{response}")
+    template.save(tmp_path / "conditioning.json")
+    code, out, err = run("generate", PROMPT, *options, "--score", 2)
+    assert (code, err) == (0, "")
+    assert out.startswith(f"{PROMPT} <2.0>")
+    code, out, err = run("generate", PROMPT, *options)
+    assert (code, out.startswith(f"{PROMPT} <")) == (0, False)
+    assert err == f"pyengine: {tmp_path} was trained to be asked for a reward: --score 5, say\n"
 
 
 def test_every_strategy_and_scorer_by_name(run):

@@ -225,15 +225,20 @@ def test_a_long_pair_after_a_kept_chunk(monkeypatch):
     torch.testing.assert_close(a, b, atol=3e-2 * b.abs().max().item(), rtol=3e-2)
 
 
-def test_a_loss_scaler_reaches_small_fp16_gradients():
-    """Scaled before they are rounded: at unit scale they would flush to 0."""
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_loss_scaler_reaches_small_fp16_gradients(compiled):
+    """Scaled before they are rounded: at unit scale they would flush to 0, and the scale is no number of fp16."""
     hidden, weight, target, _ = problem(torch.float16)
     hidden = (hidden * 0.01).requires_grad_()
 
     def small(chosen, rejected, *_):
         return -torch.nn.functional.logsigmoid(1e-4 * (chosen.logp - rejected.logp))
 
-    found = torch.autograd.grad(65536 * ops.linear_preference(hidden, weight, target, small).loss, hidden)[0]
+    def step(h):
+        return 65536 * ops.linear_preference(h, weight, target, small).loss
+
+    step = torch.compile(step, fullgraph=True, backend="aot_eager") if compiled else step
+    found = torch.autograd.grad(step(hidden), hidden)[0]
     want = torch.autograd.grad(65536 * reference.linear_preference(hidden, weight, target, small).loss, hidden)[0]
     torch.testing.assert_close(found, want, atol=1e-3 * want.abs().max().item(), rtol=1e-2)
 

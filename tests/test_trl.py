@@ -120,6 +120,16 @@ def test_the_same_batch_through_trl(policy, tmp_path, loss, theirs, ours):
     same(step(one), step(other), ["weights/mean"] if "weights" in ours else [])
 
 
+@pytest.mark.parametrize("name", ["_compute_loss", "_prepare_dataset", "compute_ref_log_probs"])
+def test_a_trl_with_other_methods_is_named(policy, tmp_path, monkeypatch, name):
+    for base in (DPOTrainer, KTOTrainer):
+        monkeypatch.delattr(base, name)
+    with pytest.raises(InputError, match=rf"DPOTrainer of TRL [\d.]+ has no {name}; that of TRL 1.16 has"):
+        made(PreferenceTrainer, PreferenceConfig, policy, tmp_path, PAIRS)
+    with pytest.raises(InputError, match=rf"KTOTrainer of TRL [\d.]+ has no {name}; that of TRL 1.16 has"):
+        made(UnpairedTrainer, UnpairedConfig, policy, tmp_path, LABELLED)
+
+
 @pytest.mark.parametrize("kind", [*TRL_LOSSES, "simpo", "orpo"])
 def test_every_loss_runs_or_says_why_not(policy, tmp_path, kind):
     """Weighted too: hinge and sft crash under TRL 1.16's use_weighting, aot is refused there."""
@@ -298,7 +308,25 @@ class TestAdapters:
             made(PreferenceTrainer, PreferenceConfig, policy, tmp_path, PAIRS, None, {"peft_config": lora})
 
 
+@pytest.mark.parametrize("tokens", [False, True])
+def test_prompts_that_fill_max_length(policy, tmp_path, tokens):
+    """Rows of tokens too, which TRL itself would not take."""
+    ids = {"prompt_ids": [5, 6, 7, 8], "chosen_ids": [9], "rejected_ids": [10], "completion_ids": [9], "label": True}
+    pairs, labelled = ([ids], [ids]) if tokens else (PAIRS, LABELLED)
+    for make in (
+        lambda: made(PreferenceTrainer, PreferenceConfig, policy, tmp_path, pairs, max_length=1),
+        lambda: made(UnpairedTrainer, UnpairedConfig, policy, tmp_path, labelled, max_length=1),
+    ):
+        with pytest.raises(InputError, match="the train dataset: every prompt fills max_length; nothing is left"):
+            make()
+
+
 class TestUnpaired:
+    def test_weights_of_responses_to_images_are_refused(self, policy, tmp_path):
+        rows = [row | {"images": [[0]]} for row in LABELLED]
+        with pytest.raises(InputError, match="weights: those of responses to images are not computed"):
+            made(UnpairedTrainer, UnpairedConfig, policy, tmp_path, rows)
+
     @pytest.mark.parametrize("settings", [{}, {"loss_type": "apo_zero_unpaired", "desirable_weight": 1.5}])
     def test_unweighted_it_is_trls(self, policy, tmp_path, settings):
         settings |= {"per_device_train_batch_size": 4}

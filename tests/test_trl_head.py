@@ -177,6 +177,8 @@ def test_another_trl_is_named(monkeypatch):
 
 
 SHARDED = """
+import sys
+
 import torch
 import torch.distributed as dist
 import transformers
@@ -185,7 +187,8 @@ from torch.distributed.fsdp import fully_shard
 from pyengine import losses
 from pyengine.integrations.trl.head import add_head
 
-dist.init_process_group("gloo")
+# A file, not a port: two launches on a busy machine can take the same port, or wait too long for each other on it.
+dist.init_process_group("gloo", init_method=f"file://{sys.argv[1]}", rank=int(sys.argv[2]), world_size=2)
 mesh = init_device_mesh("cpu", (2,))
 config = transformers.LlamaConfig(vocab_size=200, hidden_size=16, intermediate_size=24, num_hidden_layers=1,
                                   num_attention_heads=2, num_key_value_heads=1, pad_token_id=0)
@@ -218,7 +221,20 @@ dist.destroy_process_group()
 def test_fsdp2_averages_the_gradients_of_its_processes(tmp_path):
     """Two processes with a batch each: also where the head is a group of its own, whose forward is never called."""
     (tmp_path / "sharded.py").write_text(SHARDED)
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "sharded.py"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(launch, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "GLOO_SOCKET_IFNAME": "lo"}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "sharded.py", str(tmp_path / "store"), str(rank)],
+            cwd=tmp_path,
+            env=environment,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    try:
+        said = [process.communicate(timeout=300)[1] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    assert [process.returncode for process in processes] == [0, 0], "\n".join(said)

@@ -127,6 +127,12 @@ def test_losses_are_those_of_the_formula(policy, tmp_path, settings, weigh, redu
     assert gradients["lm_head.weight"].abs().max() > 0
 
 
+def test_a_trl_with_other_methods_is_named(policy, tmp_path, monkeypatch):
+    monkeypatch.delattr(SFTTrainer, "_prepare_dataset")
+    with pytest.raises(InputError, match=r"SFTTrainer of TRL [\d.]+ has no _prepare_dataset"):
+        made(policy, tmp_path)
+
+
 def test_a_batch_of_which_nothing_is_kept_is_a_zero_with_a_gradient(policy, tmp_path):
     trainer = made(policy, tmp_path, method="fa")
     trainer.train_dataset = trainer.train_dataset.select([1, 3])
@@ -241,6 +247,15 @@ def test_what_would_be_ignored_is_refused(policy, tmp_path, settings, message):
 def test_a_row_at_fault_is_named(policy, tmp_path, change, message):
     with pytest.raises(InputError, match=message):
         made(policy, tmp_path, [ROWS[0] | change, *ROWS[1:]], method="rwr")
+
+
+def test_nothing_is_left_where_prompts_fill_max_length(policy, tmp_path):
+    with pytest.raises(InputError, match="the train dataset: every prompt fills max_length"):
+        made(policy, tmp_path, method="sft", max_length=1)
+
+
+def test_an_option_that_asks_for_nothing_is_no_fault(policy, tmp_path):
+    made(policy, tmp_path, method="sft", eval_packing=False)
 
 
 def test_missing_columns_and_statistics(policy, tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -14,6 +15,7 @@ from transformers import TrainerCallback
 from typer.testing import CliRunner
 
 from pyengine import Engine, InputError, SamplingParams, cli, cli_align
+from pyengine.integrations.trl import runs
 from pyengine.integrations.trl.runs import PolicyTraining, train_offline, train_preference
 from pyengine.rewards import Statistics
 from pyengine.rewards.conditioning import Conditioning
@@ -101,11 +103,70 @@ def test_a_killed_run_resumes_to_the_same_weights(model_dirs, tmp_path):
         train_preference(*run, tmp_path / "killed", training=training)
     with pytest.raises(InputError, match="of a run with another loss"):
         train_preference(*run, tmp_path / "killed", "hinge", training=training, resume=True)
+    about = tmp_path / "killed" / "checkpoints" / "run.json"
+    known = about.read_text()
+    about.write_text(known[:9])
+    with pytest.raises(InputError, match=r"run.json is missing or damaged"):
+        train_preference(*run, tmp_path / "killed", training=training, resume=True)
+    about.write_text(known)
     report = train_preference(*run, tmp_path / "killed", training=training, resume=True)
     assert report["steps"] == 9
     train_preference(*run, tmp_path / "whole", training=training)
     name = "adapter_model.safetensors"
     assert_same(weights(tmp_path / "killed", name), weights(tmp_path / "whole", name), rtol=0, atol=0)
+
+
+def test_an_adapter_is_merged_or_refused(model_dirs, tmp_path, monkeypatch):
+    """The policy that training starts from is the adapted one, from a relative path too."""
+    data = write(tmp_path / "pairs.jsonl", pairs(8))
+    (tmp_path / "base").symlink_to(model_dirs["llama"])
+    monkeypatch.chdir(tmp_path)
+    first = PolicyTraining(1e-1, epochs=3, batch=8, accumulate=1, held_out=0, lora=2)
+    train_preference("base", data, "first", training=first)
+    config = tmp_path / "first" / "adapter_config.json"
+    about = json.loads(config.read_text())
+    assert about["base_model_name_or_path"] == str((tmp_path / "base").resolve())
+    with pytest.raises(InputError, match=r"first: an adapter, and another would be stored without it: merge it") as e:
+        train_preference("first", data, "second", training=first)
+    assert "\n" not in str(e.value)
+    second = PolicyTraining(1e-12, batch=8, accumulate=1, held_out=0)
+    train_preference("first", data, "second", training=second)
+    name = "model.layers.0.self_attn.q_proj"
+    saved = weights(tmp_path / "first", "adapter_model.safetensors")
+    low = [saved[f"base_model.model.{name}.lora_{side}.weight"] for side in "BA"]
+    start = weights(model_dirs["llama"])[f"{name}.weight"]
+    assert (low[0] @ low[1]).abs().max() > 1e-2
+    torch.testing.assert_close(weights(tmp_path / "second")[f"{name}.weight"], start + 2 * low[0] @ low[1])
+    config.write_text("{}")
+    with pytest.raises(InputError, match=r"first: an adapter, whose adapter_config.json names no base"):
+        train_preference("first", data, "third", training=second)
+    config.write_text(json.dumps(about | {"r": 3}))
+    with pytest.raises(InputError, match=r"first: an adapter that does not go into /.*: ") as e:
+        train_preference("first", data, "third", training=second)
+    assert "\n" not in str(e.value)
+    config.write_text(json.dumps(about | {"base_model_name_or_path": "/no/base"}))
+    with pytest.raises(InputError, match="an adapter; its base /no/base: no such directory"):
+        train_preference("first", data, "third", training=second)
+    with pytest.raises(InputError, match="first: an adapter on /no/base, which is no directory here: "):
+        Engine.from_pretrained("first")
+
+
+def test_a_used_directory(model_dirs, tmp_path):
+    data, out = write(tmp_path / "pairs.jsonl", pairs(8)), tmp_path / "out"
+    given = ("preference", data, "--model", model_dirs["llama"], "--held-out", 0, *QUICK)
+    with pytest.raises(InputError, match="is the model that is trained"):
+        command(*given, "--out", model_dirs["llama"])
+    report = command(*given, "--out", out)
+    before = (out / "model.safetensors").stat().st_mtime_ns
+    with pytest.raises(InputError, match=r"holds model.safetensors of an earlier run|holds report.json of an earlier"):
+        command(*given, "--out", out)
+    with pytest.raises(InputError, match="holds a finished run with another seed"):
+        command(*given, "--out", out, "--resume", "--seed", 1)
+    assert command(*given, "--out", out, "--resume") == report
+    (out / "report.json").unlink()
+    with pytest.raises(InputError, match=r"holds model.safetensors of an earlier run"):
+        command(*given, "--out", out, "--resume")
+    assert (out / "model.safetensors").stat().st_mtime_ns == before
 
 
 def test_two_processes_give_what_one_gives(model_dirs, tmp_path):
@@ -139,7 +200,8 @@ def test_two_processes_give_what_one_gives(model_dirs, tmp_path):
 
 @pytest.mark.parametrize("method", ["fa", "rwr", "ca", "sft"])
 def test_offline(model_dirs, tmp_path, method):
-    data, out = write(tmp_path / "rewards.jsonl", rewarded()), tmp_path / "out"
+    rows = [{k: v for k, v in row.items() if k != "reward" or method != "sft"} for row in rewarded()]
+    data, out = write(tmp_path / "rewards.jsonl", rows), tmp_path / "out"
     options = {"rwr": ("--beta", 2, "--reduction", "token_mean"), "fa": ("--threshold", 0.2)}.get(method, ())
     report = command(
         "offline",
@@ -157,11 +219,15 @@ def test_offline(model_dirs, tmp_path, method):
     )
     statistics = Statistics.of([row["reward"] for row in rewarded()])
     z = torch.tensor(statistics.z([row["reward"] for row in rewarded()]))
-    assert Statistics.load(out / "reward_statistics.json") == statistics if method != "sft" else not report["cut"]
+    assert (out / "reward_statistics.json").exists() == (method != "sft")
     assert (out / "conditioning.json").exists() == (method == "ca")
     w = {"fa": (z > 0.2).float(), "rwr": (z / 2).exp()}.get(method, torch.ones_like(z))
-    assert report["retained"] == (w > 0).double().mean().item()
-    assert report["mean_z"] == pytest.approx(((w * z).sum() / w.sum()).item(), abs=1e-5)
+    if method == "sft":
+        assert "statistics" not in report
+    else:
+        assert Statistics.load(out / "reward_statistics.json") == statistics
+        assert report["retained"] == (w > 0).double().mean().item()
+        assert report["mean_z"] == pytest.approx(((w * z).sum() / w.sum()).item(), abs=1e-5)
     assert report["steps"] == 3
     assert not torch.equal(weights(out)["lm_head.weight"], weights(model_dirs["llama"])["lm_head.weight"])
     if method == "ca":
@@ -192,13 +258,14 @@ def test_parts_of_a_step_change_nothing(model_dirs, tmp_path, reduction):
         (None, ("--loss", "ppo"), "loss must be one of dpo, ipo, hinge, simpo, orpo, kto"),
         (None, ("--loss", "kto", "--variant", "chosen"), "variant is of pairs"),
         (None, ("--weights", "W"), "weights must be one of"),
-        (None, ("--weights", "off", "--clamp", "none"), "weight_clamp: weights are off"),
+        (None, ("--weights", "off", "--clamp", "none"), r"clamp \(--clamp\) is read only with weights, which are off"),
         (None, ("--batch", 3, "--accumulate", 2), "a batch of 3 cannot be shared by 1 processes that accumulate 2"),
+        (None, ("--clamp", "sum"), "clamp must be one of product, none, got 'sum'"),
         (None, ("--batch", 0), "batch must be a whole number"),
         (None, ("--lr", 0), "lr must be a finite number"),
         (None, ("--lora", 0), "lora must be a whole number"),
         (None, ("--model", "/no/such"), "model /no/such: no such directory"),
-        (None, ("--loss", "kto", "--batch", 2, "--accumulate", 2), "per_device_train_batch_size must be at least 2"),
+        (None, ("--loss", "kto", "--batch", 2, "--accumulate", 2), r"\(--batch\): 2 in 2 parts .* at least 4"),
     ],
 )
 def test_preferences_at_fault(model_dirs, tmp_path, line, options, message):
@@ -208,6 +275,60 @@ def test_preferences_at_fault(model_dirs, tmp_path, line, options, message):
         command("preference", data, "--model", model_dirs["llama"], "--out", tmp_path / "out", *options)
     assert "\n" not in str(error.value)
     assert not (tmp_path / "out" / "report.json").exists()
+
+
+class TestLabels:
+    def labelled(self, count=6):
+        return [
+            {"prompt": f"pack {WORDS[i]}", "response": f" the {WORDS[i + 1]}", "label": i % 2} for i in range(count)
+        ]
+
+    def test_a_single_response_is_not_held_out(self, model_dirs, tmp_path):
+        data = write(tmp_path / "labels.jsonl", self.labelled())
+        with pytest.raises(InputError, match=r"held_out \(--held-out\): a single response .* give 0"):
+            command(
+                "preference", data, "--model", model_dirs["llama"], "--out", tmp_path / "out", "--loss", "kto", *QUICK
+            )
+
+    def test_a_run_goes_on_with_the_same_parts_alone(self, model_dirs, tmp_path):
+        """They make the order and z0."""
+
+        class Kill(TrainerCallback):
+            def on_step_end(self, args, state, control, **_):
+                if state.global_step == 2:
+                    raise KeyboardInterrupt
+
+        data, out = write(tmp_path / "labels.jsonl", self.labelled()), tmp_path / "out"
+        training = PolicyTraining(1e-3, batch=4, accumulate=2, epochs=3, held_out=0, checkpoint_every=1)
+        with pytest.raises(KeyboardInterrupt):
+            train_preference(model_dirs["llama"], data, out, "kto", training=training, callbacks=[Kill()])
+        other = dataclasses.replace(training, accumulate=1)
+        with pytest.raises(InputError, match="of a run with another accumulate"):
+            train_preference(model_dirs["llama"], data, out, "kto", training=other, resume=True)
+
+
+@pytest.mark.parametrize("loss", ["dpo", "kto"])
+def test_the_tokens_that_are_trained_on_are_the_engines(model_dirs, tmp_path, monkeypatch, loss):
+    """Behind a prompt that ends in a space, the response starts with a token of its own."""
+    rows = [{"prompt": "pack my ", "chosen": "the fox", "rejected": "the dog"}] * 2
+    data, seen = write(tmp_path / "pairs.jsonl", rows), []
+    monkeypatch.setattr(runs._Run, "finish", lambda self, trainer, *_: seen.append(trainer) or {})
+    training = PolicyTraining(1e-3, batch=4, accumulate=1, held_out=0)
+    train_preference(model_dirs["llama"], data, tmp_path / "out", loss, training=training)
+    engine = Engine.from_pretrained(model_dirs["llama"])
+    row = seen[0].train_dataset[0]
+    prompt = engine.encode("pack my ")
+    joint = engine.tokenizer("pack my the fox").input_ids
+    assert joint[: len(prompt)] != prompt, "tokens merge across this border"
+    assert row["prompt_ids"] == prompt
+    sides = ("completion_ids",) if loss == "kto" else ("chosen_ids", "rejected_ids")
+    found = [engine.tokenizer.decode(row[side]) for side in sides]
+    texts = ["the fox<eos>", "the dog<eos>"]
+    assert found == (texts if loss == "dpo" else texts[:1] if row["label"] else texts[1:])
+    if loss == "kto":
+        kl = list(seen[0].train_dataset["KL_completion_ids"])
+        own = list(seen[0].train_dataset["completion_ids"])
+        assert kl == own[-1:] + own[:-1]
 
 
 def test_a_fault_is_one_line_on_stderr(tmp_path, monkeypatch, capsys):
@@ -234,6 +355,7 @@ def test_a_fault_is_one_line_on_stderr(tmp_path, monkeypatch, capsys):
         ({}, ("--method", "fa", "--beta", 2), "beta is read by method 'rwr'"),
         ({}, ("--method", "rwr", "--template", "paper"), "template is read by method 'ca'"),
         ({}, ("--method", "ca", "--template", "/no/such"), "conditioning /no/such"),
+        ({}, ("--method", "fa", "--cap", 2), "cap is read by method 'rwr', not by 'fa'"),
         ({}, ("--method", "ppo"), "method must be one of"),
     ],
 )

@@ -143,7 +143,7 @@ def _operator(
     head = make_head(weight, bias, temperature, softcap, ignore_index)
     gradients = Gradients(hidden.flatten(0, 1), weight, bias, wanted)
     mean, losses, moments, top1 = _forward(hidden, weight, target, _LOSSES[loss], reference_logp, head, gradients)
-    found = operator_gradients(gradients.results(weight, bias), (hidden, weight, bias))
+    found = operator_gradients(gradients.results(weight, bias), (hidden, weight, bias), fp16=torch.float32)
     return mean, losses, torch.stack((moments.logp, *moments[2:], top1.float())), moments.tokens, *found
 
 
@@ -154,17 +154,19 @@ def _operator_fake(hidden: Tensor, weight: Tensor, bias: Tensor | None, *rest: A
         hidden.new_empty(rows // 2, dtype=torch.float32),
         hidden.new_empty((5, rows), dtype=torch.float32),
         hidden.new_empty(rows, dtype=torch.int64),
-        *fake_gradients((hidden, weight, bias), rest[-1]),
+        *fake_gradients((hidden, weight, bias), rest[-1], fp16=torch.float32),
     )
 
 
 def _operator_setup(ctx, inputs, output):  # type: ignore[no-untyped-def]
-    ctx.wanted = inputs[-1]
+    ctx.wanted, ctx.types = inputs[-1], [None if x is None else x.dtype for x in inputs[:3]]
     ctx.save_for_backward(*output[4:])
 
 
 def _operator_autograd(ctx, grad, *_):  # type: ignore[no-untyped-def]
-    scaled = [g * grad.to(g.dtype) if want else None for g, want in zip(ctx.saved_tensors, ctx.wanted, strict=True)]
+    # Of fp16 they are fp32 still: a loss scale of 2^16 is no number of fp16.
+    known = zip(ctx.saved_tensors, ctx.types, ctx.wanted, strict=True)
+    scaled = [(g * grad.to(g.dtype)).to(kind) if want else None for g, kind, want in known]
     return (*scaled, *(None,) * 7)
 
 

@@ -199,16 +199,32 @@ class Gradients:
         return [self.hidden, of_weight, of_bias]
 
 
-def operator_gradients(found: list[Tensor | None], given: tuple[Tensor, Tensor, Tensor | None]) -> list[Tensor]:
-    """As an operator returns them: in the shapes and types of hidden, weight and bias, empty where not wanted."""
+def operator_gradients(
+    found: list[Tensor | None], given: tuple[Tensor, Tensor, Tensor | None], fp16: torch.dtype = torch.float16
+) -> list[Tensor]:
+    """As an operator returns them: in the shapes and types of hidden, weight and bias, empty where not wanted.
+
+    fp16: the type for what is given in fp16.
+    """
     pairs = zip(found, given, strict=True)
-    return [given[0].new_empty(0) if g is None or x is None else g.view(x.shape).to(x.dtype) for g, x in pairs]
+    return [
+        given[0].new_empty(0) if g is None or x is None else g.view(x.shape).to(_in_place_of(x.dtype, fp16))
+        for g, x in pairs
+    ]
 
 
-def fake_gradients(given: tuple[Tensor, Tensor, Tensor | None], wanted: list[bool]) -> list[Tensor]:
+def fake_gradients(
+    given: tuple[Tensor, Tensor, Tensor | None], wanted: list[bool], fp16: torch.dtype = torch.float16
+) -> list[Tensor]:
     """What `operator_gradients` returns, without the numbers."""
-    pairs = zip(given, wanted, strict=True)
-    return [x.new_empty(x.shape) if x is not None and want else given[0].new_empty(0) for x, want in pairs]
+    return [
+        x.new_empty(x.shape, dtype=_in_place_of(x.dtype, fp16)) if x is not None and want else given[0].new_empty(0)
+        for x, want in zip(given, wanted, strict=True)
+    ]
+
+
+def _in_place_of(kind: torch.dtype, fp16: torch.dtype) -> torch.dtype:
+    return fp16 if kind == torch.float16 else kind
 
 
 def _accumulate(total: Tensor, a: Tensor, b: Tensor, add: bool) -> None:

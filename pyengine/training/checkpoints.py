@@ -14,12 +14,21 @@ from pyengine.errors import InputError
 log = logging.getLogger("pyengine")
 
 
-def checkpoint_of(out: Path, run: dict[str, Any], resume: bool) -> str | None:
+FREE = ("checkpoint_every", "accumulate")  # settings that another part of the same run may change
+
+
+def changed(before: dict[str, Any], run: dict[str, Any], free: tuple[str, ...] = FREE) -> list[str]:
+    """What of `run` and its "settings" is other than it was, but for the settings in `free`."""
+    known = json.loads(json.dumps(run))  # as it was stored
+    old, new = ({k: v for k, v in {**r, **r["settings"]}.items() if k != "settings"} for r in (before, known))
+    return sorted(k for k in new if k not in free and new[k] != old.get(k))
+
+
+def checkpoint_of(out: Path, run: dict[str, Any], resume: bool, free: tuple[str, ...] = FREE) -> str | None:
     """The checkpoint in `out`/checkpoints to go on from, if any; notes what is being run beside it.
 
-    run: what must be the same for a run to go on, and its "settings", of which checkpoint_every and accumulate may
-    change. Every process calls this. Raises InputError for checkpoints of another run, or of one that `resume` does
-    not ask for.
+    run: what must be the same for a run to go on, and its "settings", of which those in `free` may change. Every
+    process calls this. Raises InputError for checkpoints of another run, or of one that `resume` does not ask for.
     """
     directory = out / "checkpoints"
     whole_ones = []
@@ -33,11 +42,15 @@ def checkpoint_of(out: Path, run: dict[str, Any], resume: bool) -> str | None:
     if resume and not whole_ones:
         log.warning("no checkpoint in %s: starting from the first step", directory)
     if whole_ones:
-        before = json.loads((directory / "run.json").read_bytes())
-        old, new = ({k: v for k, v in {**r, **r["settings"]}.items() if k != "settings"} for r in (before, run))
-        changed = sorted(k for k in new if k not in ("checkpoint_every", "accumulate") and new[k] != old.get(k))
-        if changed:
-            raise InputError(f"{directory} is of a run with another {' and '.join(changed)}; it cannot be resumed")
+        try:
+            others = changed(json.loads((directory / "run.json").read_bytes()), run, free)
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise InputError(
+                f"{directory / 'run.json'} is missing or damaged: it tells of which run these checkpoints are; remove "
+                "them"
+            ) from error
+        if others:
+            raise InputError(f"{directory} is of a run with another {' and '.join(others)}; it cannot be resumed")
     PartialState().wait_for_everyone()  # all have looked before one writes
     if PartialState().is_main_process:
         directory.mkdir(parents=True, exist_ok=True)

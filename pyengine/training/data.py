@@ -139,13 +139,13 @@ def _spelled(engine: Engine, head: list[int], tokens: list[int]) -> str:
     return both[len(before) :]
 
 
-def read_examples(path: str | Path, engine: Engine) -> list[Example]:
+def read_examples(path: str | Path, engine: Engine, rewarded: bool = True) -> list[Example]:
     """Examples from JSONL lines {"prompt", "response", "reward"}, checked against the engine's model.
 
     Optional in a line: "finish_reason", "stop" (the default: the response is whole) or "length" (it was cut off), and
     "tokens", the response's ids as `write_examples` keeps them; where these end without an EOS, finish_reason must be
-    there. Raises one InputError that names file and line of the first five faults and counts all; empty lines are
-    skipped.
+    there. Unless `rewarded`, no reward is read, and all are 0. Raises one InputError that names file and line of the
+    first five faults and counts all; empty lines are skipped.
     """
     found, faults, lines = [], [], 0
     for number, line in enumerate(read_file(path).splitlines(), 1):
@@ -155,7 +155,7 @@ def read_examples(path: str | Path, engine: Engine) -> list[Example]:
         try:
             where = f"{path}:{number}"
             record = json_object(line, where)
-            example = example_of(record, where)
+            example = example_of(record if rewarded else record | {"reward": 0.0}, where)
             tokens = encode(engine, example).ids
             if example.tokens is not None and "finish_reason" not in record and tokens[-1] not in engine.eos:
                 raise InputError(

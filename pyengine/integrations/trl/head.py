@@ -147,6 +147,13 @@ def in_place_of(module: types.ModuleType, reference: bool = True, loads: int = 0
                 yield
 
 
+def check_methods(trainer: type, names: tuple[str, ...]) -> None:
+    """InputError unless TRL's trainer has the methods that ours override or call: renamed, they would not be run."""
+    lacking = [name for name in names if not hasattr(trainer, name)]
+    if lacking:
+        raise InputError(f"{trainer.__name__} of TRL {trl.__version__} has no {lacking[0]}; that of TRL 1.16 has")
+
+
 class Recorder:
     """A model that remembers what its last forward with the fused head gave: to see what TRL's code saw."""
 

@@ -21,7 +21,7 @@ from trl.trainer import sft_trainer
 
 from pyengine import losses
 from pyengine.errors import InputError, real
-from pyengine.integrations.trl.head import Recorder, in_place_of, moments_of
+from pyengine.integrations.trl.head import Recorder, check_methods, in_place_of, moments_of
 from pyengine.integrations.trl.options import check_model, check_options, given
 from pyengine.rewards import Statistics
 from pyengine.rewards.conditioning import Conditioning
@@ -42,6 +42,7 @@ REFUSED = {
     "dataset_text_field": "rows have a prompt and a completion",
     "dataset_kwargs": "the weights are made while the data set is prepared",
 }
+METHODS_OF_TRL = ("compute_loss", "_prepare_dataset", "_set_signature_columns_if_needed")
 STATISTICS, CONDITIONING = "reward_statistics.json", "conditioning.json"
 
 
@@ -95,6 +96,7 @@ class OfflineTrainer(SFTTrainer):
         if not isinstance(args, OfflineConfig):
             raise InputError(f"OfflineTrainer takes an OfflineConfig, got a {type(args).__name__}")
         _check(args, conditioning)
+        check_methods(SFTTrainer, METHODS_OF_TRL)
         for name in ("formatting_func", "compute_loss_func"):
             if others.get(name) is not None:
                 raise InputError(f"{name}: the rows and the loss are the method's")
@@ -141,6 +143,8 @@ class OfflineTrainer(SFTTrainer):
         dataset = super()._prepare_dataset(dataset, processing_class, args, packing, formatting_func, dataset_name)
         if isinstance(dataset, Dataset) and len(dataset) < before:
             lost = before - len(dataset)
+            if not len(dataset):
+                raise InputError(f"the {dataset_name} dataset: every prompt fills max_length; nothing is left")
             log.warning("the %s dataset: %d prompts fill max_length and are left out", dataset_name, lost)
         return dataset
 
@@ -218,7 +222,7 @@ def _row(
     z = 0.0 if statistics is None else statistics.z([real(row["reward"], f"{where}: the reward")])[0]
     weight = weights_of(torch.tensor([z]), *settings).item()
     if not math.isfinite(weight):
-        raise InputError(f"{where}: exp(z / beta) is {weight} at z = {z:g}: give a greater beta, or weight_cap")
+        raise InputError(f"{where}: exp(z / beta) is {weight} at z = {z:g}: give a greater beta, or a cap (weight_cap)")
     if texts is None:
         return {"weight": weight}
     prompt = row["prompt"] if conditioning is None else conditioning.prompt(row["prompt"], z)
@@ -250,7 +254,8 @@ def _check(args: OfflineConfig, conditioning: Conditioning | None) -> None:
         raise InputError(f"conditioning is read by method 'ca', not by {args.method!r}")
     weights_of(torch.zeros(1), args.method, args.beta, args.threshold, args.weight_cap)  # checks the numbers
     for name in given(args, REFUSED):
-        raise InputError(f"{name}={getattr(args, name)!r}: {REFUSED[name]}")
+        if getattr(args, name):
+            raise InputError(f"{name}={getattr(args, name)!r}: {REFUSED[name]}")
     if args.completion_only_loss is False:
         raise InputError("completion_only_loss=False: the response alone is trained on")
     check_options(args)

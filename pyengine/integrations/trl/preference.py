@@ -6,6 +6,7 @@ refused when a trainer is made. `offline.py` has their sibling for responses wit
 
 from __future__ import annotations
 
+import inspect
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -20,7 +21,7 @@ from trl.trainer import dpo_trainer, kto_trainer
 
 from pyengine import losses
 from pyengine.errors import InputError
-from pyengine.integrations.trl.head import PairedOutput, Recorder, in_place_of, moments_of
+from pyengine.integrations.trl.head import PairedOutput, Recorder, check_methods, in_place_of, moments_of
 from pyengine.integrations.trl.options import (
     BETAS,
     REFERENCE_FREE,
@@ -31,6 +32,8 @@ from pyengine.integrations.trl.options import (
 )
 
 log = logging.getLogger("pyengine")
+
+METHODS = ("compute_loss", "_compute_loss", "_prepare_dataset", "compute_ref_log_probs")  # of TRL's DPO and KTO alike
 
 
 @dataclass
@@ -78,8 +81,9 @@ class PreferenceTrainer(DPOTrainer):
 
     The losses "sigmoid", "hinge", "ipo", "simpo" and "orpo" have their gradients made in the forward, by three products
     with the head instead of four. TRL's others, lists of losses, ld_alpha and f-divergences run through TRL's code,
-    unweighted. Pairs whose sides have the same tokens teach nothing: they are left out, with a warning that counts
-    them. Besides TRL's metrics it logs weights/mean, that of the pairs' weights.
+    unweighted. Rows may hold prompt_ids, chosen_ids and rejected_ids in place of texts. Pairs whose sides have the same
+    tokens teach nothing: they are left out, with a warning that counts them. Besides TRL's metrics it logs
+    weights/mean, that of the pairs' weights.
 
     Raises InputError for options that do not go together.
     """
@@ -95,6 +99,7 @@ class PreferenceTrainer(DPOTrainer):
             raise InputError(f"PreferenceTrainer takes a PreferenceConfig, got a {type(args).__name__}")
         self._paired_loss = paired_loss(args)
         check_options(args)
+        check_methods(DPOTrainer, METHODS)
         self._reference_free = args.loss_type[0] in REFERENCE_FREE
         if self._reference_free and ref_model is not None:
             raise InputError(f"ref_model: loss_type {args.loss_type[0]!r} has no reference policy")
@@ -103,10 +108,13 @@ class PreferenceTrainer(DPOTrainer):
         check_model(self)
 
     def _prepare_dataset(self, dataset: Any, processing_class: Any, args: Any, dataset_name: str) -> Any:
-        dataset = super()._prepare_dataset(dataset, processing_class, args, dataset_name)
-        if "prompt_ids" not in next(iter(dataset)):  # images: the collator tokenises
-            return dataset
-        read = slice(args.max_length) if args.truncation_mode == "keep_start" else slice(-(args.max_length or 0), None)
+        keep_start = args.truncation_mode == "keep_start"
+        if not _tokenised(dataset, ("prompt_ids", "chosen_ids", "rejected_ids")):
+            dataset = super()._prepare_dataset(dataset, processing_class, args, dataset_name)
+        elif keep_start:
+            dataset = _with_room(dataset, args.max_length)
+        _check_left(dataset, dataset_name)
+        read = slice(args.max_length) if keep_start else slice(-(args.max_length or 0), None)
 
         def distinct(row: Mapping[str, Any]) -> bool:
             chosen, rejected = (row["prompt_ids"] + row[side] for side in ("chosen_ids", "rejected_ids"))
@@ -189,7 +197,8 @@ class PreferenceTrainer(DPOTrainer):
 class UnpairedTrainer(KTOTrainer):
     """TRL's KTOTrainer on pyengine's head, with the weights of its `UnpairedConfig` (None: the defaults).
 
-    Raises InputError for options that do not go together.
+    Rows may hold prompt_ids and completion_ids in place of texts. Raises InputError for options that do not go
+    together.
     """
 
     args: Any
@@ -203,13 +212,24 @@ class UnpairedTrainer(KTOTrainer):
             raise InputError(f"UnpairedTrainer takes an UnpairedConfig, got a {type(args).__name__}")
         check_unpaired(args)
         check_options(args)
+        check_methods(KTOTrainer, METHODS)
+        given = inspect.signature(KTOTrainer.__init__).bind(self, model, ref_model, args, *rest, **others).arguments
+        if args.weights != "off" and {"image", "images"} & {*next(iter(given.get("train_dataset") or ()), ())}:
+            raise InputError("weights: those of responses to images are not computed; set weights='off'")
         with in_place_of(kto_trainer):
             super().__init__(model, ref_model, args, *rest, **others)
         check_model(self)
 
     def _prepare_dataset(self, dataset: Any, processing_class: Any, args: Any, dataset_name: str) -> Any:
         """TRL's, but where the last batch is one example, it is not paired with its own response for z0."""
-        dataset = super()._prepare_dataset(dataset, processing_class, args, dataset_name)
+        if _tokenised(dataset, ("prompt_ids", "completion_ids")):
+            dataset = _with_room(dataset, args.max_length)
+            _check_left(dataset, dataset_name)
+            if self.calculate_KL:
+                dataset = dataset.map(_turned, batched=True, batch_size=args.per_device_train_batch_size)
+        else:
+            dataset = super()._prepare_dataset(dataset, processing_class, args, dataset_name)
+            _check_left(dataset, dataset_name)
         alone = isinstance(dataset, Dataset) and len(dataset) % args.per_device_train_batch_size == 1
         if not (alone and self.calculate_KL):
             return dataset
@@ -251,6 +271,30 @@ class UnpairedTrainer(KTOTrainer):
         )
         loss = (each * losses.class_weight(moments, desirable, self.args.weights)).sum()
         return (loss, plain[1]) if return_outputs else loss
+
+
+def _tokenised(dataset: Any, columns: tuple[str, ...]) -> bool:
+    """Whether the rows hold token ids already; TRL 1.16 would tokenise texts again, and knows no rows without them."""
+    first = next(iter(dataset), None)
+    if first is None:
+        raise InputError("the dataset is empty")
+    return {*columns} <= {*first}
+
+
+def _with_room(dataset: Any, max_length: int | None) -> Any:
+    """Rows whose prompt leaves room for a response, as TRL keeps them."""
+    return dataset if max_length is None else dataset.filter(lambda row: len(row["prompt_ids"]) < max_length)
+
+
+def _check_left(dataset: Any, name: str) -> None:
+    if next(iter(dataset), None) is None:
+        raise InputError(f"the {name} dataset: every prompt fills max_length; nothing is left")
+
+
+def _turned(rows: dict[str, Any]) -> dict[str, Any]:
+    """Each prompt of a batch with the response before its own, for z0."""
+    ids = rows["completion_ids"]
+    return {"KL_completion_ids": ids[-1:] + ids[:-1]}
 
 
 def _directory(model: Any, suffix: str) -> str:

@@ -18,18 +18,19 @@ import datasets
 import torch
 from accelerate import PartialState
 from datasets import Dataset
-from peft import LoraConfig
-from transformers import AutoModelForCausalLM, PrinterCallback, TrainerCallback
+from peft import LoraConfig, PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback, TrainerCallback
 
 from pyengine.checkpoint import load_checkpoint
-from pyengine.errors import InputError, real, whole
+from pyengine.errors import InputError, first_line, real, whole
 from pyengine.integrations.trl import PreferenceConfig, PreferenceTrainer, UnpairedConfig, UnpairedTrainer
 from pyengine.integrations.trl.offline import OfflineConfig, OfflineTrainer, weights_of
 from pyengine.integrations.trl.options import REFERENCE_FREE
+from pyengine.losses import Clamp, Variant
 from pyengine.rewards import Statistics
 from pyengine.rewards.conditioning import OPENRLHF, Conditioning
-from pyengine.training.checkpoints import checkpoint_of
-from pyengine.training.data import raise_all, read_examples, read_file, split
+from pyengine.training.checkpoints import FREE, changed, checkpoint_of
+from pyengine.training.data import Example, encode, raise_all, read_examples, read_file, split
 from pyengine.training.examples import Labelled, Pair, read_preferences
 from pyengine.training.prefix import Shuffled
 from pyengine.training.texts import Texts
@@ -37,6 +38,7 @@ from pyengine.training.texts import Texts
 log = logging.getLogger("pyengine")
 
 Loss = Literal["dpo", "ipo", "hinge", "simpo", "orpo", "kto"]
+EVAL_BATCH = 8  # of a process; one that followed from `accumulate` would change the means over batches
 NOT_SAVED = ("training_args.bin",)  # a pickle
 
 
@@ -116,13 +118,17 @@ def train_preference(
 ) -> dict[str, Any]:
     """Train a policy on preferences into `out`, by default as WPO does; the report, which is out/report.json too.
 
-    model: directory or hub id, safetensors only; it is the reference policy as well. data: JSONL, a line
+    model: directory or hub id, safetensors only; it is the reference policy as well. The directory of an adapter is
+    merged with its base, and all weights are trained; with training.lora it is refused. data: JSONL, a line
     {"prompt", "chosen", "rejected"}, or for "kto" {"prompt", "response", "label"} too; a pair of equal texts is refused
     as `read_preferences` does, one whose tokens are equal within max_length is left out and counted. weights, variant,
     clamp: as in `PreferenceConfig` ("kto" takes weights alone). beta: None is the default of the loss there.
 
     `out` gets the weights, config and tokenizer, or with training.lora the adapter. Until it is finished,
-    out/checkpoints holds what `resume` goes on from. Under `accelerate launch` every process calls this with the same
+    out/checkpoints holds what `resume` goes on from; of a finished run it returns the report. An `out` that holds a
+    model without checkpoints is refused. held_out of the report has means over batches of 8 of each process, in which
+    an incomplete batch counts as a whole one and, with several processes, up to a batch of rows comes twice; z0 of kto
+    is of each such batch. Under `accelerate launch` every process calls this with the same
     arguments.
 
     Raises InputError for options and files that cannot be used, naming file and line.
@@ -131,6 +137,11 @@ def train_preference(
         raise InputError(f"loss must be one of {', '.join(get_args(Loss))}, got {loss!r}")
     if loss == "kto" and not (variant is None and clamp is None):
         raise InputError(f"{'variant' if clamp is None else 'clamp'} is of pairs; kto has weights of single responses")
+    for name, value, known in (("variant", variant, get_args(Variant)), ("clamp", clamp, get_args(Clamp))):
+        if value is not None and value not in known:
+            raise InputError(f"{name} must be one of {', '.join(known)}, got {value!r}")
+        if value is not None and weights == "off":
+            raise InputError(f"{name} (--{name}) is read only with weights, which are off: leave one of the two out")
     details = {"weight_variant": variant, "weight_clamp": clamp}
     options: dict[str, Any] = {"weights": weights, "beta": beta} | details
     options = {name: value for name, value in options.items() if value is not None}
@@ -141,15 +152,27 @@ def train_preference(
     if loss != "kto" and not isinstance(examples[0], Pair):
         raise InputError(f"{data}: loss {loss!r} needs pairs, lines {{'prompt', 'chosen', 'rejected'}}")
     run = _Run(model, data, out, training, {"loss": loss} | options, resume, trust_remote_code)
-    faults = [
-        f"{e.where}: the prompt has {count} tokens, which leaves no room for a response within {run.limit}"
-        for e in examples
-        if (count := len(run.tokenizer(e.prompt, verbose=False).input_ids)) >= run.limit
-    ]
+    if run.finished is not None:
+        return run.finished
+    texts = Texts.of(run.policy, run.tokenizer, Path(model).name)
+    texts.context = None  # what is longer is cut
+    rows, faults = [], []
+    for example in examples:
+        try:
+            rows.append(_tokens(texts, example, run.limit, loss == "kto"))
+        except InputError as error:
+            faults.append(str(error))
     raise_all(faults, len(examples), "lines")
     train, test = split([e.prompt for e in examples], training.held_out, training.seed)
-    rows = _labelled_rows if loss == "kto" else _pair_rows
-    parts = [rows([examples[i] for i in part], training.seed) for part in (train, test)]
+    parts = [[row for i in part for row in rows[i]] for part in (train, test)]
+    if loss == "kto":  # its trainer goes through them in the order in which they come
+        for part in parts:
+            random.Random(training.seed).shuffle(part)
+        if len(parts[1]) == 1:
+            raise InputError(
+                "held_out (--held-out): a single response would be held out, and z0 of kto needs two: give 0, or a "
+                "greater share"
+            )
     config = run.config(kind, **options)
     needs_reference = training.lora is None and loss not in REFERENCE_FREE
     trainer_kind: Any = UnpairedTrainer if loss == "kto" else _Preference
@@ -172,21 +195,32 @@ def train_preference(
         "cut": sum(len(row["prompt_ids"]) + max(len(row[key]) for key in responses) > run.limit for row in kept),
         "beta": config.beta,
     }
-    return run.finish(trainer, report)
+    return run.finish(trainer, report, ("checkpoint_every",) if loss == "kto" else FREE)
 
 
-def _pair_rows(examples: Sequence[Any], seed: int) -> list[dict[str, Any]]:
-    return [{"prompt": e.prompt, "chosen": e.chosen, "rejected": e.rejected} for e in examples]
+def _tokens(texts: Any, example: Pair | Labelled, limit: int, single: bool) -> list[dict[str, Any]]:
+    """The example's rows in the engine's tokens: TRL drops a prompt's last token where one would span the border."""
 
+    def ids(response: str) -> tuple[list[int], list[int]]:
+        found = encode(texts, Example(example.prompt, response, 0.0, where=example.where))
+        return found.ids[: found.start], found.ids[found.start :]
 
-def _labelled_rows(examples: Sequence[Any], seed: int) -> list[dict[str, Any]]:
-    """Single responses in a shuffled order, as KTO's trainer goes through them in the order in which they come."""
-    rows = []
-    for e in examples:
-        found = [(e.response, e.label > 0.5)] if isinstance(e, Labelled) else [(e.chosen, True), (e.rejected, False)]
-        rows += [{"prompt": e.prompt, "completion": text, "label": label} for text, label in found]
-    random.Random(seed).shuffle(rows)
-    return rows
+    if isinstance(example, Labelled):
+        responses = [(example.response, example.label > 0.5)]
+    else:
+        responses = [(example.chosen, True), (example.rejected, False)]
+    known = [ids(text) for text, _ in responses]
+    prompt = known[0][0]
+    if len(prompt) >= limit:
+        raise InputError(
+            f"{example.where}: the prompt has {len(prompt)} tokens, which leaves no room for a response within {limit}"
+        )
+    if not single:
+        return [{"prompt_ids": prompt, "chosen_ids": known[0][1], "rejected_ids": known[1][1]}]
+    return [
+        {"prompt_ids": prompt, "completion_ids": response, "label": label}
+        for (_, response), (_, label) in zip(known, responses, strict=True)
+    ]
 
 
 def train_offline(
@@ -206,24 +240,28 @@ def train_offline(
 ) -> dict[str, Any]:
     """Train a policy on responses with rewards into `out` (2308.12050); the report, which is out/report.json too.
 
-    data: JSONL, a line {"prompt", "response", "reward"}, as `read_examples` takes it. method, beta, threshold, cap,
-    reduction: as in `OfflineConfig`. template: of "ca", "paper" (the default), "openrlhf" or a file that
-    `Conditioning.save` wrote. The statistics of the training rewards, and the template, lie in `out` as
-    reward_statistics.json and conditioning.json. The rest is as for `train_preference`.
+    data: JSONL, a line {"prompt", "response", "reward"}, as `read_examples` takes it; "sft" reads no reward. method,
+    beta, threshold, cap, reduction: as in `OfflineConfig`; gradients are clipped to a norm of 1 with "token_mean", and
+    not with "sum". template: of "ca", "paper" (the default), "openrlhf" or a file that `Conditioning.save` wrote. The
+    statistics of the training rewards, and the template, lie in `out` as reward_statistics.json and conditioning.json.
+    The rest is as for `train_preference`.
     """
-    if template is not None and method != "ca":
-        raise InputError(f"template is read by method 'ca', not by {method!r}")
+    for name, value, reader in (("template", template, "ca"), ("cap", cap, "rwr")):
+        if value is not None and method != reader:
+            raise InputError(f"{name} is read by method {reader!r}, not by {method!r}")
     options: dict[str, Any] = {"method": method, "beta": beta, "threshold": threshold, "weight_cap": cap}
     options = {name: value for name, value in options.items() if value is not None} | {"reduction": reduction}
     conditioning = _conditioning(template) if method == "ca" else None
     settings = options if conditioning is None else options | {"template": asdict(conditioning)}
     run = _Run(model, data, out, training, settings, resume, trust_remote_code)
+    if run.finished is not None:
+        return run.finished
     # A sum over a response's tokens is large at every step: clipped to a norm of 1, all steps would be equally long.
     config = run.config(OfflineConfig, max_grad_norm=0.0 if reduction == "sum" else 1.0, **options)
     texts: Any = Texts.of(run.policy, run.tokenizer, Path(model).name)
-    examples = read_examples(data, texts)
+    examples = read_examples(data, texts, rewarded=method != "sft")
     train, test = split([e.prompt for e in examples], training.held_out, training.seed)
-    statistics = Statistics.of([examples[i].reward for i in train])
+    statistics = None if method == "sft" else Statistics.of([examples[i].reward for i in train])
     parts = [
         [
             {
@@ -249,18 +287,21 @@ def train_offline(
         peft_config=run.adapter(),
         callbacks=list(callbacks),
     )
-    z = torch.tensor(statistics.z([examples[i].reward for i in train]))
-    weight = weights_of(z, method, config.beta, config.threshold, config.weight_cap)
-    report = {
+    report: dict[str, Any] = {
         "examples": len(examples),
         "train": len(trainer.train_dataset),
         "prompts_too_long": len(train) - len(trainer.train_dataset),
         "cut": trainer.cut,
-        "statistics": asdict(statistics),
-        "retained": (weight > 0).double().mean().item(),
-        "mean_z": (weight * z).sum().item() / max(weight.sum().item(), 1e-12),
-        "effective_share": (weight.sum() ** 2 / weight.square().sum().clamp(min=1e-12)).item() / len(weight),
     }
+    if statistics is not None:
+        z = torch.tensor(statistics.z([examples[i].reward for i in train]))
+        weight = weights_of(z, method, config.beta, config.threshold, config.weight_cap)
+        report |= {
+            "statistics": asdict(statistics),
+            "retained": (weight > 0).double().mean().item(),
+            "mean_z": (weight * z).sum().item() / max(weight.sum().item(), 1e-12),
+            "effective_share": (weight.sum() ** 2 / weight.square().sum().clamp(min=1e-12)).item() / len(weight),
+        }
     return run.finish(trainer, report)
 
 
@@ -285,10 +326,15 @@ class _Run:
         trust_remote_code: bool,
     ) -> None:
         self.started = time.perf_counter()
-        self.model, self.out, self.training, self.resume = model, Path(out), training, resume
+        # Absolute: an adapter stores where its base is, and is not always loaded from the same directory.
+        self.model = Path(model).resolve() if Path(model).is_dir() else model
+        self.out, self.training, self.resume = Path(out), training, resume
         self.trust_remote_code = trust_remote_code
         digest = hashlib.blake2b(read_file(data), digest_size=16).hexdigest()
-        self.about = {"model": str(model), "data": digest, "settings": asdict(training) | dict(options)}
+        self.about = {"model": str(self.model), "data": digest, "settings": asdict(training) | dict(options)}
+        self.finished = self._finished()
+        if self.finished is not None:
+            return
         self.policy, self.tokenizer = self.load()
         if self.tokenizer.eos_token is None:
             raise InputError(f"model {model}: its tokenizer has no EOS token, and a response must end with one")
@@ -297,9 +343,54 @@ class _Run:
         if not sys.stderr.isatty():
             datasets.disable_progress_bars()
 
+    def _finished(self) -> dict[str, Any] | None:
+        """The report of this very run, if `out` holds it whole; InputError for what training there would overwrite."""
+        if self.out.resolve() == self.model:
+            raise InputError(f"{self.out} is the model that is trained: give another directory for the result")
+        left = sorted(file.name for pattern in ("report.json", "*.safetensors") for file in self.out.glob(pattern))
+        if not left or any(self.out.glob("checkpoints/checkpoint-*")):
+            return None
+        if not (self.resume and "report.json" in left):
+            raise InputError(f"{self.out} holds {left[0]} of an earlier run: give another directory, or empty it")
+        try:
+            report: dict[str, Any] = json.loads((self.out / "report.json").read_bytes())
+            others = changed(report, self.about)
+        except (ValueError, KeyError, TypeError) as error:
+            raise InputError(f"{self.out / 'report.json'} is no report of such a run") from error
+        if others:
+            raise InputError(f"{self.out} holds a finished run with another {' and '.join(others)}")
+        log.warning("%s: this run is finished", self.out)
+        return report
+
     def load(self) -> tuple[Any, Any]:
-        """In fp32: an update at these rates is lost in bf16, whose steps near 0.1 are 5e-4."""
-        return load_checkpoint(AutoModelForCausalLM, "model", self.model, self.trust_remote_code, dtype=torch.float32)
+        """In fp32: an update at these rates is lost in bf16, whose steps near 0.1 are 5e-4. Adapters are merged."""
+        how: dict[str, Any] = {"trust_remote_code": self.trust_remote_code, "dtype": torch.float32}
+        adapted = f"model {self.model}: an adapter"
+        config = Path(self.model) / "adapter_config.json"
+        if not config.is_file():
+            model, tokenizer = load_checkpoint(AutoModelForCausalLM, "model", self.model, **how)
+            if getattr(model, "_hf_peft_config_loaded", False):
+                raise InputError(f"{adapted}; download it, and give its directory")
+            return model, tokenizer
+        if self.training.lora is not None:
+            raise InputError(
+                f"{adapted}, and another would be stored without it: merge it into its base first (peft: "
+                "merge_and_unload, then save_pretrained), or train all weights, without lora"
+            )
+        if not config.with_name("adapter_model.safetensors").is_file():
+            raise InputError(f"{adapted} without adapter_model.safetensors")
+        try:
+            base = str(json.loads(config.read_bytes())["base_model_name_or_path"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise InputError(f"{adapted}, whose {config.name} names no base") from error
+        model, tokenizer = load_checkpoint(AutoModelForCausalLM, f"{adapted}; its base", base, **how)
+        if config.with_name("tokenizer_config.json").is_file():
+            tokenizer = AutoTokenizer.from_pretrained(self.model, trust_remote_code=self.trust_remote_code)
+        try:
+            merged: Any = PeftModel.from_pretrained(model, str(self.model)).merge_and_unload()
+        except Exception as error:  # of another shape, of a kind that cannot be merged, of another peft
+            raise InputError(f"{adapted} that does not go into {base}: {first_line(error)}") from error
+        return merged.requires_grad_(True), tokenizer  # peft has frozen the base
 
     def config(self, kind: Any, **options: Any) -> Any:
         """TRL's settings; the batch is shared by processes and accumulation, so that any number does the same."""
@@ -332,7 +423,13 @@ class _Run:
                 f"a batch of {training.batch} cannot be shared by {config.world_size} processes that accumulate "
                 f"{training.accumulate} parts each; make it a multiple of {shares}"
             )
-        config.per_device_train_batch_size = config.per_device_eval_batch_size = each
+        if issubclass(kind, UnpairedConfig) and each < 2:
+            raise InputError(
+                f"batch (--batch): {training.batch} in {shares} parts leaves one response a part, and z0 of kto needs "
+                f"two: give at least {2 * shares}, or fewer parts (--accumulate)"
+            )
+        config.per_device_train_batch_size = each
+        config.per_device_eval_batch_size = EVAL_BATCH
         config._n_gpu = 1  # one process, one device; more need `accelerate launch`
         return config
 
@@ -342,10 +439,10 @@ class _Run:
             return None
         return LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM")
 
-    def finish(self, trainer: Any, report: dict[str, Any]) -> dict[str, Any]:
-        """Train, evaluate, save and report."""
+    def finish(self, trainer: Any, report: dict[str, Any], free: tuple[str, ...] = FREE) -> dict[str, Any]:
+        """Train, evaluate, save and report; free: settings with which a run may go on."""
         trainer.remove_callback(PrinterCallback)  # stdout is for results
-        checkpoint = checkpoint_of(self.out, self.about, self.resume)
+        checkpoint = checkpoint_of(self.out, self.about, self.resume, free)
         outcome = trainer.train(resume_from_checkpoint=checkpoint)
         held_out = trainer.evaluate() if trainer.eval_dataset is not None else {}
         trainer.save_model(str(self.out))
