@@ -16,7 +16,7 @@ demo: $(READY)
 
 # Two files at a time: a test keeps to one thread.
 test: lint
-	$(BIN)/pytest -n 2 --dist loadfile
+	$(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder
 	$(BIN)/pytest bench --benchmark-disable -k "not peers"
 
 lint: $(READY)

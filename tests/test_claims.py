@@ -89,7 +89,7 @@ def test_offline_trainers_are_measured_beside_their_predictions(rows):
     assert figures["RWR"]["predicted"] == pytest.approx(np.average(z, weights=np.exp(z / 5)))
     assert figures["base"]["z"] < figures["FA"]["z"] < figures["FA"]["predicted"]
     assert [asked for asked, *_ in figures["curve"]] == [-5, 0, 5]
-    assert len(rows["O4"].checks) == 4
+    assert len(rows["O4"].checks) == 6
 
 
 def raised(row):

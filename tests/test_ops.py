@@ -34,7 +34,7 @@ def every_op(device="cpu"):
     out["logits_logprob"] = (*fields, *torch.autograd.grad(fields.logp.sum(), logits))
     fields = ops.linear_logprob(hidden, weight, target)
     out["linear_logprob"] = (*fields, *torch.autograd.grad(fields.logp.sum(), (hidden, weight)))
-    loss, losses, _ = ops.linear_preference(hidden, weight, target, simpo)
+    loss, losses, *_ = ops.linear_preference(hidden, weight, target, simpo)
     out["linear_preference"] = (loss, losses, *torch.autograd.grad(loss, (hidden, weight)))
     return out
 
