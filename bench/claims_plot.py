@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import contextmanager
 from pathlib import Path
 
 import matplotlib
@@ -45,18 +46,24 @@ def wins(axis, noises):
     axis.set_title("World C: two rewards at odds", fontsize=9)
 
 
-def draw(report) -> Path:
-    """Both panels, all of them exact."""
-    figures = {row["id"]: row["figures"] for row in report["claims"]}
+@contextmanager
+def panels(report, file: Path):
+    """The report's figures by claim, and two axes of the file to draw them on."""
     figure, axes = plt.subplots(1, 2, figsize=(10, 4))
-    curves(axes[0], figures["C2"]["curves"])
-    wins(axes[1], figures["L2"]["curves"])
+    yield {row["id"]: row["figures"] for row in report["claims"]}, axes
     for axis in axes:
         axis.grid(alpha=0.3)
         axis.legend(frameon=False, fontsize=7)
     figure.tight_layout()
-    figure.savefig(SVG, metadata={"Date": None})
+    figure.savefig(file, metadata={"Date": None})
     plt.close(figure)
+
+
+def draw(report) -> Path:
+    """Both panels, all of them exact."""
+    with panels(report, SVG) as (figures, axes):
+        curves(axes[0], figures["C2"]["curves"])
+        wins(axes[1], figures["L2"]["curves"])
     return SVG
 
 
@@ -81,20 +88,14 @@ def sampled(axis, lines):
 
 def draw_reviews(report) -> Path:
     """Both panels through the engine on the embedded review model."""
-    figures = {row["id"]: row["figures"] for row in report["claims"]}
-    figure, axes = plt.subplots(1, 2, figsize=(10, 4))
-    for axis, name, reward, title in (
-        (axes[0], "R1", "exact sentiment", "Reviews: scorers trained from scratch"),
-        (axes[1], "R2", "log(T / 128)", "Reviews: length, K = 6 and best-of-50"),
-    ):
-        sampled(axis, figures[name]["curves"])
-        axis.set_ylabel(reward)
-        axis.set_title(title, fontsize=9)
-        axis.grid(alpha=0.3)
-        axis.legend(frameon=False, fontsize=7)
-    figure.tight_layout()
-    figure.savefig(REVIEWS, metadata={"Date": None})
-    plt.close(figure)
+    with panels(report, REVIEWS) as (figures, axes):
+        for axis, name, reward, title in (
+            (axes[0], "R1", "exact sentiment", "Reviews: scorers trained from scratch"),
+            (axes[1], "R2", "log(T / 128)", "Reviews: length, K = 6 and best-of-50"),
+        ):
+            sampled(axis, figures[name]["curves"])
+            axis.set_ylabel(reward)
+            axis.set_title(title, fontsize=9)
     return REVIEWS
 
 
@@ -127,16 +128,9 @@ def scores(axis, exact, reviews):
 
 def draw_training(report) -> Path:
     """WPO and its control over epochs; what conditional alignment makes of the score."""
-    figures = {row["id"]: row["figures"] for row in report["claims"]}
-    figure, axes = plt.subplots(1, 2, figsize=(10, 4))
-    epochs(axes[0], figures["W2"]["curves"])
-    scores(axes[1], figures["O2"]["curve"], figures["O4"]["curve"])
-    for axis in axes:
-        axis.grid(alpha=0.3)
-        axis.legend(frameon=False, fontsize=7)
-    figure.tight_layout()
-    figure.savefig(TRAINING, metadata={"Date": None})
-    plt.close(figure)
+    with panels(report, TRAINING) as (figures, axes):
+        epochs(axes[0], figures["W2"]["curves"])
+        scores(axes[1], figures["O2"]["curve"], figures["O4"]["curve"])
     return TRAINING
 
 

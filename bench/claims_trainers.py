@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 import tempfile
-import time
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -17,11 +16,20 @@ from typing import Any
 
 import numpy as np
 import torch
-from claims_reviews import CAP, ERRORS, TEST, TRAIN, log_ratios, on_one_thread, policy, rollouts
-from claims_rig import SEED, Row, Sizes
-from transformers import AutoModelForCausalLM, PrinterCallback
+from claims_reviews import (
+    CAP,
+    ERRORS,
+    TEST,
+    TRAIN,
+    copy_trained_by,
+    log_ratios,
+    on_one_thread,
+    policy,
+    rollouts,
+    settings,
+)
+from claims_rig import Row, Sizes
 
-import pyengine
 from pyengine import Engine, SamplingParams
 from pyengine.losses import fa_weight, rwr_weight
 from pyengine.results import Result
@@ -43,39 +51,6 @@ LIKELIHOOD = SORTED | {"learning_rate": 5e-4, "per_device_train_batch_size": 16,
 CONDITIONAL = SORTED | {"learning_rate": 2e-3, "per_device_train_batch_size": 4, "num_train_epochs": 2}
 CONDITIONAL |= {"reduction": "token_mean"}
 PREFERENCE = {"learning_rate": 5e-4, "per_device_train_batch_size": 16, "beta": 0.1}
-
-
-def tuned(make: Callable[[Any, str], Any]) -> tuple[Engine, float]:
-    """An engine on what the trainer `make(model, directory)` trains, and the seconds of it."""
-    from datasets import disable_progress_bars
-
-    disable_progress_bars()
-    start = time.perf_counter()
-    with tempfile.TemporaryDirectory() as scratch:
-        trainer = make(AutoModelForCausalLM.from_pretrained(pyengine.embedded("policy")), scratch)
-        trainer.remove_callback(PrinterCallback)  # stdout is for results
-        trainer.train()
-        trainer.model.save_pretrained(Path(scratch) / "tuned")
-        policy().tokenizer.save_pretrained(Path(scratch) / "tuned")
-        engine = Engine.from_pretrained(Path(scratch) / "tuned", cache_gb=1, max_rows=1024)
-    return engine, time.perf_counter() - start
-
-
-def settings(directory: str) -> dict[str, Any]:
-    """What all runs share."""
-    return {
-        "output_dir": directory,
-        "max_length": None,
-        "gradient_checkpointing": False,  # TRL's default; it costs a third of the time and these models need no memory
-        "lr_scheduler_type": "cosine",
-        "num_train_epochs": 1,
-        "seed": SEED,
-        "use_cpu": True,
-        "bf16": False,
-        "disable_tqdm": True,
-        "report_to": [],
-        "save_strategy": "no",
-    }
 
 
 def drawn(engine: Engine, count: int, score: float | None = None) -> list[Result]:
@@ -138,7 +113,7 @@ def o4(sizes: Sizes) -> Row:
                 conditioning=TEMPLATE if method == "ca" else None,
             )
 
-        engine, row.figures[f"{method} seconds"] = tuned(make)
+        engine, row.figures[f"{method} seconds"] = copy_trained_by(make)
         return engine
 
     def standardised(results: list[Result]) -> np.ndarray:
@@ -226,7 +201,7 @@ def w4(sizes: Sizes) -> Row:
                     processing_class=policy().tokenizer,
                 )
 
-            engine, seconds = tuned(make)
+            engine, seconds = copy_trained_by(make)
             results = drawn(engine, n)
             reward = mean_and_error(np.array([reviews.sentiment_of(r.text) for r in results]))
             kl = mean_and_error(log_ratios(results))
