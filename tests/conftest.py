@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may reach for a hub
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -114,6 +116,28 @@ def embedded_engine():
 def engine(embedded_engine):
     yield embedded_engine
     embedded_engine.set_scorer(None)
+
+
+@pytest.fixture
+def in_two_processes(tmp_path):
+    """`pyengine` with these arguments through `accelerate launch` on two CPU processes; gives its stdout."""
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
+    launch += ["--main_process_port", "0", "-m", "pyengine"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "CUDA_VISIBLE_DEVICES": ""}
+
+    def run(*arguments):
+        done = subprocess.run(
+            [*launch, *map(str, arguments)],
+            cwd=tmp_path,
+            env=environment,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    return run
 
 
 def _instruction_sets():

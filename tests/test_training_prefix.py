@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import random
 import statistics
 import subprocess
@@ -230,24 +229,12 @@ def test_a_killed_run_resumes_to_the_same_bits(small, model_dirs, tmp_path):
     assert not (out / "checkpoints").exists()
 
 
-def test_two_processes_give_what_one_gives(small, model_dirs, tmp_path):
+def test_two_processes_give_what_one_gives(small, model_dirs, tmp_path, in_two_processes):
     """Through `accelerate launch` on CPUs; 37 examples do not divide into batches of 8."""
     data = tmp_path / "data.jsonl"
     write_examples(data, words_examples(37))
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
-    command += ["--main_process_port", "0", "-m", "pyengine", "train", "scorer", "--method", "cd-q"]
-    options = ["--data", str(data), "--model", str(model_dirs["llama"]), "--epochs", "2", "--batch", "8"]
-    options += ["--width", "16", "--held-out", "0"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(
-        [*command, *options, "--out", str(tmp_path / "two")],
-        cwd=tmp_path,
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
+    options = ["--data", data, "--model", model_dirs["llama"], "--epochs", 2, "--batch", 8, "--width", 16]
+    in_two_processes("train", "scorer", "--method", "cd-q", *options, "--held-out", 0, "--out", tmp_path / "two")
     settings = PrefixTraining("cd-q", epochs=2, batch=8, width=16, held_out=0.0)
     report = train_prefix_scorer(small[0], read_examples(data, small[0]), tmp_path / "one", settings)
     both = json.loads((tmp_path / "two" / "report.json").read_text())

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import copy
 import json
-import os
 import random
 import statistics
-import subprocess
 import sys
 
 import pytest
@@ -208,24 +206,13 @@ def test_a_run_that_was_stopped_resumes_to_the_same_bits(base, tmp_path):
     assert not (tmp_path / "stopped" / "checkpoints").exists()
 
 
-def test_two_processes_give_what_one_gives(base, model_dirs, tmp_path):
+def test_two_processes_give_what_one_gives(base, model_dirs, tmp_path, in_two_processes):
     """Through `accelerate launch` on CPUs, from a layer above which the trunk gets no gradient."""
     data = tmp_path / "data.jsonl"
     write_examples(data, words_examples(21))
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
-    command += ["--main_process_port", "0", "-m", "pyengine", "train", "scorer", "--method", "cd-q"]
-    options = ["--data", str(data), "--model", str(model_dirs["llama"]), "--epochs", "2", "--batch", "8"]
-    options += ["--width", "16", "--held-out", "0", "--layer", "2", "--trunk", "copy", "--trunk-lr", "1e-4"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(
-        [*command, *options, "--out", str(tmp_path / "two")],
-        cwd=tmp_path,
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
+    options = ["--data", data, "--model", model_dirs["llama"], "--epochs", 2, "--batch", 8, "--width", 16]
+    options += ["--held-out", 0, "--layer", 2, "--trunk", "copy", "--trunk-lr", 1e-4]
+    in_two_processes("train", "scorer", "--method", "cd-q", *options, "--out", tmp_path / "two")
     settings = PrefixTraining("cd-q", **QUICK | {"layer": 2, "trunk_lr": 1e-4})
     train_prefix_scorer(base, read_examples(data, base), tmp_path / "one", settings)
     assert json.loads((tmp_path / "two" / "report.json").read_text())["processes"] == 2

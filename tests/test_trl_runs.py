@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
-import subprocess
 import sys
 
 import pytest
@@ -169,24 +167,13 @@ def test_a_used_directory(model_dirs, tmp_path):
     assert (out / "model.safetensors").stat().st_mtime_ns == before
 
 
-def test_two_processes_give_what_one_gives(model_dirs, tmp_path):
+def test_two_processes_give_what_one_gives(model_dirs, tmp_path, in_two_processes):
     """LoRA under WPO, through `accelerate launch` on CPUs; 21 pairs do not divide into batches of 8."""
     data = write(tmp_path / "pairs.jsonl", pairs(21))
     options = ["preference", str(data), "--model", str(model_dirs["llama"]), "--lora", "4", "--held-out", "0"]
     options += ["--batch", "8", "--lr", "1e-2", "--accumulate"]
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
-    launch += ["--main_process_port", "0", "-m", "pyengine", "train"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(
-        [*launch, *options, "1", "--out", str(tmp_path / "two")],
-        cwd=tmp_path,
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    both, one = json.loads(done.stdout.splitlines()[-1]), command(*options, "2", "--out", tmp_path / "one")
+    said = in_two_processes("train", *options, 1, "--out", tmp_path / "two")
+    both, one = json.loads(said.splitlines()[-1]), command(*options, "2", "--out", tmp_path / "one")
     assert (both["processes"], both["steps"], both["beta"]) == (2, one["steps"], one["beta"])
     assert both["training_loss"] == pytest.approx(one["training_loss"], rel=1e-4)
     names = {file.name for file in (tmp_path / "two").iterdir()}
