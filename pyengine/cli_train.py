@@ -144,10 +144,10 @@ def _rollouts(
     rollouts.json beside it says how they were made, and a resumed run must want the same. Each of several processes
     draws them all: equal seeds, equal roll-outs.
     """
-    import hashlib
     from itertools import cycle, islice
 
     from pyengine.training.data import read_examples, read_prompts, roll_out, write_examples
+    from pyengine.training.shards import digest_of
     from pyengine.worlds import reviews
 
     file, about = out / "rollouts.jsonl", out / "rollouts.json"
@@ -156,7 +156,7 @@ def _rollouts(
     wanted = {
         "model": model or "embedded",
         "reward": reward,
-        "prompts": hashlib.blake2b(json.dumps(texts).encode(), digest_size=16).hexdigest(),
+        "prompts": digest_of(json.dumps(texts).encode()),
         "max_tokens": max_tokens,
         "seed": seed,
         "count": count,

@@ -73,9 +73,7 @@ class Engine:
                 f"{len(tokenizer)}: they do not belong together"
             )
         self.context: int | None = getattr(config, "max_position_embeddings", None)
-        eos = model.generation_config.eos_token_id if model.generation_config else None
-        eos = config.eos_token_id if eos is None else eos
-        self.eos = frozenset(eos if isinstance(eos, list) else [] if eos is None else [eos])
+        self.eos = ends_of(model)
         self._busy = False
         budget = None if cache_gb is None else 1e9 * real(cache_gb, "Engine: cache_gb", 0)
         self._decoder = choose_decoder(model, (), max_rows, budget)
@@ -404,6 +402,14 @@ class Engine:
             seed=request.given_seed,
             blocks=request.blocks,
         )
+
+
+def ends_of(model: Any) -> frozenset[int]:
+    """The tokens that end a response of this model; none where neither generation_config nor config names one."""
+    eos = model.generation_config.eos_token_id if model.generation_config else None
+    if eos is None:
+        eos = model.config.get_text_config(decoder=True).eos_token_id
+    return frozenset(eos if isinstance(eos, list) else [] if eos is None else [eos])
 
 
 def _check_budget(sampling: Sequence[SamplingParams]) -> None:

@@ -60,7 +60,7 @@ def directory_of(out: Path) -> Path:
 
 
 def digest_of(data: bytes) -> str:
-    """What stands for bytes in `Job.pins`."""
+    """What stands for bytes where a run states what it is made of, as in `Job.pins`."""
     return hashlib.blake2b(data, digest_size=16).hexdigest()
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-from pyengine.engine import Engine
+from pyengine.engine import Engine, ends_of
 
 
 class Named(NamedTuple):
@@ -32,7 +32,4 @@ class Texts:
     def of(cls, model: Any, tokenizer: Any, name: str) -> Texts:
         """As an engine of this model of transformers would have them."""
         config = model.config.get_text_config(decoder=True)
-        eos = model.generation_config.eos_token_id if model.generation_config else None
-        eos = config.eos_token_id if eos is None else eos
-        ids = frozenset(eos if isinstance(eos, list) else [] if eos is None else [eos])
-        return cls(tokenizer, ids, getattr(config, "max_position_embeddings", None), f"model {name!r}")
+        return cls(tokenizer, ends_of(model), getattr(config, "max_position_embeddings", None), f"model {name!r}")

@@ -22,7 +22,7 @@ from trl.trainer import sft_trainer
 from pyengine import losses
 from pyengine.errors import InputError, real
 from pyengine.integrations.trl.head import Recorder, check_methods, in_place_of, moments_of
-from pyengine.integrations.trl.options import check_model, check_options, given
+from pyengine.integrations.trl.options import NO_ROOM, check_model, check_options, first_row, given
 from pyengine.rewards import Statistics
 from pyengine.rewards.conditioning import Conditioning
 from pyengine.training.data import Example, encode
@@ -110,7 +110,7 @@ class OfflineTrainer(SFTTrainer):
     def _prepare_dataset(
         self, dataset: Any, processing_class: Any, args: Any, packing: bool, formatting_func: Any, dataset_name: str
     ) -> Any:
-        first = next(iter(dataset))
+        first = first_row(dataset, dataset_name)
         if not {"weight", "input_ids"} <= set(first):
             lacking = [key for key in ("prompt", "completion") if key not in first]
             lacking += ["reward"] * ("reward" not in first and args.method != "sft")
@@ -141,10 +141,8 @@ class OfflineTrainer(SFTTrainer):
                     log.warning("the %s dataset: %d responses are cut at %d tokens", dataset_name, cut, args.max_length)
         before = len(dataset) if isinstance(dataset, Dataset) else 0
         dataset = super()._prepare_dataset(dataset, processing_class, args, packing, formatting_func, dataset_name)
-        if isinstance(dataset, Dataset) and len(dataset) < before:
-            lost = before - len(dataset)
-            if not len(dataset):
-                raise InputError(f"the {dataset_name} dataset: every prompt fills max_length; nothing is left")
+        first_row(dataset, dataset_name, NO_ROOM)
+        if isinstance(dataset, Dataset) and (lost := before - len(dataset)) > 0:
             log.warning("the %s dataset: %d prompts fill max_length and are left out", dataset_name, lost)
         return dataset
 

@@ -32,6 +32,7 @@ READ_WHERE = {
     "ref_model_sync_steps": ("sync_ref_model", True),
     "f_alpha_divergence_coef": ("f_divergence_type", "alpha_divergence"),
 }
+NO_ROOM = "every prompt fills max_length; nothing is left"  # what an empty data set may be due to
 REFERENCE_OPTIONS = ("precompute_ref_log_probs", "sync_ref_model")
 
 
@@ -39,6 +40,14 @@ def given(args: Any, names: Iterable[str]) -> list[str]:
     """Which of these options have another value than their default."""
     defaults = {f.name: f.default if f.default_factory is MISSING else f.default_factory() for f in fields(args)}
     return [name for name in names if name in defaults and getattr(args, name) != defaults[name]]
+
+
+def first_row(dataset: Any, name: str, otherwise: str = "it is empty") -> Any:
+    """The first row of a data set of this name; InputError where there is none."""
+    row = next(iter(dataset), None)
+    if row is None:
+        raise InputError(f"the {name} dataset: {otherwise}")
+    return row
 
 
 def paired_loss(args: Any) -> PairedLoss | None:

@@ -24,10 +24,12 @@ from pyengine.errors import InputError
 from pyengine.integrations.trl.head import PairedOutput, Recorder, check_methods, in_place_of, moments_of
 from pyengine.integrations.trl.options import (
     BETAS,
+    NO_ROOM,
     REFERENCE_FREE,
     check_model,
     check_options,
     check_unpaired,
+    first_row,
     paired_loss,
 )
 
@@ -109,11 +111,11 @@ class PreferenceTrainer(DPOTrainer):
 
     def _prepare_dataset(self, dataset: Any, processing_class: Any, args: Any, dataset_name: str) -> Any:
         keep_start = args.truncation_mode == "keep_start"
-        if not _tokenised(dataset, ("prompt_ids", "chosen_ids", "rejected_ids")):
+        if not _tokenised(dataset, dataset_name, "prompt_ids", "chosen_ids", "rejected_ids"):
             dataset = super()._prepare_dataset(dataset, processing_class, args, dataset_name)
         elif keep_start:
             dataset = _with_room(dataset, args.max_length)
-        _check_left(dataset, dataset_name)
+        first_row(dataset, dataset_name, NO_ROOM)
         read = slice(args.max_length) if keep_start else slice(-(args.max_length or 0), None)
 
         def distinct(row: Mapping[str, Any]) -> bool:
@@ -222,14 +224,14 @@ class UnpairedTrainer(KTOTrainer):
 
     def _prepare_dataset(self, dataset: Any, processing_class: Any, args: Any, dataset_name: str) -> Any:
         """TRL's, but where the last batch is one example, it is not paired with its own response for z0."""
-        if _tokenised(dataset, ("prompt_ids", "completion_ids")):
+        if _tokenised(dataset, dataset_name, "prompt_ids", "completion_ids"):
             dataset = _with_room(dataset, args.max_length)
-            _check_left(dataset, dataset_name)
+            first_row(dataset, dataset_name, NO_ROOM)
             if self.calculate_KL:
                 dataset = dataset.map(_turned, batched=True, batch_size=args.per_device_train_batch_size)
         else:
             dataset = super()._prepare_dataset(dataset, processing_class, args, dataset_name)
-            _check_left(dataset, dataset_name)
+            first_row(dataset, dataset_name, NO_ROOM)
         alone = isinstance(dataset, Dataset) and len(dataset) % args.per_device_train_batch_size == 1
         if not (alone and self.calculate_KL):
             return dataset
@@ -273,22 +275,14 @@ class UnpairedTrainer(KTOTrainer):
         return (loss, plain[1]) if return_outputs else loss
 
 
-def _tokenised(dataset: Any, columns: tuple[str, ...]) -> bool:
+def _tokenised(dataset: Any, name: str, *columns: str) -> bool:
     """Whether the rows hold token ids already; TRL 1.16 would tokenise texts again, and knows no rows without them."""
-    first = next(iter(dataset), None)
-    if first is None:
-        raise InputError("the dataset is empty")
-    return {*columns} <= {*first}
+    return {*columns} <= {*first_row(dataset, name)}
 
 
 def _with_room(dataset: Any, max_length: int | None) -> Any:
     """Rows whose prompt leaves room for a response, as TRL keeps them."""
     return dataset if max_length is None else dataset.filter(lambda row: len(row["prompt_ids"]) < max_length)
-
-
-def _check_left(dataset: Any, name: str) -> None:
-    if next(iter(dataset), None) is None:
-        raise InputError(f"the {name} dataset: every prompt fills max_length; nothing is left")
 
 
 def _turned(rows: dict[str, Any]) -> dict[str, Any]:

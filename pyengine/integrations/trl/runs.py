@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import random
@@ -33,6 +32,7 @@ from pyengine.training.checkpoints import FREE, changed, checkpoint_of
 from pyengine.training.data import Example, encode, raise_all, read_examples, read_file, split
 from pyengine.training.examples import Labelled, Pair, read_preferences
 from pyengine.training.prefix import Shuffled
+from pyengine.training.shards import digest_of
 from pyengine.training.texts import Texts
 
 log = logging.getLogger("pyengine")
@@ -330,8 +330,11 @@ class _Run:
         self.model = Path(model).resolve() if Path(model).is_dir() else model
         self.out, self.training, self.resume = Path(out), training, resume
         self.trust_remote_code = trust_remote_code
-        digest = hashlib.blake2b(read_file(data), digest_size=16).hexdigest()
-        self.about = {"model": str(self.model), "data": digest, "settings": asdict(training) | dict(options)}
+        self.about = {
+            "model": str(self.model),
+            "data": digest_of(read_file(data)),
+            "settings": asdict(training) | dict(options),
+        }
         self.finished = self._finished()
         if self.finished is not None:
             return
