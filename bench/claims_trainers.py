@@ -54,10 +54,7 @@ PREFERENCE = {"learning_rate": 5e-4, "per_device_train_batch_size": 16, "beta": 
 
 
 def drawn(engine: Engine, count: int, score: float | None = None) -> list[Result]:
-    """`count` responses to the test prompts in turn, asked for the score where there is one; a seed for each.
-
-    Equal seeds after different prompts draw alike, and means over them vary more than those of independent responses.
-    """
+    """`count` responses to the test prompts in turn, asked for the score where there is one; a seed for each."""
     prompts = [TEST[i % len(TEST)] for i in range(count)]
     if score is not None:
         prompts = [TEMPLATE.prompt(prompt, score) for prompt in prompts]
