@@ -18,7 +18,8 @@ import transformers
 from transformers import DynamicCache
 
 from pyengine import ops
-from pyengine.decoder import BranchingDecoder, Prompt, quick_products
+from pyengine.decoder import BranchingDecoder, Prompt
+from pyengine.ops.linear import quick_products
 
 TESTS = ("cache", "decoder", "tree_attention")
 TOKENS = 16

@@ -11,6 +11,7 @@
 #include <type_traits>
 #include <vector>
 
+#include "cpu/linear.h"
 #include "cpu/linear_logprob.h"
 #include "cpu/select_block.h"
 #include "cpu/tilt.h"
@@ -20,9 +21,9 @@
 #endif
 
 namespace py = pybind11;
+using pyengine::DotKernels;
 using pyengine::DType;
 using pyengine::LogprobKernels;
-using pyengine::SelectKernels;
 using pyengine::TiltKernels;
 using pyengine::TreeKernels;
 
@@ -212,6 +213,20 @@ void logit_gradient(int64_t rows, int64_t cols, int64_t start, py::handle tile, 
                            by_logp.as<float>(), by_entropy.as<float>(), out.as<float>(), out.stride[0]);
 }
 
+// x, weight, bias (or None) and out fp32 and contiguous.
+void linear(int64_t rows, int64_t outputs, int64_t width, py::handle x, py::handle weight, py::handle bias,
+            py::handle out, int threads, const char* isa) {
+  pyengine::LinearArgs args{};
+  args.rows = rows, args.outputs = outputs, args.width = width;
+  args.x = static_cast<const float*>(address(x));
+  args.weight = static_cast<const float*>(address(weight));
+  args.bias = bias.is_none() ? nullptr : static_cast<const float*>(address(bias));
+  args.out = static_cast<float*>(address(out));
+  const DotKernels& kernels = available(pyengine::dot_kernels, isa);
+  py::gil_scoped_release release;
+  pyengine::linear(args, kernels, threads);
+}
+
 void select_block(int64_t batch, int64_t candidates, int64_t heads, py::handle scores, py::handle hidden,
                   int type, int64_t width, py::handle probe, py::handle weights, py::handle reference,
                   bool lsc, double beta, py::handle seed, py::handle position, py::handle index,
@@ -234,7 +249,7 @@ void select_block(int64_t batch, int64_t candidates, int64_t heads, py::handle s
   args.index = static_cast<int64_t*>(address(index));
   args.probability = static_cast<float*>(address(probability));
   args.utility = static_cast<float*>(address(utility));
-  const SelectKernels& kernels = available(pyengine::select_kernels, isa);
+  const DotKernels& kernels = available(pyengine::dot_kernels, isa);
   py::gil_scoped_release release;
   pyengine::select_block(args, kernels, threads);
 }
@@ -333,6 +348,7 @@ PYBIND11_MODULE(_C, m) {
                     const char*>())
       .def("run", &TreeCall::run);
   m.def("select_block", &select_block);
+  m.def("linear", &linear);
   m.attr("TILT_STATE") = untouched_state();
   m.def(
       "instruction_set", [](const char* isa) { return available(pyengine::tilt_kernels, isa).name; },

@@ -12,9 +12,9 @@ decoder.commit(rows)                   # the winners join their prefixes; prompt
 from __future__ import annotations
 
 import inspect
-from collections.abc import Hashable, Iterator
-from contextlib import ExitStack, contextmanager
-from functools import cache, partial
+from collections.abc import Hashable
+from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -24,6 +24,7 @@ from torch import Tensor
 from pyengine.attention import Decode, Extend, Options, Pass, Span, hooked, running
 from pyengine.cache import BranchingCache, Sequence
 from pyengine.errors import InputError
+from pyengine.ops.linear import quick_products
 from pyengine.ops.tree_attention import prepare
 from pyengine.reference import Tree
 from pyengine.scorers.base import Hidden
@@ -337,44 +338,6 @@ class BranchingDecoder:
             logits = logits if keep else logits[rows]
             hidden = {layer: h[rows] for layer, h in hidden.items()}
         return Frontier(logits, hidden)
-
-
-@contextmanager
-def quick_products(model: Any) -> Iterator[None]:
-    """Inside, fp32 linear layers go to oneDNN on CPUs that are not Intel's.
-
-    torch sends them to MKL, which takes 1.1 to 3 times as long there (Zen 4, 1 to 1,024 rows). Torch's own compiler
-    calls the same operator. To be removed when torch chooses so itself (aten/src/ATen/native/Linear.cpp).
-    """
-    layers = []
-    if torch.backends.mkldnn.is_available() and torch.backends.mkl.is_available() and not _made_by_intel():
-        layers = [
-            layer
-            for layer in model.modules()
-            if type(layer) is torch.nn.Linear
-            and layer.weight.dtype == torch.float32
-            and layer.weight.device.type == "cpu"
-            and "forward" not in vars(layer)  # somebody else's hook
-        ]
-    for layer in layers:
-        layer.forward = partial(_product, layer)  # type: ignore[method-assign]
-    try:
-        yield
-    finally:
-        for layer in layers:
-            del layer.forward
-
-
-def _product(layer: torch.nn.Linear, x: Tensor) -> Tensor:
-    return torch.ops.mkldnn._linear_pointwise(x, layer.weight, layer.bias, "none", [], "")
-
-
-@cache
-def _made_by_intel() -> bool:
-    try:
-        return "GenuineIntel" in Path("/proc/cpuinfo").read_text()
-    except OSError:
-        return True  # unknown: as torch does
 
 
 def _layer_shapes(model: Any) -> list[tuple[int, int]]:

@@ -4,7 +4,6 @@
 #include <cmath>
 #include <vector>
 
-#include "dispatch.h"
 #include "team.h"
 
 namespace pyengine {
@@ -14,14 +13,14 @@ namespace {
 float log_sigmoid(float x) { return std::min(x, 0.0f) - std::log1p(std::exp(-std::abs(x))); }
 
 // The row's scores [candidates, heads]; `scratch` holds those that a probe makes.
-const float* scores_of(const SelectArgs& a, const SelectKernels& kernels, int64_t row,
+const float* scores_of(const SelectArgs& a, const DotKernels& kernels, int64_t row,
                        std::vector<float>& scratch) {
   if (a.scores) return a.scores + row * a.candidates * a.heads;
   const int64_t at = row * a.hidden_stride_row;
   const char* hidden = static_cast<const char*>(a.hidden) + at * (a.hidden_type == DType::f32 ? 4 : 2);
   scratch.resize(size_t(a.candidates * a.heads));
   kernels.dots(hidden, a.hidden_type, a.hidden_stride_candidate, a.candidates, a.width, a.probe, int(a.heads),
-               scratch.data());
+               scratch.data(), a.heads, 1);
   return scratch.data();
 }
 
@@ -40,7 +39,7 @@ double utility_of(const SelectArgs& a, int64_t row, const float* scores) {
   return std::isnan(utility) ? -INFINITY : utility;
 }
 
-void select_row(const SelectArgs& a, const SelectKernels& kernels, int64_t row, std::vector<double>& weight,
+void select_row(const SelectArgs& a, const DotKernels& kernels, int64_t row, std::vector<double>& weight,
                 std::vector<float>& scratch) {
   weight.resize(size_t(a.candidates));
   const float* const scores = scores_of(a, kernels, row, scratch);
@@ -76,11 +75,7 @@ void select_row(const SelectArgs& a, const SelectKernels& kernels, int64_t row, 
 
 }  // namespace
 
-const SelectKernels* select_kernels(const char* forced) {
-  return choose<SelectKernels>(PYENGINE_BUILDS(select_kernels), forced);
-}
-
-void select_block(const SelectArgs& args, const SelectKernels& kernels, int threads) {
+void select_block(const SelectArgs& args, const DotKernels& kernels, int threads) {
   parallel_rows(args.batch, threads, [&](int64_t row) {
     thread_local std::vector<double> weight;
     thread_local std::vector<float> scratch;

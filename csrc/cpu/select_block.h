@@ -4,6 +4,7 @@
 #include <cstdint>
 
 #include "../algebra.h"
+#include "linear.h"
 
 namespace pyengine {
 
@@ -27,22 +28,6 @@ struct SelectArgs {
   float* utility;      // [batch, candidates]
 };
 
-struct SelectKernels {
-  const char* name;
-  // out[r][h] = x[r] . probe[h] for rows of n elements, `stride` apart. A row's bits do not depend on the
-  // others: each sum runs over the same vectors in the same order.
-  void (*dots)(const void* x, DType type, int64_t stride, int64_t rows, int64_t n, const float* probe,
-               int heads, float* out);
-};
-
-extern const SelectKernels select_kernels_portable;
-#if defined(__x86_64__)
-extern const SelectKernels select_kernels_avx2;
-extern const SelectKernels select_kernels_avx512;
-#endif
-
-const SelectKernels* select_kernels(const char* forced);  // as tilt_kernels
-
-void select_block(const SelectArgs& args, const SelectKernels& kernels, int threads);
+void select_block(const SelectArgs& args, const DotKernels& kernels, int threads);
 
 }  // namespace pyengine

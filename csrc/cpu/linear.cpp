@@ -1,0 +1,41 @@
+#include "linear.h"
+
+#include <algorithm>
+
+#include "dispatch.h"
+#include "team.h"
+
+namespace pyengine {
+namespace {
+
+// Of the weight, for one thread at a time: a few parts for each, so that a late one holds nobody up.
+constexpr int64_t kParts = 4;
+// A part is whole blocks of the kernel, and long enough that what it fetches ahead is mostly its own.
+constexpr int64_t kMultiple = 3, kShortest = 24;
+// Multiplications below which one thread is quicker than two.
+constexpr double kWorthwhile = 2e5;
+
+}  // namespace
+
+const DotKernels* dot_kernels(const char* forced) {
+  return choose<DotKernels>(PYENGINE_BUILDS(dot_kernels), forced);
+}
+
+void linear(const LinearArgs& a, const DotKernels& kernels, int threads) {
+  const double work = double(a.rows) * double(a.outputs) * double(a.width);
+  if (work < kWorthwhile) threads = 1;
+  const int64_t parts = kParts * std::max(threads, 1);
+  const int64_t share =
+      std::max(kShortest, ((a.outputs + parts - 1) / parts + kMultiple - 1) / kMultiple * kMultiple);
+  parallel_rows((a.outputs + share - 1) / share, threads, [&](int64_t part) {
+    const int64_t first = part * share, count = std::min(share, a.outputs - first);
+    float* const out = a.out + first;
+    kernels.dots(a.weight + first * a.width, DType::f32, a.width, count, a.width, a.x, int(a.rows), out, 1,
+                 a.outputs);
+    if (!a.bias) return;
+    for (int64_t m = 0; m < a.rows; ++m)
+      for (int64_t n = 0; n < count; ++n) out[m * a.outputs + n] += a.bias[first + n];
+  });
+}
+
+}  // namespace pyengine
