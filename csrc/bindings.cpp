@@ -227,6 +227,13 @@ void linear(int64_t rows, int64_t outputs, int64_t width, py::handle x, py::hand
   pyengine::linear(args, kernels, threads);
 }
 
+void rms_norm(int64_t rows, int64_t width, py::handle x, py::handle weight, float eps, py::handle out,
+              const char* isa) {
+  pyengine::rms_norm(rows, width, static_cast<const float*>(address(x)),
+                     static_cast<const float*>(address(weight)), eps, static_cast<float*>(address(out)),
+                     available(pyengine::dot_kernels, isa));
+}
+
 void select_block(int64_t batch, int64_t candidates, int64_t heads, py::handle scores, py::handle hidden,
                   int type, int64_t width, py::handle probe, py::handle weights, py::handle reference,
                   bool lsc, double beta, py::handle seed, py::handle position, py::handle index,
@@ -349,6 +356,7 @@ PYBIND11_MODULE(_C, m) {
       .def("run", &TreeCall::run);
   m.def("select_block", &select_block);
   m.def("linear", &linear);
+  m.def("rms_norm", &rms_norm);
   m.attr("TILT_STATE") = untouched_state();
   m.def(
       "instruction_set", [](const char* isa) { return available(pyengine::tilt_kernels, isa).name; },

@@ -24,7 +24,7 @@ from torch import Tensor
 from pyengine.attention import Decode, Extend, Options, Pass, Span, hooked, running
 from pyengine.cache import BranchingCache, Sequence
 from pyengine.errors import InputError
-from pyengine.ops.linear import quick_products
+from pyengine.ops.linear import lent, quick_forwards
 from pyengine.ops.tree_attention import prepare
 from pyengine.reference import Tree
 from pyengine.scorers.base import Hidden
@@ -106,6 +106,7 @@ class BranchingDecoder:
         self._last_position = (getattr(config, "max_position_embeddings", None) or 2**31) - 1
         self._keep_some = "logits_to_keep" in inspect.signature(model.forward).parameters
         self._hook = ExitStack()
+        self._quick = quick_forwards(model)
         self._weights = _fingerprint(model)
         self._k = 1
         self._sequences: list[Sequence] = []
@@ -142,7 +143,7 @@ class BranchingDecoder:
             self.cache.forget()
             self.captured.clear()
         self._hook.enter_context(hooked(self.model))
-        self._hook.enter_context(quick_products(self.model))
+        self._hook.enter_context(lent(self._quick))
 
     def close(self) -> None:
         for sequence in self._sequences:

@@ -7,10 +7,12 @@ import copy
 import pytest
 import torch
 from torch.nn.functional import linear as by_torch
+from transformers.models.gemma2.modeling_gemma2 import Gemma2RMSNorm
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 import pyengine.ops.linear as linear_module
 from pyengine.ops import LAUNCHES
-from pyengine.ops.linear import FEW, linear, quick_products
+from pyengine.ops.linear import FEW, SMALL, lent, linear, quick_forwards, rms_norm
 
 
 def launches():
@@ -76,21 +78,58 @@ def test_many_rows_none_and_strided_ones():
     torch.testing.assert_close(linear(x, weight[::2]), by_torch(x, weight[::2]), atol=1e-5, rtol=1e-5)
 
 
-@torch.inference_mode()
-def test_a_model_is_lent_its_products(monkeypatch):
-    """Whoever made this machine's CPU."""
+def test_norms_equal_transformers_own(isa):
+    for width in (1, 7, 64, 300):
+        norm = LlamaRMSNorm(width, eps=1e-5)
+        torch.nn.init.normal_(norm.weight)
+        x = torch.randn(2, 3, width) * torch.tensor([1e-4, 1.0, 1e4])[:, None]
+        torch.testing.assert_close(rms_norm(x, norm.weight, 1e-5), norm(x), atol=1e-6, rtol=2e-6)
+        x[0, 1, -1] = torch.nan
+        bad = rms_norm(x, norm.weight, 1e-5).isnan().all(-1)
+        assert bad.tolist() == [[False, True, False], [False] * 3]
+
+
+@pytest.fixture
+def any_cpu(monkeypatch):
+    """Whoever made this machine's."""
     monkeypatch.setattr(linear_module, "_made_by_intel", lambda: False)
+
+
+@torch.inference_mode()
+def test_a_model_is_lent_its_linear_layers(any_cpu):
     layer = torch.nn.Sequential(torch.nn.Linear(48, 33), torch.nn.Linear(33, 20, bias=False))
     other = copy.deepcopy(layer).bfloat16()
+    forwards = quick_forwards(layer)
+    assert not quick_forwards(other)
     for rows in (7, 40):
         x = torch.randn(1, rows, 48)
         want = layer(x)
-        with quick_products(layer), quick_products(other):
+        with lent(forwards):
             assert "forward" in vars(layer[0])
-            assert "forward" not in vars(other[0])
             torch.testing.assert_close(layer(x), want, atol=1e-6, rtol=1e-5)
             with torch.autocast("cpu", torch.bfloat16):
                 torch.testing.assert_close(layer(x.bfloat16()).float(), want, atol=0.1, rtol=0.1)
+            with pytest.raises(RuntimeError):
+                layer(x[..., 1:])
             layer[0].bias.add_(1)
             assert (layer(x) - want).abs().max() > 1e-3, "weights are read when they are used"
         assert "forward" not in vars(layer[0])
+    layer.bfloat16()
+    with lent(forwards):
+        assert "forward" not in vars(layer[0])
+
+
+@torch.inference_mode()
+def test_norms_are_told_by_what_they_do(any_cpu):
+    """Gemma's multiplies by 1 + weight."""
+    norm, gemma = LlamaRMSNorm(40, eps=1e-6), Gemma2RMSNorm(40)
+    torch.nn.init.normal_(gemma.weight)
+    model = torch.nn.ModuleList([norm, gemma, torch.nn.LayerNorm(40)])
+    forwards = quick_forwards(model)
+    assert [module for module, _ in forwards] == [norm]
+    for x in (torch.randn(1, 3, 40), torch.randn(1, SMALL, 40), torch.randn(1, 40, 3).mT, torch.randn(1, 2, 40).half()):
+        want = norm(x)
+        with lent(forwards):
+            torch.testing.assert_close(norm(x), want)
+    with lent(forwards), pytest.raises(RuntimeError):
+        norm(torch.randn(1, 3, 20))

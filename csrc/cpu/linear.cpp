@@ -1,6 +1,7 @@
 #include "linear.h"
 
 #include <algorithm>
+#include <cmath>
 
 #include "dispatch.h"
 #include "team.h"
@@ -36,6 +37,16 @@ void linear(const LinearArgs& a, const DotKernels& kernels, int threads) {
     for (int64_t m = 0; m < a.rows; ++m)
       for (int64_t n = 0; n < count; ++n) out[m * a.outputs + n] += a.bias[first + n];
   });
+}
+
+void rms_norm(int64_t rows, int64_t width, const float* x, const float* weight, float eps, float* out,
+              const DotKernels& kernels) {
+  for (; rows > 0; --rows, x += width, out += width) {
+    float sum;
+    kernels.dots(x, DType::f32, width, 1, width, x, 1, &sum, 1, 1);
+    const float scale = 1 / std::sqrt(sum / float(width) + eps);
+    for (int64_t i = 0; i < width; ++i) out[i] = x[i] * scale * weight[i];
+  }
 }
 
 }  // namespace pyengine

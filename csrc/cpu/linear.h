@@ -1,5 +1,5 @@
 // Dot products of few vectors with many rows on a CPU: a linear layer over the rows of a decode step, and the
-// probe of select_block.
+// probe of select_block. Beside them the norm that comes before such a layer.
 #pragma once
 
 #include <cstdint>
@@ -35,5 +35,9 @@ extern const DotKernels dot_kernels_avx512;
 const DotKernels* dot_kernels(const char* forced);  // as tilt_kernels
 
 void linear(const LinearArgs& args, const DotKernels& kernels, int threads);
+
+// out[r] = x[r] / sqrt(mean(x[r]^2) + eps) * weight; x and out fp32 [rows, width], contiguous.
+void rms_norm(int64_t rows, int64_t width, const float* x, const float* weight, float eps, float* out,
+              const DotKernels& kernels);
 
 }  // namespace pyengine

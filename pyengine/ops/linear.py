@@ -1,8 +1,8 @@
-"""The linear layers of a decode step on a CPU: the few rows of a batch times a large fp32 weight."""
+"""The linear layers of a decode step on a CPU, the few rows of a batch times a large fp32 weight, and their norms."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache, partial
 from pathlib import Path
@@ -16,6 +16,7 @@ from pyengine.ops.common import instruction_set, launched, traced
 
 OP = "linear"
 FEW = 16  # rows: beyond, oneDNN reads the weight again for fewer of them than we do
+SMALL = 2**15  # numbers that one thread normalises: as many as torch gives to one
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -24,47 +25,93 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     Up to FEW rows the weight streams past all of them once, and a row's bits do not depend on the other rows; more go
     to oneDNN.
     """
-    rows, width = x.numel() // max(x.shape[-1], 1), x.shape[-1]
-    if not 0 < rows <= FEW or not width or not (x.is_contiguous() and weight.is_contiguous()) or traced(x):
+    outputs, width = weight.shape
+    rows, fits = x.numel() // max(width, 1), x.shape[-1] == width and x.is_contiguous() and weight.is_contiguous()
+    if not fits or not 0 < rows <= FEW or traced(x):
         return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
-    isa, outputs = instruction_set(), len(weight)
+    isa = instruction_set()
     launched(OP, isa)
     out = x.new_empty(*x.shape[:-1], outputs)
     _C.linear(rows, outputs, width, x, weight, bias, out, torch.get_num_threads(), isa)
     return out
 
 
-@contextmanager
-def quick_products(model: Any) -> Iterator[None]:
-    """Inside, fp32 linear layers of a model go to `linear` on CPUs that are not Intel's.
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """x / sqrt(mean(x^2) + eps) * weight over the last dimension, without a gradient; contiguous fp32 on a CPU."""
+    width = len(weight)
+    out = torch.empty_like(x)
+    _C.rms_norm(x.numel() // width, width, x, weight, eps, out, instruction_set())
+    return out
 
-    torch sends them to MKL, which takes 1.1 to 3 times as long as oneDNN there (Zen 4, 1 to 1,024 rows), and oneDNN
-    reads a weight for 2 to 16 rows at half to two thirds of the memory's speed. To be removed when torch does better
-    itself (aten/src/ATen/native/Linear.cpp).
+
+Forwards = list[tuple[torch.nn.Module, Callable[[Tensor], Tensor]]]
+
+
+def quick_forwards(model: Any) -> Forwards:
+    """What a model's fp32 linear layers and RMS norms do, through the functions above, on CPUs that are not Intel's.
+
+    torch sends linear layers to MKL, which takes 1.1 to 3 times as long as oneDNN there (Zen 4, 1 to 1,024 rows), and
+    oneDNN reads a weight for 2 to 16 rows at half to two thirds of the memory's speed. A norm is six operators of
+    torch, 55 us of a decode step where one of ours is 12. To be removed when torch does better itself
+    (aten/src/ATen/native/Linear.cpp).
     """
-    layers = []
-    if torch.backends.mkldnn.is_available() and torch.backends.mkl.is_available() and not _made_by_intel():
-        layers = [
-            layer
-            for layer in model.modules()
-            if type(layer) is torch.nn.Linear
-            and layer.weight.dtype == torch.float32
-            and layer.weight.device.type == "cpu"
-            and "forward" not in vars(layer)  # somebody else's hook
-        ]
-    for layer in layers:
-        layer.forward = partial(_product, layer)  # type: ignore[method-assign]
+    if not torch.backends.mkldnn.is_available() or not torch.backends.mkl.is_available() or _made_by_intel():
+        return []
+    found: Forwards = []
+    for module in filter(_serves, model.modules()):
+        if type(module) is torch.nn.Linear:
+            found.append((module, partial(_product, module)))
+        elif _is_rms_norm(module):
+            found.append((module, partial(_norm, module, type(module).forward)))
+    return found
+
+
+@contextmanager
+def lent(forwards: Forwards) -> Iterator[None]:
+    """Inside, the modules have these forwards; those that somebody else has hooked, moved or cast keep their own."""
+    modules = []
+    for module, forward in forwards:
+        if _serves(module):
+            module.forward = forward
+            modules.append(module)
     try:
         yield
     finally:
-        for layer in layers:
-            del layer.forward
+        for module in modules:
+            del module.forward
+
+
+def _serves(module: Any) -> bool:
+    weight = getattr(module, "weight", None)
+    plain = isinstance(weight, Tensor) and weight.dtype == torch.float32 and weight.device.type == "cpu"
+    return plain and "forward" not in vars(module)
 
 
 def _product(layer: torch.nn.Linear, x: Tensor) -> Tensor:
     if x.dtype != torch.float32:  # autocast
         return torch.nn.functional.linear(x, layer.weight, layer.bias)
     return linear(x, layer.weight, layer.bias)
+
+
+def _norm(module: Any, otherwise: Any, x: Tensor) -> Tensor:
+    weight = module.weight
+    if x.dtype != torch.float32 or x.shape[-1:] != weight.shape or not x.is_contiguous() or traced(x):
+        return otherwise(module, x)
+    if not 0 < x.numel() <= SMALL:
+        return otherwise(module, x)
+    return rms_norm(x, weight, module.variance_epsilon)
+
+
+def _is_rms_norm(module: Any) -> bool:
+    """By its name and by what it does: some of that name multiply by 1 + weight, or in another precision."""
+    weight, eps = module.weight, getattr(module, "variance_epsilon", None)
+    if not type(module).__name__.endswith("RMSNorm") or not isinstance(eps, float):
+        return False
+    if weight.dim() != 1 or not weight.is_contiguous() or not len(weight):
+        return False
+    with torch.inference_mode():
+        x = torch.linspace(-1, 2, len(weight))[None]
+        return torch.allclose(module(x), rms_norm(x, weight, eps), rtol=1e-5, atol=1e-6)
 
 
 @cache
