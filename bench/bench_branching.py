@@ -177,7 +177,8 @@ def test_peers(rows, models, prefix, branches):
     model, peer, third = models
     prompt = prompt_of(model, prefix)
     ours = Ours(model, prompt, branches, TOKENS)
-    with mock.patch("pyengine.decoder.quick_forwards", return_value=[]):
+    norms = [lending for lending in quick_forwards(third) if type(lending[0]) is not torch.nn.Linear]
+    with mock.patch("pyengine.decoder.quick_forwards", return_value=norms):
         plain = Ours(third, prompt, branches, TOKENS)
     peers = {
         "pyengine": ours,

@@ -104,11 +104,11 @@ def test_draws_do_not_depend_on_the_batch_or_the_path(monkeypatch):
 
 def test_which_form_ran(isa):
     before = ops.LAUNCHES.copy()
-    given = problem()
+    given = problem(batch=65)
     ops.head_tilt_sample(**given)
     assert (ops.LAUNCHES - before)[f"head_tilt_sample/{isa}"] == 1
     ops.head_tilt_sample(**given, top_k=3)
-    ops.head_tilt_sample(**problem(batch=1))
+    ops.head_tilt_sample(**problem(batch=64))
     assert (ops.LAUNCHES - before)["head_tilt_sample/in two steps"] == 2
 
 

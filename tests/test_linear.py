@@ -92,7 +92,7 @@ def test_norms_equal_transformers_own(isa):
 @pytest.fixture
 def any_cpu(monkeypatch):
     """Whoever made this machine's."""
-    monkeypatch.setattr(linear_module, "_made_by_intel", lambda: False)
+    monkeypatch.setattr(linear_module, "quicker", lambda: True)
 
 
 @torch.inference_mode()

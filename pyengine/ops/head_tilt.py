@@ -20,6 +20,7 @@ from pyengine.ops.common import (
     triton_kernels,
     unit_strides,
 )
+from pyengine.ops.linear import product
 from pyengine.ops.logit_tiles import triton_runs
 from pyengine.ops.tilt import tilt_finish, tilt_fold, tilt_sample, tilt_state
 from pyengine.reference import TiltSample
@@ -31,10 +32,10 @@ COLUMNS = 4096  # vocabulary of a tile on a CPU
 def fuses(batch: int, on_gpu: bool) -> bool:
     """Whether the fused form wins; otherwise the GEMM writes logits for `tilt_sample` to read.
 
-    CPU, measured (bench/results/head_tilt.json): from two rows on; at one, the tiles' calls cost 12 %. GPU, by
+    CPU, measured (bench/results/head_tilt.json): above 64 rows; up to there the tiles' calls cost up to 13 %. GPU, by
     reasoning, not yet measured: up to the rows of one tile, where the products wait for the weights' bytes.
     """
-    return batch <= 64 if on_gpu else batch > 1
+    return batch <= 64 if on_gpu else batch > 64
 
 
 library.define(
@@ -150,14 +151,14 @@ class _Heads(NamedTuple):
 
     def products(self, at: slice) -> tuple[Tensor, Tensor | None]:
         """Logits [B, n] and values [R, B, n] of the vocabulary's slice `at`."""
-        z = self.hidden @ self.weight[at].T
+        z = product(self.hidden, self.weight[at])
         if self.bias is not None:
             z = z.float() + self.bias[at].float()
         if self.softcap is not None:
             z = self.softcap * torch.tanh(z.float() / self.softcap)
         if self.value_hidden is None or self.value_weight is None:
             return z, None
-        values = self.value_hidden @ self.value_weight[:, at].mT
+        values = torch.stack([product(self.value_hidden, head[at]) for head in self.value_weight])
         return z, values if self.value_bias is None else values.float() + self.value_bias[:, None, at].float()
 
 
