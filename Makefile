@@ -37,7 +37,7 @@ bench: $(READY)
 	$(BIN)/pytest bench
 	$(BIN)/python bench/plots.py
 
-# The papers' claims in exact worlds and through the engine, about eight minutes; writes bench/results/claims.json.
+# The papers' claims in exact worlds and through the engine, about ten minutes; writes bench/results/claims.json.
 claims: $(READY)
 	$(BIN)/python -m bench.claims
 

@@ -24,7 +24,7 @@ class Sizes:
     confident: prompts of D1. bandits: seeds of D2, and the lengths that W3 counts its responses as. offline: seeds of
     F, and the responses in each of its halves. cost: responses of O3, and how often they are timed.
     labelled: roll-outs that O4 trains on. groups: of five responses to each prompt that W4's pairs come from. epochs:
-    of W4. measured: responses of a policy that O4 has trained.
+    of W4. measured: responses of a policy that O4 has trained. conditional: trainings of O4's CA, a seed each.
     """
 
     responses: int = 480
@@ -51,6 +51,7 @@ class Sizes:
     groups: int = 10
     epochs: tuple[int, ...] = (1, 3)
     measured: int = 1024
+    conditional: int = 4
 
 
 SMALL = Sizes(
@@ -78,6 +79,7 @@ SMALL = Sizes(
     groups=2,
     epochs=(1,),
     measured=128,
+    conditional=1,
 )
 
 
