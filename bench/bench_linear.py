@@ -32,7 +32,7 @@ def step(product, weights, rows):
         return [product(given[weight.shape[1]], weight) for weight in weights]
 
 
-@pytest.mark.parametrize("batch", [1, 2, 4, 8, 16])
+@pytest.mark.parametrize("batch", [1, 2, 4, 8, 16, 32])
 def test_peers(race, rows, batch):
     weights = problem()
     peers = {"torch": partial(step, by_torch, weights, batch), "oneDNN": partial(step, by_onednn, weights, batch)}

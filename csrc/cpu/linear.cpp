@@ -12,7 +12,7 @@ namespace {
 // Of the weight, for one thread at a time: a few parts for each, so that a late one holds nobody up.
 constexpr int64_t kParts = 4;
 // A part is whole blocks of the kernel, and long enough that what it fetches ahead is mostly its own.
-constexpr int64_t kMultiple = 3, kShortest = 24;
+constexpr int64_t kMultiple = 6, kShortest = 24;
 // Multiplications below which one thread is quicker than two.
 constexpr double kWorthwhile = 2e5;
 

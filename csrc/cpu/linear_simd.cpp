@@ -5,7 +5,7 @@
 namespace {
 
 // Sums in flight: 24 of 32 registers, or 12 of 16.
-constexpr int kRows = 3, kHeads = kLanes == 16 ? 8 : 4;
+constexpr int kRows = kLanes == 16 ? 6 : 3, kHeads = 4;
 
 inline float widen_one(float x) { return x; }
 
@@ -39,9 +39,8 @@ void block(const T* x, int64_t stride, int64_t n, const float* y, float* out, in
 template <int R, class T>
 void by_heads(const T* x, int64_t stride, int64_t n, const float* y, int heads, float* out, int64_t out_row,
               int64_t out_head) {
-  constexpr decltype(&block<R, 1, T>) of_size[] = {block<R, 1, T>, block<R, 2, T>, block<R, 3, T>,
-                                                   block<R, 4, T>, block<R, 5, T>, block<R, 6, T>,
-                                                   block<R, 7, T>, block<R, 8, T>};
+  constexpr decltype(&block<R, 1, T>) of_size[kHeads] = {block<R, 1, T>, block<R, 2, T>, block<R, 3, T>,
+                                                         block<R, 4, T>};
   for (int blocks = (heads + kHeads - 1) / kHeads, h = 0; blocks > 0; --blocks) {
     const int size = (heads - h + blocks - 1) / blocks;
     of_size[size - 1](x, stride, n, y + h * n, out + h * out_head, out_row, out_head);

@@ -15,7 +15,7 @@ import pyengine._C as _C
 from pyengine.ops.common import instruction_set, launched, traced
 
 OP = "linear"
-FEW = 16  # rows: beyond, oneDNN reads the weight again for fewer of them than we do
+FEW = 32  # rows: at 48 oneDNN is as quick
 SMALL = 2**15  # numbers that one thread normalises: as many as torch gives to one
 
 
@@ -66,7 +66,7 @@ def quick_forwards(model: Any) -> Forwards:
     """What a model's fp32 linear layers and RMS norms do, through the functions above, on CPUs that are not Intel's.
 
     torch sends linear layers to MKL, which takes 1.1 to 3 times as long as oneDNN there (Zen 4, 1 to 1,024 rows), and
-    oneDNN reads a weight for 2 to 16 rows at half to two thirds of the memory's speed. A norm is six operators of
+    oneDNN reads a weight for 2 to 8 rows at half to two thirds of the memory's speed. A norm is six operators of
     torch, 55 us of a decode step where ours is 20. To be removed when torch does better itself
     (aten/src/ATen/native/Linear.cpp).
     """
