@@ -158,7 +158,7 @@ class _Heads(NamedTuple):
             z = self.softcap * torch.tanh(z.float() / self.softcap)
         if self.value_hidden is None or self.value_weight is None:
             return z, None
-        values = torch.stack([product(self.value_hidden, head[at]) for head in self.value_weight])
+        values = product(self.value_hidden, self.value_weight[:, at])
         return z, values if self.value_bias is None else values.float() + self.value_bias[:, None, at].float()
 
 

@@ -45,10 +45,10 @@ def _streamed(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def product(x: Tensor, weight: Tensor) -> Tensor:
-    """x W^T by whoever is quickest, without a gradient: x [N, D], weight [V, D] -> [N, V]."""
-    if quicker() and x.device.type == "cpu" and x.dtype == weight.dtype == torch.float32:
-        return linear(x, weight)
-    return x @ weight.T
+    """x W^T by whoever is quickest, without a gradient: x [N, D], weight [V, D] or [R, V, D] -> [N, V] or [R, N, V]."""
+    if not (quicker() and x.device.type == "cpu" and x.dtype == weight.dtype == torch.float32):
+        return x @ weight.mT
+    return linear(x, weight) if weight.dim() == 2 else torch.stack([linear(x, head) for head in weight])
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
