@@ -6,7 +6,7 @@ import importlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pyengine.errors import InputError
+from pyengine.errors import InputError, RequestError
 
 if TYPE_CHECKING:
     from pyengine.engine import Engine
@@ -67,6 +67,7 @@ __all__ = [
     "PrefixScorer",
     "Probe",
     "References",
+    "RequestError",
     "Result",
     "RewardModel",
     "SamplingParams",

@@ -17,9 +17,10 @@ import pyengine
 from pyengine import cli_data
 from pyengine.cli_align import train
 from pyengine.cli_load import SCORERS, conditioned, load_engine, make_scorer, quiet_loading
-from pyengine.errors import InputError, whole
+from pyengine.errors import InputError, RequestError, whole
 
 if TYPE_CHECKING:
+    from pyengine.results import Event, Result
     from pyengine.strategies import Strategy
 
 app = typer.Typer(
@@ -161,31 +162,54 @@ def generate(
         raise InputError(f"no usable prompt in {input}" if input else "no prompt on stdin")
     asking = conditioned(model, score)
     engine = load_engine(model, scorer, device, cache_gb, trust_remote_code)
-    usable = []
+    usable: list[tuple[str, str]] = []
     for where, prompt in ((where, asking(prompt)) for where, prompt in found):
         try:
             engine.encode(prompt, where)
         except InputError as error:
             complain(str(error))
         else:
-            usable.append(prompt)
-    if stream:
-        for prompt in usable:
-            for event in engine.stream(prompt, plan, sampling):
-                if as_json:
-                    record = {"text": event.text, "tokens": event.tokens}
-                    print(to_json(record | ({"result": event.result.to_dict()} if event.result else {})), flush=True)
-                else:
-                    print(event.text, end="" if event.result is None else "\n", flush=True)
-    elif usable:
-        for result in engine.generate(usable, plan, sampling):
-            if as_json:
-                print(to_json(result.to_dict()))
-            else:
-                reward = "" if result.reward is None else f"reward {result.reward:.3f}, "
-                print(f"{result.prompt}{result.text}\n  [{reward}KL {result.kl:.2f} nats ({result.kl_kind})]")
-    if complain.made:
+            usable.append((where, prompt))
+    if not usable:
         raise typer.Exit(2)
+    printed = 0
+    if stream:
+        for where, prompt in usable:
+            try:
+                for event in engine.stream(prompt, plan, sampling):
+                    show_event(event, as_json)
+            except RequestError as error:
+                complain(f"{where}: {error.reason}")
+            else:
+                printed += 1
+    else:
+        for index, outcome in engine.as_completed([prompt for _, prompt in usable], plan, sampling):
+            if isinstance(outcome, InputError):
+                reason = outcome.reason if isinstance(outcome, RequestError) else outcome
+                complain(f"{usable[index][0]}: {reason}")
+            else:
+                show_result(outcome, as_json)
+                printed += 1
+    if complain.made:
+        if complain.made + printed > 1:
+            print(f"pyengine: {complain.made} of {complain.made + printed} prompts failed", file=sys.stderr)
+        raise typer.Exit(1)
+
+
+def show_event(event: Event, as_json: bool) -> None:
+    if as_json:
+        record = {"text": event.text, "tokens": event.tokens}
+        print(to_json(record | ({"result": event.result.to_dict()} if event.result else {})), flush=True)
+    else:
+        print(event.text, end="" if event.result is None else "\n", flush=True)
+
+
+def show_result(result: Result, as_json: bool) -> None:
+    if as_json:
+        print(to_json(result.to_dict()), flush=True)
+    else:
+        reward = "" if result.reward is None else f"reward {result.reward:.3f}, "
+        print(f"{result.prompt}{result.text}\n  [{reward}KL {result.kl:.2f} nats ({result.kl_kind})]", flush=True)
 
 
 @app.command()

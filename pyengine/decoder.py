@@ -1,6 +1,7 @@
 """A model on the branching cache, behind the verbs that the engine needs of any decoder.
 
 decoder.open(k, room)                  # until close(): k branches a prompt, of at most `room` tokens
+why = decoder.refuses(tokens, growth)  # what keeps a prompt of so many tokens from ever joining, or None
 n = decoder.fits(waiting)              # how many of the waiting prompts can join now
 decoder.join(prompts)                  # prefill; they come after the prompts that are there
 frontier = decoder.fork()              # row b becomes rows b*k .. b*k + k-1
@@ -79,6 +80,7 @@ class Decoder(Protocol):
 
     def open(self, k: int, room: int) -> None: ...
     def close(self) -> None: ...
+    def refuses(self, tokens: int, growth: int) -> str | None: ...
     def fits(self, waiting: list[Prompt]) -> int: ...
     def join(self, prompts: list[Prompt]) -> None: ...
     def fork(self) -> Frontier: ...
@@ -151,16 +153,19 @@ class BranchingDecoder:
         self._sequences, self._tree, self._calls = [], None, []
         self._hook.close()
 
+    def refuses(self, tokens: int, growth: int) -> str | None:
+        needed = self.cache.pages_for(tokens + growth)
+        if needed <= self.cache.capacity:
+            return None
+        return (
+            f"a prompt of {tokens} tokens that may grow by {growth} needs {needed} pages of "
+            f"cache, there are {self.cache.capacity}: give the engine more memory (cache_gb)"
+        )
+
     def fits(self, waiting: list[Prompt]) -> int:
         prompts, pages = self.cache.slots // self._k - len(self._sequences), self.cache.pages_free
         for count, prompt in enumerate(waiting):
-            needed = self.cache.pages_for(len(prompt.ids) + prompt.growth)
-            if needed > self.cache.capacity:
-                raise InputError(
-                    f"a prompt of {len(prompt.ids)} tokens that may grow by {prompt.growth} needs {needed} pages of "
-                    f"cache, there are {self.cache.capacity}: give the engine more memory (cache_gb)"
-                )
-            pages -= needed
+            pages -= self.cache.pages_for(len(prompt.ids) + prompt.growth)
             if count >= prompts or pages < 0:
                 return count
         return len(waiting)

@@ -10,7 +10,7 @@ from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from tqdm import tqdm
@@ -18,10 +18,11 @@ from transformers import AutoModelForCausalLM
 
 from pyengine import ledger
 from pyengine.checkpoint import load_checkpoint
-from pyengine.decoder import Prompt
-from pyengine.errors import InputError, first_line, real
+from pyengine.decoder import Decoder, Prompt
+from pyengine.errors import InputError, RequestError, first_line, real
 from pyengine.fallback import choose_decoder
 from pyengine.proposal import Row, Tail, Tilt, propose
+from pyengine.reader import Reader
 from pyengine.results import Event, Result, SamplingParams, seeded
 from pyengine.scorers import Part, Policy, PrefixModel, ScorerLike, parts_of
 from pyengine.selection import Judge, Request
@@ -31,7 +32,8 @@ CALIBRATION_RUNS = 12  # decodes at most; 3 to 5 are usual
 
 
 _Tick = Callable[[], object]
-_Commit = tuple[int, list[int], Result | None]  # request, its new tokens, the result when it is done
+# A request, its new tokens, and its result when it is done or why it never will be.
+_Commit = tuple[int, list[int], Result | RequestError | None]
 
 
 class Engine:
@@ -136,32 +138,68 @@ class Engine:
         strategy: Strategy | None = None,
         sampling: SamplingParams | Sequence[SamplingParams] | None = None,
         progress: bool | None = None,
-    ) -> list[Result]:
-        """Decode every prompt; results come in the order of the prompts.
+        errors: Literal["raise", "return"] = "raise",
+    ) -> list[Any]:
+        """Decode every prompt; a Result for each, in the order of the prompts.
 
         strategy: None is the base policy. sampling: one for all prompts, or one for each. progress: a bar
-        on stderr after two seconds; None shows it on a terminal only.
+        on stderr after two seconds; None shows it on a terminal only. errors: what is wrong with one prompt, or with
+        decoding or scoring it, never ends the others. "return" puts its InputError in the place of its result;
+        "raise" raises a prompt's before any is decoded, and a RequestError once the others are done: they are in
+        its `results`.
+        """
+        if errors not in ("raise", "return"):
+            raise InputError(f'errors must be "raise" or "return", got {errors!r}')
+        prompts = [prompts] if isinstance(prompts, str) else list(prompts)
+        requests, refused, strategy = self._accepted(prompts, strategy, sampling, progress)
+        if errors == "raise" and refused:
+            raise refused[min(refused)]
+        with closing(self._outcomes(requests, refused, strategy, progress)) as outcomes:
+            found = dict(outcomes)
+        results = [found[i] for i in range(len(prompts))]
+        failed = [outcome for outcome in results if isinstance(outcome, RequestError)]
+        if errors == "raise" and failed:
+            failed[0].results = results
+            raise failed[0]
+        return results
+
+    def as_completed(
+        self,
+        prompts: str | Sequence[str],
+        strategy: Strategy | None = None,
+        sampling: SamplingParams | Sequence[SamplingParams] | None = None,
+        progress: bool | None = None,
+    ) -> Generator[tuple[int, Result | InputError], None, None]:
+        """(place among the prompts, its Result or the InputError that says what was wrong) as each is done.
+
+        Prompts that cannot be decoded come first. Arguments as for `generate`.
         """
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
-        strategy, sampling = self._settled(prompts, strategy, sampling, progress)
-        requests = self._requests(prompts, sampling)
-        results: dict[int, Result] = {}
+        return self._outcomes(*self._accepted(prompts, strategy, sampling, progress), progress)
+
+    def _outcomes(
+        self, requests: list[Request], refused: dict[int, InputError], strategy: Strategy, progress: bool | None
+    ) -> Generator[tuple[int, Result | InputError], None, None]:
+        yield from refused.items()
         hide = None if progress is None else not progress
-        bar = tqdm(total=len(prompts), unit="prompt", delay=2, disable=hide, leave=False)
-        with bar, closing(self._run(requests, strategy, tick=lambda: bar.update(0))) as commits:
-            for index, _, result in commits:
-                if result is not None:
-                    results[index] = result
+        bar = tqdm(total=len(requests), unit="prompt", delay=2, disable=hide, leave=False)
+        with bar, closing(self._decode(deque(requests), strategy, lambda: bar.update(0))) as commits:
+            for index, _, outcome in commits:
+                if outcome is not None:
                     bar.update()
-        return [results[i] for i in range(len(prompts))]
+                    yield index, outcome
 
     def stream(
         self, prompt: str, strategy: Strategy | None = None, sampling: SamplingParams | None = None
     ) -> Iterator[Event]:
-        """One event for each committed token (base policy, Tokenwise) or block; the last has the result."""
-        strategy, params = self._settled([prompt], strategy, sampling)
-        requests = self._requests([prompt], params)
-        return self._events(requests[0], self._run(requests, strategy))
+        """One event for each committed token (base policy, Tokenwise) or block; the last has the result.
+
+        A request that cannot be finished ends in its RequestError, after the events of what was committed.
+        """
+        requests, refused, strategy = self._accepted([prompt], strategy, sampling)
+        if refused:
+            raise refused[0]
+        return self._events(requests[0], self._decode(deque(requests), strategy))
 
     def calibrate(
         self,
@@ -205,33 +243,20 @@ class Engine:
             )
         return Tokenwise(best)
 
-    def _settled(
-        self,
-        prompts: list[str],
-        strategy: Strategy | None,
-        sampling: SamplingParams | Sequence[SamplingParams] | None,
-        progress: bool | None = None,
-    ) -> tuple[Strategy, SamplingParams | Sequence[SamplingParams] | None]:
-        """A strategy that can be run as it is: a budget for whole sequences becomes a weight."""
-        if not isinstance(strategy, Tokenwise) or strategy.kl_budget is None:
-            return strategy or BASE, sampling
-        sampling = seeded(prompts, sampling)
-        _check_budget(sampling)
-        if strategy.per == "sequence" and prompts:
-            strategy = self.calibrate(prompts, strategy.kl_budget, sampling, progress)
-        return strategy, sampling
-
-    def _events(self, request: Request, commits: Iterator[_Commit]) -> Iterator[Event]:
+    def _events(self, request: Request, commits: Generator[_Commit, None, None]) -> Iterator[Event]:
         """Commits with their new text; a character that is not whole yet waits for the next one."""
         tokens: list[int] = []
         shown = 0
-        for _, new, result in commits:
-            tokens += new
-            text = self._judge.texts([request.prompt_ids], [tokens])[0]
-            if result is None:
-                text = text.rstrip("\ufffd")
-            fresh, shown = text[shown:], max(shown, len(text))
-            yield Event(fresh, new, request.blocks[-1] if request.blocks else None, result)
+        with closing(commits):
+            for _, new, outcome in commits:
+                if isinstance(outcome, RequestError):
+                    raise outcome
+                tokens += new
+                text = self._judge.texts([request.prompt_ids], [tokens])[0]
+                if outcome is None:
+                    text = text.rstrip("\ufffd")
+                fresh, shown = text[shown:], max(shown, len(text))
+                yield Event(fresh, new, request.blocks[-1] if request.blocks else None, outcome)
 
     def encode(self, prompt: str, label: str = "prompt") -> list[int]:
         """Token ids of a prompt; InputError, naming `label`, if it is empty or leaves no room to answer."""
@@ -251,16 +276,47 @@ class Engine:
             )
         return ids
 
-    def _requests(
-        self, prompts: list[str], sampling: SamplingParams | Sequence[SamplingParams] | None
-    ) -> list[Request]:
-        requests = []
+    def _accepted(
+        self,
+        prompts: list[str],
+        strategy: Strategy | None,
+        sampling: SamplingParams | Sequence[SamplingParams] | None,
+        progress: bool | None = None,
+    ) -> tuple[list[Request], dict[int, InputError], Strategy]:
+        """The requests that can be decoded, what is wrong with each prompt that cannot, and the strategy for them.
+
+        A budget for whole sequences has become a weight. InputError for what is wrong with the call as a whole.
+        """
+        if self._busy:
+            raise InputError("this engine is decoding: end or close the stream that is open before another call")
+        strategy = strategy or BASE
+        self._check(strategy)
+        requests: list[Request] = []
+        refused: dict[int, InputError] = {}
         for i, (prompt, p) in enumerate(zip(prompts, seeded(prompts, sampling), strict=True)):
-            ids = self.encode(prompt, f"prompt {i}")
+            try:
+                ids = self.encode(prompt, f"prompt {i}")
+            except InputError as error:
+                refused[i] = error
+                continue
             room = p.max_tokens if self.context is None else min(p.max_tokens, self.context - len(ids))
             assert p.seed is not None
             requests.append(Request(i, prompt, ids, p, _mix(p.seed, ids), room, p.seed))
-        return requests
+        # A prompt without a reference is found before any is decoded, and one is predicted before the model is lent.
+        self._judge.refuse(requests)
+        decoders = [self._decoder, *self._readers(strategy).values()]
+        for request in requests:
+            if _refuse(request, decoders, 0 if _commits_nothing(strategy) else request.limit):
+                assert request.error is not None
+                refused[request.index] = request.error
+        requests = [request for request in requests if not request.error]
+        if isinstance(strategy, Tokenwise) and strategy.kl_budget is not None:
+            params = [request.params for request in requests]
+            _check_budget(params)
+            if strategy.per == "sequence" and requests:
+                some = [prompts[request.index] for request in requests]
+                strategy = self.calibrate(some, strategy.kl_budget, params, progress)
+        return requests, refused, strategy
 
     def _check(self, strategy: Strategy) -> None:
         if not isinstance(strategy, (Tokenwise, Blockwise, BestOfK)):
@@ -290,29 +346,22 @@ class Engine:
         if not self.parts and (strategy.k > 1 or isinstance(strategy, Tokenwise)):
             raise InputError(f"{strategy} needs a scorer: Engine.from_pretrained(..., scorer=...)")
 
-    def _run(self, requests: list[Request], strategy: Strategy, tick: _Tick = int) -> Generator[_Commit, None, None]:
-        """Commits of all requests as they are made; `tick` is called for every token of a block."""
-        self._check(strategy)
-        return self._decode(deque(requests), strategy, tick)
-
     @torch.inference_mode()
-    def _decode(self, waiting: deque[Request], strategy: Strategy, tick: _Tick) -> Generator[_Commit, None, None]:
-        """The loop: waiting prompts join, every prefix forks into k branches, one of them is committed."""
+    def _decode(self, waiting: deque[Request], strategy: Strategy, tick: _Tick = int) -> Generator[_Commit, None, None]:
+        """The loop: waiting prompts join, every prefix forks into k branches, one of them is committed.
+
+        A request that fails leaves with the block that is on its way, and is yielded with its error. `tick` is called
+        for every token of a block.
+        """
         if self._busy:
             raise InputError("this engine is decoding: end or close the stream that is open before another call")
         if not waiting:
             return
-        # A prompt without a reference is found before any is decoded, and one is predicted before the model is lent.
-        for part in self.parts:
-            part.utilities(torch.zeros(len(waiting)), [r.prompt for r in waiting])
         k, live = strategy.k, list[Request]()
-        # Scorers that are models follow the base model: block by block, or token by token where they tilt. For k = 1
-        # nothing is selected.
-        tilt = self._tilt(strategy)
-        readers = self._judge.readers if k > 1 else tilt.beside
+        tilt, readers = self._tilt(strategy), self._readers(strategy)
         decoders = [self._decoder, *dict.fromkeys(readers.values())]
         longest = max(r.limit for r in waiting)
-        whole = strategy.block_tokens is None and k > 1  # nothing is ever committed to a prefix
+        whole = _commits_nothing(strategy)
         room = 1 if k == 1 else min(strategy.block_tokens or longest, longest)
         self._busy = True
         with ExitStack() as cleanup:
@@ -331,12 +380,15 @@ class Engine:
                 winners = [i * k + c for i, c in enumerate(self._judge.select(tail, live, strategy))]
                 self._judge.score_ended(tail, live, winners, k)
                 commits = [self._commit(r, tail, row, strategy) for r, row in zip(live, winners, strict=True)]
-                on = [i for i, r in enumerate(live) if r.finish_reason is None]
-                live = [live[i] for i in on]
+                for request in live:
+                    if not (request.finish_reason or request.error) and _refuse(request, decoders[1:], 0):
+                        commits.append((request.index, [], request.error))
+                on = [i for i, r in enumerate(live) if not (r.finish_reason or r.error)]
                 kept = [winners[i] for i in on]
                 for decoder in decoders:  # the base model's may have dropped ended rows on the way
                     rows = [tail.slots.index(row) for row in kept] if decoder is self._decoder else kept
                     decoder.commit(torch.tensor(rows, dtype=torch.long, device=self.policy.device))
+                live = [live[i] for i in on]
                 yield from commits
 
     def _propose(self, live: list[Request], strategy: Strategy, tilt: Tilt, tick: _Tick) -> Tail:
@@ -351,28 +403,43 @@ class Engine:
         longest = max(row.room for row in rows)
         steps = 1 if k == 1 else min(longest, strategy.block_tokens or longest)
         tail = propose(self._decoder, rows, steps, self.eos, tilt, tick)
-        for i, step in tail.bad.items():
+        for i, (step, who) in tail.bad.items():
             request = live[i // k]
-            raise InputError(
-                f"prompt {request.index}: {self.policy.name} or its scorer gave NaN or infinite logits at "
-                f"token {len(request.tokens) + step}; check the checkpoint, dtype and temperature"
-            )
+            at = f"at token {len(request.tokens) + step}"
+            if who == "model":
+                request.fail(f"{self.policy.name} gave NaN or infinite logits {at}; check the checkpoint and its dtype")
+            else:
+                either = f"{self.policy.name} or the scorer" if who == "either" else "the scorer"
+                request.fail(f"{either} gave NaN or infinite values {at}; check the scorer and its weight")
         return tail
+
+    def _followed(self, strategy: Strategy) -> list[tuple[int, Part]]:
+        """The parts that a strategy tilts every token by, with their places."""
+        if not isinstance(strategy, Tokenwise) or not strategy.weight:
+            return []
+        return [(i, part) for i, part in enumerate(self.parts) if part.weight]
+
+    def _readers(self, strategy: Strategy) -> dict[int, Reader]:
+        """By part, scorers that are models and follow the base model: block by block, or token by token where they
+        tilt. For k = 1 nothing is selected."""
+        readers = self._judge.readers
+        return readers if strategy.k > 1 else {i: readers[i] for i, _ in self._followed(strategy) if i in readers}
 
     def _tilt(self, strategy: Strategy) -> Tilt:
         """What a strategy does to every token."""
-        if not isinstance(strategy, Tokenwise) or not strategy.weight:
+        if not isinstance(strategy, Tokenwise):
             return Tilt()
-        followed = [(i, part) for i, part in enumerate(self.parts) if part.weight]
-        readers = self._judge.readers
+        followed, readers = self._followed(strategy), self._judge.readers
         return Tilt(
             [(strategy.weight * part.weight, part) for _, part in followed],
-            strategy.kl_budget,
+            strategy.kl_budget if followed else None,
             {j: readers[i] for j, (i, _) in enumerate(followed) if i in readers},
         )
 
     def _commit(self, request: Request, tail: Tail, row: int, strategy: Strategy) -> _Commit:
-        """Append the winning row to the request."""
+        """Append the winning row to the request, unless it has failed."""
+        if request.error:
+            return request.index, [], request.error
         request.tokens += tail.tokens[row]
         request.logp_base += tail.logp_base[row]
         request.logp_policy += tail.logp_policy[row]
@@ -410,6 +477,19 @@ def ends_of(model: Any) -> frozenset[int]:
     if eos is None:
         eos = model.config.get_text_config(decoder=True).eos_token_id
     return frozenset(eos if isinstance(eos, list) else [] if eos is None else [eos])
+
+
+def _commits_nothing(strategy: Strategy) -> bool:
+    """Whether its only block is the whole response, so that no prefix ever grows."""
+    return strategy.k > 1 and strategy.block_tokens is None
+
+
+def _refuse(request: Request, decoders: Sequence[Decoder], growth: int) -> bool:
+    """Fail a request that one of the decoders can never take, or not go on with."""
+    reasons = [decoder.refuses(len(request.prompt_ids) + len(request.tokens), growth) for decoder in decoders]
+    for reason in filter(None, reasons):
+        request.fail(reason)
+    return request.error is not None
 
 
 def _check_budget(sampling: Sequence[SamplingParams]) -> None:

@@ -11,6 +11,19 @@ class InputError(ValueError):
     """The caller's input is at fault; the message is one line that names the thing and what to do."""
 
 
+class RequestError(InputError):
+    """One request could not be finished; those beside it were not touched.
+
+    index: its place among the prompts of the call. reason: what was wrong, without the prompt. results: of a call that
+    raises this, all that was decoded, in the order of the prompts, with a RequestError in each place that has none.
+    """
+
+    def __init__(self, index: int, reason: str) -> None:
+        super().__init__(f"prompt {index}: {reason}")
+        self.index, self.reason = index, reason
+        self.results: list[Any] = []
+
+
 def first_line(error: BaseException) -> str:
     """What an exception says, on one line."""
     lines = str(error).strip().splitlines()

@@ -45,6 +45,9 @@ class _Grouped:
     def close(self) -> None:
         self._frontier = Frontier(torch.empty(0), {})
 
+    def refuses(self, tokens: int, growth: int) -> str | None:
+        return None
+
     def fits(self, waiting: list[Prompt]) -> int:
         return 0 if len(self._frontier.logits) else min(len(waiting), max(1, self.max_rows // self._k))
 

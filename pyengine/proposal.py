@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,6 +22,8 @@ from pyengine.results import FinishReason, SamplingParams
 from pyengine.scorers import Hidden, Part
 
 log = logging.getLogger("pyengine")
+
+Blame = Literal["model", "scorer", "either"]
 
 
 @dataclass(frozen=True)
@@ -75,7 +77,8 @@ class Tail:
     logp_policy: list[list[float]]
     kl: list[float]  # summed over the row's tokens
     finish_reason: list[FinishReason | None]
-    bad: dict[int, int] = field(default_factory=dict)  # rows whose logits were not finite, and at which step first
+    # Rows that could not be drawn from: at which step first, and whose numbers were not finite.
+    bad: dict[int, tuple[int, Blame]] = field(default_factory=dict)
     slots: list[int] = field(default_factory=list)  # the row that each of the decoder's rows belongs to, at the end
     hidden: Hidden = field(default_factory=dict)  # at each row's last token
     previous: Hidden = field(default_factory=dict)  # at the token before
@@ -102,6 +105,7 @@ def propose(
     slots = torch.arange(n, device=device)  # the row that each of the decoder's rows belongs to
     alive = torch.ones(n, dtype=torch.bool, device=device)
     drawn: list[tuple[Tensor, TiltSample]] = []
+    blame: dict[int, Blame] = {}
     hidden: Hidden = {}
     previous: Hidden = {}
     read = tilt.read(lambda other: other.fork(), frontier.hidden)
@@ -111,6 +115,8 @@ def propose(
         values = tilt.values(read, frontier.logits.shape[1])
         weights = tilt.weights(frontier.logits, values, given, columns["temperature"])
         drawn.append((slots, ops.tilt_sample(frontier.logits, values, weights, **columns)))
+        for c in (~drawn[-1][1].valid).nonzero()[:, 0].tolist():
+            blame.setdefault(int(slots[c]), "scorer" if _drawable(frontier.logits[c]) else "model")
         token = drawn[-1][1].token
         going = alive & ~torch.isin(token, ends) & (step + 1 < room[slots])
         over = not going.any()
@@ -137,7 +143,7 @@ def propose(
             columns = {name: column[index] for name, column in columns.items()}
             slots, alive = slots[index], alive[index]
     steps_drawn = [(here.tolist(), [x.tolist() for x in sample]) for here, sample in drawn]
-    tail = _read(steps_drawn, rows, eos)
+    tail = _read(steps_drawn, rows, eos, blame)
     tail.slots, tail.hidden, tail.previous = slots.tolist(), hidden, previous
     return tail
 
@@ -176,7 +182,8 @@ def _replayed(
         loop()
     decoder.settle(steps, Frontier(loop.logits[:n], {layer: h[:n] for layer, h in loop.hidden.items()}))
     every, fields = list(range(n)), [x[:steps, :n].tolist() for x in loop.record]  # one transfer for each
-    tail = _read([(every, sample) for sample in zip(*fields, strict=True)], rows, eos)
+    who: Blame = "either" if tilt.parts else "model"  # looking would read every row of logits once more
+    tail = _read([(every, sample) for sample in zip(*fields, strict=True)], rows, eos, dict.fromkeys(every, who))
     tail.slots = every
     tail.hidden, tail.previous = ({layer: h[:n] for layer, h in kept.items()} for kept in (loop.last, loop.previous))
     return tail
@@ -281,8 +288,21 @@ def _kept(old: Hidden, new: Hidden, slots: Tensor, alive: Tensor) -> Hidden:
     return out
 
 
-def _read(drawn: Sequence[tuple[list[int], Sequence[list[Any]]]], rows: Sequence[Row], eos: Collection[int]) -> Tail:
-    """The tokens of each row up to its end, from (slots, fields of a TiltSample) of every step."""
+def _drawable(logits: Tensor) -> bool:
+    """Whether a softmax of these logits [V] is a distribution."""
+    return not bool(logits.isnan().any() | (logits == torch.inf).any() | (logits == -torch.inf).all())
+
+
+def _read(
+    drawn: Sequence[tuple[list[int], Sequence[list[Any]]]],
+    rows: Sequence[Row],
+    eos: Collection[int],
+    blame: Mapping[int, Blame],
+) -> Tail:
+    """The tokens of each row up to its end, from (slots, fields of a TiltSample) of every step.
+
+    blame: whose numbers it was, should a row be invalid.
+    """
     n = len(rows)
     tail = Tail([[] for _ in rows], [[] for _ in rows], [[] for _ in rows], [0.0] * n, [None] * n)
     for step, (here, (tokens, base, policy, kl, valid)) in enumerate(drawn):
@@ -290,7 +310,7 @@ def _read(drawn: Sequence[tuple[list[int], Sequence[list[Any]]]], rows: Sequence
             if tail.finish_reason[i] is not None:
                 continue
             if not valid[c]:
-                tail.bad.setdefault(i, step)
+                tail.bad.setdefault(i, (step, blame[i]))
             tail.tokens[i].append(tokens[c])
             tail.logp_base[i].append(base[c])
             tail.logp_policy[i].append(policy[c])

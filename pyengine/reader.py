@@ -11,7 +11,7 @@ from torch import Tensor
 
 from pyengine.checkpoint import same_tokenizer
 from pyengine.decoder import PREFILL_TOKENS, BranchingDecoder, Frontier, Prompt
-from pyengine.errors import InputError, first_line
+from pyengine.errors import first_line
 from pyengine.scorers import PrefixModel, RewardModel, Scorer
 
 log = logging.getLogger("pyengine")
@@ -27,21 +27,26 @@ class Reader(BranchingDecoder):
         super().__init__(scorer.model, layers, max_rows, budget)
         self.name, self.longest = scorer.name, scorer.longest
 
-    def join(self, prompts: list[Prompt]) -> None:
-        for prompt in prompts:
-            self._fits_context(len(prompt.ids))
-        super().join(prompts)
+    def refuses(self, tokens: int, growth: int) -> str | None:
+        return self.too_long(tokens + 1) or super().refuses(tokens, growth)
 
-    def _fits_context(self, tokens: int) -> None:
-        if tokens > self.longest:
-            raise InputError(
-                f"scorer {self.name!r} reads {self.longest} tokens, a candidate has {tokens}; shorten max_tokens or "
-                "take another scorer"
-            )
+    def too_long(self, tokens: int) -> str | None:
+        """Why a candidate of so many tokens, its prompt among them, cannot be read; None where it can."""
+        if tokens <= self.longest:
+            return None
+        return (
+            f"scorer {self.name!r} reads {self.longest} tokens, a candidate has {tokens}; shorten max_tokens or "
+            "take another scorer"
+        )
 
-    def _fit_context(self, tails: list[list[int]]) -> None:
-        for i, tail in enumerate(tails):
-            self._fits_context(self._sequences[i // self._k].length + len(tail))
+    def misfits(self, tails: list[list[int]], eos: Collection[int]) -> dict[int, str]:
+        """The branches that are too long to be scored, and why."""
+        lengths = [self._sequences[i // self._k].length + len(t) for i, t in enumerate(self._given(tails, eos))]
+        return {row: reason for row, reason in enumerate(map(self.too_long, lengths)) if reason}
+
+    def _given(self, tails: list[list[int]], eos: Collection[int]) -> list[list[int]]:
+        """What the model reads of the tails."""
+        return tails
 
     def score(self, tails: list[list[int]], eos: Collection[int] = ()) -> Tensor:
         """fp32 [N] of each branch at its last token; all of them are extended in one pass."""
@@ -77,10 +82,12 @@ class RewardReader(Reader):
         hidden = self.model.base_model(input_ids=ids, position_ids=positions, use_cache=False).last_hidden_state[0]
         return Frontier(self.model.score(hidden if rows is None else hidden[rows]), {})
 
+    def _given(self, tails: list[list[int]], eos: Collection[int]) -> list[list[int]]:
+        return [[token for token in tail if token not in eos] for tail in tails]  # as text, it is not there
+
     @torch.inference_mode()
     def score(self, tails: list[list[int]], eos: Collection[int] = ()) -> Tensor:
-        tails = [[token for token in tail if token not in eos] for tail in tails]  # as text, it is not there
-        self._fit_context(tails)
+        tails = self._given(tails, eos)
         scores = self.fork().logits  # of tails that add nothing
         for _, here, frontier in self._extend_by(tails):
             scores = torch.where(here[:, None], frontier.logits, scores)
@@ -97,10 +104,6 @@ class PrefixReader(Reader):
         super().__init__(scorer, (scorer.head.layer,), max_rows, budget)
         self.scorer, self.head, self._states = scorer, scorer.head, torch.empty(0)
 
-    def append(self, tokens: Tensor) -> Frontier:
-        self._fits_context(max(s.length for s in self._sequences) + self._tail_len + 1)
-        return super().append(tokens)
-
     def _read(self, ids: Tensor, positions: Tensor, rows: Tensor | None) -> Frontier:
         # A base policy may draw a row that pads its vocabulary, which this model does not embed.
         ids = ids.clamp(max=self.model.get_input_embeddings().weight.shape[0] - 1)
@@ -112,7 +115,6 @@ class PrefixReader(Reader):
     @torch.inference_mode()
     def score(self, tails: list[list[int]], eos: Collection[int] = ()) -> Tensor:
         """V(y^t) = Q[t-1, y_t], from the state before the last token of each branch; no tail is empty."""
-        self._fit_context(tails)
         before = self.fork().hidden[self.head.layer]
         found = before.clone()
         row = torch.arange(len(tails), device=before.device)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from pyengine import ops
 from pyengine.attention import unhooked
+from pyengine.errors import InputError, RequestError, first_line
 from pyengine.proposal import Tail
 from pyengine.reader import Reader, reader_of
 from pyengine.results import Block, Candidate, FinishReason, SamplingParams
@@ -39,6 +41,13 @@ class Request:
     committed: int = 0  # blocks
     scores: list[float] | None = None  # of the whole response, one for each part of the scorer
     finish_reason: FinishReason | None = None
+    error: RequestError | None = None  # why it cannot go on; it leaves with the block that is on its way
+
+    def fail(self, reason: str, cause: Exception | None = None) -> None:
+        """It cannot be finished; the first reason stays."""
+        if self.error is None:
+            self.error = RequestError(self.index, reason)
+            self.error.__cause__ = cause
 
 
 class Judge:
@@ -69,32 +78,83 @@ class Judge:
             if reader is not None:
                 self.readers[i] = reader
 
+    def refuse(self, requests: Sequence[Request]) -> None:
+        """Fail requests whose prompt a transform cannot serve, as one without a reference, before any is decoded."""
+        for part in self.parts:
+            self._each(
+                lambda at: part.utilities(torch.zeros(len(at)), [requests[i].prompt for i in at]), part.name, requests
+            )
+
     def score(self, tail: Tail, live: list[Request], rows: list[int], k: int) -> Tensor:
-        """Transformed scores [len(rows), R] of the prefixes that end with the given rows of the tail."""
-        index = torch.tensor(rows, device=self._policy.device)
-        candidates = Candidates(
-            prompts=[live[row // k].prompt for row in rows],
-            tokens=[live[row // k].tokens + tail.tokens[row] for row in rows],
-            hidden={layer: h[index] for layer, h in tail.hidden.items()},
-            previous={layer: h[index] for layer, h in tail.previous.items()},
-            decode=lambda tokens: self.texts([live[row // k].prompt_ids for row in rows], tokens),
-            prompt_ids=[live[row // k].prompt_ids for row in rows],
-        )
+        """Transformed scores [len(rows), R] of the prefixes that end with the given rows of the tail; NaN for requests
+        that have failed, as those do that a scorer cannot score."""
+        owners = [live[row // k] for row in rows]
         scores = []
         raw: dict[Scorer, Tensor] = {}  # one pass for each, however often it is in the sum
         for i, part in enumerate(self.parts):
             if part.scorer not in raw:
                 reader = self.readers.get(i)
                 if reader is not None and k > 1:
-                    found = reader.score(tail.tokens, self._eos)[index]
+                    raw[part.scorer] = self._read(reader, tail, live, k)[rows]
                 else:
-                    with ExitStack() as own:
-                        if reader is not None:  # Tokenwise follows it: its model is hooked
-                            own.enter_context(unhooked(reader.model))
-                        found = part.scorer.score(candidates)
-                raw[part.scorer] = found.to(self._policy.device)
-            scores.append(part.utilities(raw[part.scorer], candidates.prompts))
+                    raw[part.scorer] = self._each(
+                        lambda at: self._score(part, reader, tail, owners, rows, at), part.name, owners
+                    )
+            found = raw[part.scorer]
+            scores.append(
+                self._each(lambda at: part.utilities(found[at], [owners[j].prompt for j in at]), part.name, owners)
+            )
         return torch.stack(scores, -1)
+
+    def _read(self, reader: Reader, tail: Tail, live: list[Request], k: int) -> Tensor:
+        """Raw scores [N] of all rows by a scorer that has a cache of its own."""
+        for row, reason in reader.misfits(tail.tokens, self._eos).items():
+            live[row // k].fail(reason)
+        # A request that has failed is in the reader's cache until the commit: its first token stands for the rest.
+        tails = [tokens[:1] if live[row // k].error else tokens for row, tokens in enumerate(tail.tokens)]
+        return reader.score(tails, self._eos).to(self._policy.device)
+
+    def _score(
+        self, part: Part, reader: Reader | None, tail: Tail, owners: list[Request], rows: list[int], at: list[int]
+    ) -> Tensor:
+        """Raw scores [len(at)] of some of the rows of these requests, by a scorer that reads text or hidden states."""
+        some = [owners[i] for i in at]
+        index = torch.tensor([rows[i] for i in at], device=self._policy.device)
+        candidates = Candidates(
+            prompts=[r.prompt for r in some],
+            tokens=[r.tokens + tail.tokens[rows[i]] for r, i in zip(some, at, strict=True)],
+            hidden={layer: h[index] for layer, h in tail.hidden.items()},
+            previous={layer: h[index] for layer, h in tail.previous.items()},
+            decode=lambda tokens: self.texts([r.prompt_ids for r in some], tokens),
+            prompt_ids=[r.prompt_ids for r in some],
+        )
+        with ExitStack() as own:
+            if reader is not None:  # Tokenwise follows it: its model is hooked
+                own.enter_context(unhooked(reader.model))
+            return part.scorer.score(candidates).to(self._policy.device)
+
+    def _each(self, score: Callable[[list[int]], Tensor], name: str, owners: Sequence[Request]) -> Tensor:
+        """score(places) of all places whose requests are sound, fp32 [len(owners)] with NaN for the others.
+
+        Where it raises for all together each request is asked for alone, so that only the one at fault fails.
+        """
+        out = torch.full((len(owners),), torch.nan, device=self._policy.device)
+        sound = [i for i, request in enumerate(owners) if request.error is None]
+        waiting = [sound] if sound else []
+        while waiting:
+            places = waiting.pop()
+            try:
+                out[places] = score(places).to(out)
+            except Exception as error:  # noqa: BLE001 - whatever a caller's function raises
+                alone = [list(own) for _, own in groupby(places, key=lambda i: owners[i].index)]
+                if len(alone) > 1:
+                    waiting += alone
+                else:
+                    says = first_line(error)
+                    ours = isinstance(error, InputError)  # it names the scorer already
+                    reason = says if ours else f"scorer {name!r} raised {type(error).__name__}: {says}"
+                    owners[places[0]].fail(reason, error)
+        return out
 
     def select(self, tail: Tail, live: list[Request], strategy: Strategy) -> list[int]:
         """The branch that each request keeps; records the block with all its candidates."""
@@ -103,7 +163,8 @@ class Judge:
             return [0] * len(live)
         device = self._policy.device
         scores = self.score(tail, live, list(range(len(live) * k)), k).unflatten(0, (len(live), k))
-        if scores.isnan().any():
+        sound = torch.tensor([r.error is None for r in live], device=device)
+        if scores[sound].isnan().any():
             warnings.warn("a scorer returned NaN; such candidates rank last", RuntimeWarning, stacklevel=2)
         picked = ops.select_block(
             scores,
@@ -115,6 +176,8 @@ class Judge:
         texts = self.texts([r.prompt_ids + r.tokens for r in live for _ in range(k)], tail.tokens)
         chosen, utility, probability = picked.index.tolist(), picked.utility.tolist(), picked.probability.tolist()
         for i, (request, row_scores) in enumerate(zip(live, scores.tolist(), strict=True)):
+            if request.error:
+                continue
             candidates = [
                 Candidate(
                     texts[i * k + j],
@@ -133,7 +196,9 @@ class Judge:
 
     def score_ended(self, tail: Tail, live: list[Request], winners: list[int], k: int) -> None:
         """Score the responses that end here and that no selection has scored (k = 1)."""
-        ended = [i for i, row in enumerate(winners) if tail.finish_reason[row] and live[i].scores is None]
+        ended = [
+            i for i, r in enumerate(live) if tail.finish_reason[winners[i]] and r.scores is None and r.error is None
+        ]
         if ended and self.parts:
             scores = self.score(tail, live, [winners[i] for i in ended], k).tolist()
             for i, row_scores in zip(ended, scores, strict=True):

@@ -121,13 +121,51 @@ def test_unreadable_lines_are_named_and_the_others_processed(run, tmp_path):
     lines += ["[" * 100_000, json.dumps({"prompt": "\ud800"})]
     file.write_text("\n".join(lines))
     code, out, err = run("generate", "--input", file, "--json", "--max-tokens", 4, "--seed", 1)
-    assert code == 2
+    assert code == 1
     assert len(out.splitlines()) == 2
     assert [line.split(": ")[1] for line in err.splitlines()] == [
         *(f"{file}:{i}" for i in (2, 3, 6, 8)),
         f"{file}:4 is empty",
         f"{file}:9 is not valid Unicode",
+        "6 of 8 prompts failed",
     ]
+
+
+@pytest.mark.parametrize("stream", [(), ("--stream",)])
+def test_a_prompt_that_fails_on_the_way_is_named_by_its_line_and_the_others_are_printed(
+    run, tmp_path, monkeypatch, stream
+):
+    def sentiment(prompts, completions):
+        if reviews.prompts(3)[1] in prompts:
+            raise KeyError("no such shop")
+        return [0.0] * len(completions)
+
+    monkeypatch.setattr(reviews, "sentiment", sentiment)
+    file = tmp_path / "prompts.jsonl"
+    file.write_text("".join(json.dumps({"prompt": p}) + "\n" for p in reviews.prompts(3)))
+    options = ("--scorer", "sentiment", "--k", 2, "--block", 4, "--max-tokens", 8, "--seed", 1, "--json", *stream)
+    code, out, err = run("generate", "--input", file, *options)
+    assert code == 1
+    results = [json.loads(line) for line in out.splitlines()]
+    whole = [r["result"] for r in results if "result" in r] if stream else results
+    assert sorted(r["prompt"] for r in whole) == sorted(reviews.prompts(3)[::2])
+    said, count = err.splitlines()
+    assert said.startswith(f"pyengine: {file}:2: scorer 'sentiment'")
+    assert "no such shop" in said
+    assert count == "pyengine: 1 of 3 prompts failed"
+
+
+def test_what_is_finished_is_printed_before_an_interrupt(run, monkeypatch):
+    def interrupted(prompts, completions):
+        if any(len(c) > 40 for c in completions):
+            raise KeyboardInterrupt
+        return [0.0] * len(completions)
+
+    monkeypatch.setattr(reviews, "sentiment", interrupted)
+    options = ("--scorer", "sentiment", "--k", 2, "--block", 4, "--max-tokens", 128, "--seed", 1, "--json")
+    code, out, _ = run("generate", *reviews.prompts(12), *options)
+    assert code == 130
+    assert 0 < len(out.splitlines()) < 12
 
 
 @pytest.mark.parametrize(

@@ -155,8 +155,8 @@ def test_a_budget_for_the_sequence_is_spent_on_average(engine):
 def test_calibration_takes_few_decodes(engine, monkeypatch, scale):
     """Of 128 prompts: with 32 the mean KL moves by up to 1 % at a time, and the last bits decide how soon it is met."""
     engine.set_scorer([(scale, random_prefix_scorer(engine))])
-    decode, runs = engine._run, []
-    monkeypatch.setattr(engine, "_run", lambda *a, **k: runs.append(a[1].weight) or decode(*a, **k))
+    decode, runs = engine._decode, []
+    monkeypatch.setattr(engine, "_decode", lambda *a, **k: runs.append(a[1].weight) or decode(*a, **k))
     prompts, sampling = PROMPTS * 32, [SamplingParams(max_tokens=16, seed=i) for i in range(128)]
     found = engine.calibrate(prompts, 1.5, sampling)
     results = engine.generate(prompts, found, sampling)

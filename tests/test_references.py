@@ -325,7 +325,7 @@ class TestSamples:
             (["fine"], None, 2, "needs a scorer"),
             (["fine"], reviews.length, 0, "samples must be a whole number"),
             (["fine"], pyengine.Probe(64), 2, "width 64"),
-            (["fine"], lambda p, c: [1.0], 2, "one number for each"),
+            (["fine"], lambda p, c: [1.0, *map(len, c)], 2, "one number for each"),
         ):
             with pytest.raises(InputError, match=message):
                 sample_rewards(engine, prompts, scorer, samples, SamplingParams(max_tokens=3, seed=1))
