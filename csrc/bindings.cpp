@@ -261,6 +261,21 @@ void select_block(int64_t batch, int64_t candidates, int64_t heads, py::handle s
   pyengine::select_block(args, kernels, threads);
 }
 
+// sizes: prompts, rows, columns of pages, tokens of a page, pages, tails. The tables are int32 on the CPU.
+void check_tree(std::array<int64_t, 6> sizes, py::handle pages, py::handle prefix_len, py::handle first_row,
+                py::handle slot) {
+  const View table(pages);
+  pyengine::TreeTables tables{};
+  tables.prompts = sizes[0], tables.rows = sizes[1], tables.columns = sizes[2];
+  tables.page_tokens = sizes[3], tables.page_count = sizes[4], tables.slots = sizes[5];
+  tables.pages = table.as<int32_t>(), tables.pages_stride = table.stride[0];
+  tables.prefix_len = static_cast<int32_t*>(address(prefix_len));
+  tables.first_row = static_cast<int32_t*>(address(first_row));
+  tables.slot = static_cast<int32_t*>(address(slot));
+  const std::string fault = pyengine::tree_fault(tables);
+  if (!fault.empty()) throw py::value_error("tree_attention: " + fault);
+}
+
 // tree_attention over given stores and a given tree, which are looked at once: a model's decode step makes a
 // call for every layer. Owns its tensors.
 class TreeCall {
@@ -354,6 +369,7 @@ PYBIND11_MODULE(_C, m) {
       .def(py::init<std::array<int64_t, 6>, int, std::array<py::object, 4>, std::array<py::object, 4>,
                     const char*>())
       .def("run", &TreeCall::run);
+  m.def("check_tree", &check_tree);
   m.def("select_block", &select_block);
   m.def("linear", &linear);
   m.def("rms_norm", &rms_norm);

@@ -6,10 +6,10 @@ business of the pass. Models are called with `use_cache=False`, packed ids [1, T
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+import threading
+from collections.abc import Callable
 from contextvars import ContextVar
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -18,9 +18,11 @@ from transformers import AttentionInterface
 
 from pyengine import ops
 from pyengine.cache import PAGE, BranchingCache, Sequence
+from pyengine.ops.linear import Forwards, patch, served, unpatch
 from pyengine.ops.tree_attention import masked_attention, run_prepared
 from pyengine.reference import Tree
 
+T = TypeVar("T")
 NAME = "pyengine"
 QUERIES = 256  # of a long prompt at a time, where its mask or logits are written out
 
@@ -41,6 +43,8 @@ class Pass(Protocol):
 
 
 _PASS: ContextVar[Pass | None] = ContextVar("pyengine_pass", default=None)
+# One pass at a time in a process, whoever's: models may share modules, and queue here.
+_PASSING = threading.RLock()
 
 
 def _attention(
@@ -58,7 +62,7 @@ def _attention(
 ) -> tuple[Tensor, None]:
     run = _PASS.get()
     if run is None:
-        raise RuntimeError("this model is lent to a running Engine.generate or .stream; call it when that has ended")
+        raise RuntimeError("this model is in a pass of an engine in another thread; call it when that has ended")
     options = Options(scaling, sliding_window, softcap, s_aux)
     return run.attend(module.layer_idx, query[0], key[0], value[0], options)[None], None
 
@@ -66,51 +70,86 @@ def _attention(
 AttentionInterface.register(NAME, _attention)
 
 
-# By the id of a config, which a model may share with its body and which lives as long as the hook: how many have hooked
-# it, and what its attention was before the first. Whoever ends last gives it back.
-_HOOKED: dict[int, tuple[int, str]] = {}
+class Loan:
+    """A model for the time of a pass: its attention is ours, its layers are quick, no module trains.
 
+    What a pass changes is noted before, and given back when it ends, however it ends: between passes the model is its
+    owner's, who may call it, train it, or lend it to another engine. ValueError where attention cannot be ours.
+    """
 
-@contextmanager
-def hooked(model: Any) -> Iterator[None]:
-    """The model's attention is ours inside; ValueError where the model does not let it."""
-    count, before = _HOOKED.get(id(model.config), (0, model.config._attn_implementation))
-    if count == 0:
-        model.set_attn_implementation(NAME)
-    _HOOKED[id(model.config)] = (count + 1, before)
-    try:
-        if model.config._attn_implementation != NAME:
+    def __init__(self, model: Any) -> None:
+        self.model = model
+        self._modules: list[Any] = []
+        self._forwards: Forwards = []
+        self._noted: tuple[list[tuple[Any, str]], list[Any]] | None = None
+        self._configs = [config for config in _configs(model) if hasattr(config, "_attn_implementation")]
+        with _PASSING:
+            own = [(config, config._attn_implementation) for config in self._configs]
+            try:
+                try:
+                    model.set_attn_implementation(NAME)
+                    self._configs = [config for config in self._configs if config._attn_implementation == NAME]
+                finally:
+                    _attend(own)
+            except BaseException:
+                _attend(own)
+                raise
+        if not any(config is model.config for config in self._configs):
             raise ValueError("its attention does not go through transformers' AttentionInterface")
-        yield
-    finally:
-        count, before = _HOOKED.pop(id(model.config))
-        if count > 1:
-            _HOOKED[id(model.config)] = (count - 1, before)
-        else:
-            model.set_attn_implementation(before)
+
+    def renew(self, forwards: Forwards) -> None:
+        """Look at the model anew, as whoever owns it may have changed it; forwards: those of its quick layers."""
+        with _PASSING:  # in a pass of another loan its layers would look hooked
+            self._modules, self._forwards = list(self.model.modules()), served(forwards)
+
+    def run(self, work: Pass, call: Callable[[], T]) -> T:
+        """call(), a forward pass of the model in which attention layers do this work."""
+        with _PASSING:
+            # Given back once more where an interrupt cuts the first time short.
+            try:
+                try:
+                    self._noted = (
+                        [(config, config._attn_implementation) for config in self._configs],
+                        [module for module in self._modules if module.training],
+                    )
+                    _attend([(config, NAME) for config in self._configs])
+                    for module in self._noted[1]:
+                        module.training = False
+                    patch(self._forwards)
+                    _PASS.set(work)
+                    return call()
+                finally:
+                    self._give_back()
+            except BaseException:
+                self._give_back()
+                raise
+
+    def _give_back(self) -> None:
+        if self._noted is not None:
+            _PASS.set(None)
+            unpatch(self._forwards)
+            for module in self._noted[1]:
+                module.training = True
+            _attend(self._noted[0])
+            self._noted = None
 
 
-@contextmanager
-def unhooked(model: Any) -> Iterator[None]:
-    """Inside `hooked`, the model is its own for as long."""
-    found = _HOOKED.get(id(model.config))
-    if found:
-        model.set_attn_implementation(found[1])
-    try:
-        yield
-    finally:
-        if found:
-            model.set_attn_implementation(NAME)
+def _configs(model: Any) -> list[Any]:
+    """Every config that a module of the model reads, each once; configs are not hashable."""
+    found = {id(model.config): model.config}
+    waiting = [model.config, *(module.config for module in model.modules() if hasattr(module, "config"))]
+    while waiting:
+        config = waiting.pop()
+        found[id(config)] = config
+        subs = (getattr(config, name, None) for name in getattr(config, "sub_configs", None) or ())
+        waiting += [sub for sub in subs if sub is not None and id(sub) not in found]
+    return list(found.values())
 
 
-@contextmanager
-def running(work: Pass) -> Iterator[None]:
-    """Attention layers that are called inside do the work of this pass."""
-    token = _PASS.set(work)
-    try:
-        yield
-    finally:
-        _PASS.reset(token)
+def _attend(implementations: list[tuple[Any, str]]) -> None:
+    """Each config names this attention. Its public setter would set those of sub-configs too."""
+    for config, name in implementations:
+        config._attn_implementation_internal = name
 
 
 class Span(NamedTuple):

@@ -12,6 +12,7 @@ half-way. The keys and values themselves are written by `decoder.py` and read by
 from __future__ import annotations
 
 import hashlib
+import math
 from collections import Counter, OrderedDict
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -20,7 +21,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from pyengine.errors import InputError
+from pyengine.errors import InputError, first_line
 from pyengine.ops import common, flash
 
 # Tokens of a page; csrc/cpu/tree_attention.h kTileTokens divides it.
@@ -39,6 +40,22 @@ class Sequence:
     fresh: list[bytes] = field(default_factory=list)  # names of the pages that it is the first to fill
 
 
+def token_bytes(layers: list[tuple[int, int]], dtype: torch.dtype) -> int:
+    """Keys and values of one token in all layers, (key heads, width) each."""
+    return sum(2 * heads * width * dtype.itemsize for heads, width in layers)
+
+
+def budget_for(token_bytes: int, pages: int, tail_tokens: int) -> int:
+    """The bytes of which a cache has so many pages, and tails of so many tokens in all."""
+    return 4 * math.ceil(max(pages * PAGE / (1 - TAIL_SHARE), tail_tokens / TAIL_SHARE) * token_bytes / 4)
+
+
+def in_gb(size: float) -> str:
+    """Bytes as the GB that `cache_gb` takes, never fewer: three digits, rounded up."""
+    step = 10.0 ** (math.floor(math.log10(size)) - 2)
+    return f"{math.ceil(size / step) * step / 1e9:.3g} GB"
+
+
 class BranchingCache:
     """Pages, tails and who owns them.
 
@@ -49,12 +66,14 @@ class BranchingCache:
     """
 
     def __init__(self, layers: list[tuple[int, int]], budget: float, dtype: torch.dtype, device: torch.device) -> None:
-        self.token_bytes = sum(2 * heads * width * dtype.itemsize for heads, width in layers)
+        self.token_bytes = token_bytes(layers, dtype)
         self.capacity = int(budget * (1 - TAIL_SHARE)) // (PAGE * self.token_bytes)  # pages
         self.tail_capacity = int(budget * TAIL_SHARE) // self.token_bytes  # tokens
         if self.capacity < 1 or self.tail_capacity < STEP:
-            least = max(PAGE / (1 - TAIL_SHARE), STEP / TAIL_SHARE) * self.token_bytes
-            raise InputError(f"a cache of {budget / 1e9:.3g} GB is too small: one page and tail take {least / 1e9:.3g}")
+            least = in_gb(budget_for(self.token_bytes, 1, STEP))
+            raise InputError(
+                f"a cache of {budget / 1e9:.3g} GB is too small: one page and tail take {least} (cache_gb)"
+            )
         self.slots = self.room = 0
         # Of each layer: keys and values of the prefixes [pages, Hkv, PAGE, D] and of the tails [slots, Hkv, room, D].
         # Made once, since slicing four tensors for every layer and token costs 2 % of a small model's step.
@@ -65,14 +84,19 @@ class BranchingCache:
         self._pages: list[tuple[Tensor, Tensor]] = []  # one stack of layers for each shape
         self._tails: list[tuple[Tensor, Tensor]] = []
         self._tail_memory: list[tuple[Tensor, Tensor]] = []
-        for heads, width in shapes:
-            empty = partial(torch.empty, dtype=dtype, device=device)
-            n = layers.count((heads, width))
-            inner = (width, PAGE) if self._transposed else (PAGE, width)
-            key, value = empty(n, self.capacity, heads, *inner), empty(n, self.capacity, heads, PAGE, width)
-            self._pages.append((key.transpose(-1, -2) if self._transposed else key, value))
-            size = self.tail_capacity * heads * width
-            self._tail_memory.append((empty(n, size), empty(n, size)))
+        try:
+            for heads, width in shapes:
+                empty = partial(torch.empty, dtype=dtype, device=device)
+                n = layers.count((heads, width))
+                inner = (width, PAGE) if self._transposed else (PAGE, width)
+                key, value = empty(n, self.capacity, heads, *inner), empty(n, self.capacity, heads, PAGE, width)
+                self._pages.append((key.transpose(-1, -2) if self._transposed else key, value))
+                size = self.tail_capacity * heads * width
+                self._tail_memory.append((empty(n, size), empty(n, size)))
+        except (RuntimeError, MemoryError) as error:
+            raise InputError(
+                f"a cache of {budget / 1e9:.3g} GB cannot be allocated ({first_line(error)}): give a smaller cache_gb"
+            ) from error
         self._shapes = shapes
         self._free = list(range(self.capacity))  # the last one goes first: it is the warmest
         self._owners: Counter[int] = Counter()  # page -> sequences
@@ -85,7 +109,7 @@ class BranchingCache:
 
     def open(self, slots: int, room: int) -> None:
         """Divide the tails' memory into `slots` tails of at least `room` tokens; what was in them is gone."""
-        room = -(-room // STEP) * STEP
+        room = self.room_for(room)
         if slots * room > self.tail_capacity:
             raise ValueError(f"{slots} tails of {room} tokens do not fit into {self.tail_capacity} tokens")
         self.slots, self.room, self._tails = slots, room, []
@@ -102,7 +126,12 @@ class BranchingCache:
 
     def most_slots(self, room: int) -> int:
         """How many tails of `room` tokens there can be."""
-        return self.tail_capacity // (-(-room // STEP) * STEP)
+        return self.tail_capacity // self.room_for(room)
+
+    @staticmethod
+    def room_for(tokens: int) -> int:
+        """The tokens of a tail's memory that holds so many."""
+        return -(-tokens // STEP) * STEP
 
     # Sequences
 
@@ -193,10 +222,11 @@ class BranchingCache:
             self._forget(name)
         self.release(sequence)
 
-    def forget(self) -> None:
-        """No new sequence shares what is there: the model has changed."""
-        for name in list(self._named):
-            self._forget(name)
+    def clear(self) -> None:
+        """No sequence is left and no page is known: right whatever was cut short, and again where this is."""
+        self._named, self._name_of, self._idle = {}, {}, OrderedDict()
+        self._sequences, self._owners = set(), Counter()
+        self._free = list(range(self.capacity))
 
     def check_integrity(self) -> None:
         """Raise AssertionError where the books do not balance: every page has one state, every owner is alive."""

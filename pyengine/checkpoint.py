@@ -37,6 +37,21 @@ def load_checkpoint(auto: Any, kind: str, path: str | Path, trust_remote_code: b
     return model, tokenizer
 
 
+def context_of(config: Any) -> int | None:
+    """Tokens that a model of this config reads at most; None for any number.
+
+    With yarn and linear RoPE that is the factor times the original length, as transformers documents it; some
+    checkpoints name that product in max_position_embeddings, others the original length.
+    """
+    text = config.get_text_config(decoder=True)
+    longest = getattr(text, "max_position_embeddings", None)
+    rope = getattr(text, "rope_parameters", None) or {}
+    if longest and rope.get("rope_type") in ("yarn", "linear") and rope.get("factor"):
+        original = rope.get("original_max_position_embeddings") or longest
+        return max(longest, int(rope["factor"] * original))
+    return longest or None
+
+
 def _of_adapter(path: Path) -> str:
     """Which base an adapter in this directory is of; transformers' errors name the base's files alone."""
     file = path / "adapter_config.json"

@@ -13,8 +13,8 @@ decoder.commit(rows)                   # the winners join their prefixes; prompt
 from __future__ import annotations
 
 import inspect
-from collections.abc import Hashable
-from contextlib import ExitStack
+from collections.abc import Hashable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -22,10 +22,11 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from pyengine.attention import Decode, Extend, Options, Pass, Span, hooked, running
-from pyengine.cache import BranchingCache, Sequence
+from pyengine.attention import Decode, Extend, Loan, Options, Pass, Span
+from pyengine.cache import BranchingCache, Sequence, budget_for, in_gb
+from pyengine.checkpoint import context_of
 from pyengine.errors import InputError
-from pyengine.ops.linear import lent, quick_forwards
+from pyengine.ops.linear import quick_forwards
 from pyengine.ops.tree_attention import prepare
 from pyengine.reference import Tree
 from pyengine.scorers.base import Hidden
@@ -79,7 +80,8 @@ class Decoder(Protocol):
     captured: dict[Hashable, Any]  # what is replayed
 
     def open(self, k: int, room: int) -> None: ...
-    def close(self) -> None: ...
+    def close(self, whole: bool = True) -> None: ...
+    def forget(self) -> None: ...
     def refuses(self, tokens: int, growth: int) -> str | None: ...
     def fits(self, waiting: list[Prompt]) -> int: ...
     def join(self, prompts: list[Prompt]) -> None: ...
@@ -93,23 +95,23 @@ class BranchingDecoder:
     """Each prefix is kept and read once for all its branches; branches cost their tails.
 
     layers: the hidden states that every frontier carries. max_rows: most branches at once. budget: bytes of keys and
-    values; None is a share of the memory that is free.
+    values; None is a share of the memory that is free. frozen: nothing about the model changes while this lives, so
+    that the pages of prompts and captured graphs outlive a call.
     """
 
-    def __init__(self, model: Any, layers: tuple[int, ...], max_rows: int, budget: float | None = None) -> None:
+    def __init__(
+        self, model: Any, layers: tuple[int, ...], max_rows: int, budget: float | None = None, frozen: bool = False
+    ) -> None:
         if len({parameter.device for parameter in model.parameters()}) > 1:
             raise ValueError("its layers are on several devices")
-        self.model, self.layers, self.max_rows = model, layers, max_rows
-        self.cache = BranchingCache(
-            _layer_shapes(model), budget or _free_memory(model.device), model.dtype, model.device
-        )
+        self.model, self.layers, self.max_rows, self.frozen = model, layers, max_rows, frozen
+        self._loan = Loan(model)
+        self._shapes = _layer_shapes(self._loan)
+        self.cache = BranchingCache(self._shapes, _bytes_of(budget, model.device), model.dtype, model.device)
         self.waits = model.device.type != "cpu"
-        config = model.config.get_text_config(decoder=True)
-        self._last_position = (getattr(config, "max_position_embeddings", None) or 2**31) - 1
+        self._last_position = (context_of(model.config) or 2**31) - 1
         self._keep_some = "logits_to_keep" in inspect.signature(model.forward).parameters
-        self._hook = ExitStack()
         self._quick = quick_forwards(model)
-        self._weights = _fingerprint(model)
         self._k = 1
         self._sequences: list[Sequence] = []
         self._at = Frontier(torch.empty(0), {})  # of the sequences
@@ -129,9 +131,10 @@ class BranchingDecoder:
     def open(self, k: int, room: int) -> None:
         most = min(max(self.max_rows, k), self.cache.most_slots(room))
         if most < k:
+            least = in_gb(budget_for(self.cache.token_bytes, 1, k * self.cache.room_for(room)))
             raise InputError(
-                f"{k} branches of {room} tokens need {k * room * self.cache.token_bytes / 1e9:.3g} GB of cache for "
-                "their tails alone: give the engine more memory (cache_gb), or take fewer branches or shorter ones"
+                f"{k} branches of {room} tokens need a cache of {least} for their tails alone: give the engine more "
+                "memory (cache_gb), or take fewer branches or shorter ones"
             )
         before = (self._k, self.cache.slots, self.cache.room)
         self._k = k
@@ -139,27 +142,45 @@ class BranchingDecoder:
         if before != (k, self.cache.slots, self.cache.room):  # other tensors than were captured
             self.captured.clear()
             self._buckets.clear()
-        weights = _fingerprint(self.model)
-        if weights != self._weights:  # as after a step of training: what was read with the old ones is of no use
-            self._weights = weights
-            self.cache.forget()
-            self.captured.clear()
-        self._hook.enter_context(hooked(self.model))
-        self._hook.enter_context(lent(self._quick))
+        self._loan.renew(self._quick)
 
-    def close(self) -> None:
-        for sequence in self._sequences:
-            self.cache.release(sequence)
+    @contextmanager
+    def on_trial(self, tokens: int) -> Iterator[None]:
+        """Inside, a small cache stands in for the decoder's own: four branches of two prompts of so many tokens.
+
+        So a trial asks nothing of the memory and the rows that the engine was given.
+        """
+        own, rows = self.cache, self.max_rows
+        budget = budget_for(own.token_bytes, 2 * own.pages_for(tokens), 4 * own.room_for(1))
+        self.cache, self.max_rows = BranchingCache(self._shapes, budget, self.model.dtype, self.model.device), 4
+        try:
+            yield
+        finally:
+            self.cache, self.max_rows = own, rows
+
+    def close(self, whole: bool = True) -> None:
+        """All prompts leave. whole: nothing was cut short, so that the books balance and pages hold what they are named
+        for; safe to call again where it was cut short itself."""
+        if whole and self.frozen:
+            for sequence in self._sequences:
+                self.cache.release(sequence)
+        else:
+            self.forget()
         self._sequences, self._tree, self._calls = [], None, []
-        self._hook.close()
+
+    def forget(self) -> None:
+        """Nothing that was read or captured so far is used again; only between calls."""
+        self.cache.clear()
+        self.captured.clear()
 
     def refuses(self, tokens: int, growth: int) -> str | None:
         needed = self.cache.pages_for(tokens + growth)
         if needed <= self.cache.capacity:
             return None
         return (
-            f"a prompt of {tokens} tokens that may grow by {growth} needs {needed} pages of "
-            f"cache, there are {self.cache.capacity}: give the engine more memory (cache_gb)"
+            f"a prompt of {tokens} tokens that may grow by {growth} needs {needed} pages of cache, there are "
+            f"{self.cache.capacity}: give the engine more memory (cache_gb; "
+            f"{in_gb(budget_for(self.cache.token_bytes, needed, 0))} hold one such prompt)"
         )
 
     def fits(self, waiting: list[Prompt]) -> int:
@@ -325,8 +346,7 @@ class BranchingDecoder:
 
     def _forward(self, work: Pass, ids: Tensor, positions: Tensor, rows: Tensor | None = None) -> Frontier:
         """The frontier of packed tokens [T], or of some of them."""
-        with running(work):
-            return self._read(ids[None], positions[None], rows)
+        return self._loan.run(work, lambda: self._read(ids[None], positions[None], rows))
 
     def _read(self, ids: Tensor, positions: Tensor, rows: Tensor | None) -> Frontier:
         """One call of the model."""
@@ -346,8 +366,9 @@ class BranchingDecoder:
         return Frontier(logits, hidden)
 
 
-def _layer_shapes(model: Any) -> list[tuple[int, int]]:
+def _layer_shapes(loan: Loan) -> list[tuple[int, int]]:
     """(key heads, width) of each layer, as one pass over one token shows them."""
+    model, device = loan.model, loan.model.device
     found: dict[int, tuple[int, int]] = {}
     windows = []
 
@@ -360,13 +381,13 @@ def _layer_shapes(model: Any) -> list[tuple[int, int]]:
             found[layer] = (key.shape[0], key.shape[2])
             return query.transpose(0, 1)
 
-    device = model.device
-    with torch.inference_mode(), hooked(model), running(Look()):
-        model(
-            input_ids=torch.zeros(1, 1, dtype=torch.long, device=device),
-            position_ids=torch.zeros(1, 1, dtype=torch.long, device=device),
-            use_cache=False,
-        )
+    def call() -> None:
+        zero = torch.zeros(1, 1, dtype=torch.long, device=device)
+        model(input_ids=zero, position_ids=zero, use_cache=False)
+
+    loan.renew([])
+    with torch.inference_mode():
+        loan.run(Look(), call)
     if sorted(found) != list(range(len(found))) or not found:
         raise ValueError("its attention layers are not numbered one by one")
     config = model.config.get_text_config(decoder=True)
@@ -382,10 +403,14 @@ def power_of_two(n: int) -> int:
     return 1 << max(0, n - 1).bit_length()
 
 
-def _fingerprint(model: Any) -> tuple[object, ...]:
-    """Changes when a weight is replaced or written to, other than through `.data`."""
-    weights = model.parameters()
-    return tuple((w.data_ptr(), -1 if w.is_inference() else w._version) for w in weights)
+def _bytes_of(budget: float | None, device: torch.device) -> float:
+    """The bytes of a cache; InputError for a budget that is not there."""
+    if budget is None:
+        return _free_memory(device)
+    free = _free_memory(device) / (GPU_SHARE if device.type == "cuda" else HOST_SHARE)
+    if budget > free:
+        raise InputError(f"a cache of {budget / 1e9:.3g} GB (cache_gb): {free / 1e9:.3g} GB of memory are free")
+    return budget
 
 
 def _free_memory(device: torch.device) -> float:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import math
+import threading
 import warnings
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import closing, contextmanager
 from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
@@ -17,7 +18,7 @@ from tqdm import tqdm
 from transformers import AutoModelForCausalLM
 
 from pyengine import ledger
-from pyengine.checkpoint import load_checkpoint
+from pyengine.checkpoint import context_of, load_checkpoint
 from pyengine.decoder import Decoder, Prompt
 from pyengine.errors import InputError, RequestError, first_line, real
 from pyengine.fallback import choose_decoder
@@ -44,7 +45,12 @@ class Engine:
     is reported and not followed. max_rows: most sequences (prompts times branches) decoded at once, or the branches of
     one prompt if those are more; other prompts wait until some leave. cache_gb: memory for keys and values in GB (1e9
     bytes), allocated once; None is a quarter of the host's free memory, or three fifths of a GPU's. A reward model with
-    a cache of its own takes as much again, or that share of what is left.
+    a cache of its own takes as much again, or that share of what is left. frozen: you vouch that nothing about the
+    model and the scorers' models changes while the engine lives (no training, adapters, hooks): then what was read of a
+    prompt, and a GPU's captured graphs, serve later calls too; after a change all the same, call `forget`.
+
+    Between the passes of a call the model is yours: a reward may call it, another engine decode with it. Each pass runs
+    in evaluation mode, and one at a time whatever the threads. An engine serves one call at a time.
 
     Raises InputError, with one line that says what to do, for anything that does not fit.
     """
@@ -56,8 +62,9 @@ class Engine:
         scorer: ScorerLike | None = None,
         max_rows: int = 256,
         cache_gb: float | None = None,
+        frozen: bool = False,
     ) -> None:
-        self.model, self.tokenizer, self.max_rows = model.eval(), tokenizer, max_rows
+        self.model, self.tokenizer, self.max_rows = model, tokenizer, max_rows
         self.name = Path(model.config.name_or_path or type(model).__name__).name
         embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
         config = model.config.get_text_config(decoder=True)
@@ -74,12 +81,13 @@ class Engine:
                 f"{self.policy.name} embeds {embedding.weight.shape[0]} tokens, its tokenizer has "
                 f"{len(tokenizer)}: they do not belong together"
             )
-        self.context: int | None = getattr(config, "max_position_embeddings", None)
+        self.context = context_of(model.config)
         self.eos = ends_of(model)
-        self._busy = False
+        self._guard = threading.Lock()
+        self._holder: object = None  # the call that decodes
         budget = None if cache_gb is None else 1e9 * real(cache_gb, "Engine: cache_gb", 0)
-        self._decoder = choose_decoder(model, (), max_rows, budget)
-        self._judge = Judge(self.policy, tokenizer, self.eos, max_rows, budget)
+        self._decoder = choose_decoder(model, (), max_rows, budget, frozen)
+        self._judge = Judge(self.policy, tokenizer, self.eos, max_rows, budget, frozen)
         self.set_scorer(scorer)
 
     @classmethod
@@ -91,6 +99,7 @@ class Engine:
         dtype: torch.dtype | None = None,
         max_rows: int = 256,
         cache_gb: float | None = None,
+        frozen: bool = False,
         trust_remote_code: bool = False,
     ) -> Engine:
         """Load a causal language model from a directory or hub id; safetensors only.
@@ -107,25 +116,41 @@ class Engine:
             model = model.to(device)
         except (RuntimeError, AssertionError) as error:
             raise InputError(f"device {device!r}: {first_line(error)}") from error
-        return cls(model, tokenizer, scorer, max_rows, cache_gb)
+        return cls(model, tokenizer, scorer, max_rows, cache_gb, frozen)
 
     def set_scorer(self, scorer: ScorerLike | None) -> None:
         """Follow another scorer from now on; None follows none."""
-        if self._busy:
-            raise InputError("this engine is decoding: end or close the stream that is open before changing its scorer")
-        self._judge.follow(parts_of(scorer))
-        self._decoder.layers = tuple(sorted({layer for part in self.parts for layer in part.scorer.layers}))
-        self._decoder.captured.clear()
+        with self._alone("changing its scorer"):
+            self._judge.follow(parts_of(scorer))
+
+    def forget(self) -> None:
+        """What was read of prompts, and captured, is not used again: for a `frozen` engine whose model has changed."""
+        with self._alone("changing its model"):
+            self._decoder.forget()
+            self._judge.forget()
 
     @contextmanager
     def following(self, scorer: ScorerLike | None) -> Iterator[None]:
         """Follow another scorer inside; the one that was followed before is back afterwards."""
-        before = [part.term() for part in self.parts]
+        before = [part.term() for part in self.parts] or None
+        # Back once more where an interrupt cuts the first time short.
         try:
-            self.set_scorer(scorer)
+            try:
+                self.set_scorer(scorer)
+                yield
+            finally:
+                self.set_scorer(before)
+        except BaseException:
+            self.set_scorer(before)
+            raise
+
+    @contextmanager
+    def _alone(self, what: str) -> Iterator[None]:
+        """No call begins or is decoding inside; InputError where one is."""
+        with self._guard:
+            if self._holder is not None:
+                raise InputError(f"this engine is decoding: end or close the stream that is open before {what}")
             yield
-        finally:
-            self.set_scorer(before or None)
 
     @property
     def parts(self) -> list[Part]:
@@ -287,8 +312,8 @@ class Engine:
 
         A budget for whole sequences has become a weight. InputError for what is wrong with the call as a whole.
         """
-        if self._busy:
-            raise InputError("this engine is decoding: end or close the stream that is open before another call")
+        with self._alone("another call"):
+            pass
         strategy = strategy or BASE
         self._check(strategy)
         requests: list[Request] = []
@@ -348,48 +373,73 @@ class Engine:
 
     @torch.inference_mode()
     def _decode(self, waiting: deque[Request], strategy: Strategy, tick: _Tick = int) -> Generator[_Commit, None, None]:
+        """Commits of all requests as they are made, while nobody else decodes.
+
+        However it ends, the engine is free and its decoders are whole again. `tick` is called for every token of a
+        block.
+        """
+        me, whole = object(), False
+        # Ended once more where an interrupt cuts the first time short.
+        try:
+            try:
+                with self._alone("another call"):
+                    self._holder = me
+                self._check(strategy)  # its scorer may have been changed since it was asked for
+                if waiting:
+                    yield from self._commits(waiting, strategy, tick)
+                whole = True
+            except GeneratorExit:  # between two blocks
+                whole = True
+                raise
+            finally:
+                self._end(me, whole)
+        except BaseException:
+            self._end(me, whole)
+            raise
+
+    def _end(self, me: object, whole: bool) -> None:
+        """The call of this holder is over. whole: nothing was cut short."""
+        if self._holder is me:
+            for decoder in (self._decoder, *self._judge.readers.values()):
+                decoder.close(whole)
+            self._holder = None
+
+    def _commits(self, waiting: deque[Request], strategy: Strategy, tick: _Tick) -> Generator[_Commit, None, None]:
         """The loop: waiting prompts join, every prefix forks into k branches, one of them is committed.
 
-        A request that fails leaves with the block that is on its way, and is yielded with its error. `tick` is called
-        for every token of a block.
+        A request that fails leaves with the block that is on its way, and is yielded with its error.
         """
-        if self._busy:
-            raise InputError("this engine is decoding: end or close the stream that is open before another call")
-        if not waiting:
-            return
         k, live = strategy.k, list[Request]()
         tilt, readers = self._tilt(strategy), self._readers(strategy)
         decoders = [self._decoder, *dict.fromkeys(readers.values())]
         longest = max(r.limit for r in waiting)
         whole = _commits_nothing(strategy)
         room = 1 if k == 1 else min(strategy.block_tokens or longest, longest)
-        self._busy = True
-        with ExitStack() as cleanup:
-            cleanup.callback(setattr, self, "_busy", False)
-            for decoder in decoders:
-                cleanup.callback(decoder.close)
-                decoder.open(k, room)
-            while waiting or live:
-                prompts = [Prompt(r.prompt_ids, 0 if whole else r.limit) for r in islice(waiting, self.max_rows)]
-                joining = [waiting.popleft() for _ in range(min(d.fits(prompts) for d in decoders))]
-                if joining:
-                    for decoder in decoders:
-                        decoder.join(prompts[: len(joining)])
-                    live += joining
-                tail = self._propose(live, strategy, tilt, tick)
-                winners = [i * k + c for i, c in enumerate(self._judge.select(tail, live, strategy))]
-                self._judge.score_ended(tail, live, winners, k)
-                commits = [self._commit(r, tail, row, strategy) for r, row in zip(live, winners, strict=True)]
-                for request in live:
-                    if not (request.finish_reason or request.error) and _refuse(request, decoders[1:], 0):
-                        commits.append((request.index, [], request.error))
-                on = [i for i, r in enumerate(live) if not (r.finish_reason or r.error)]
-                kept = [winners[i] for i in on]
-                for decoder in decoders:  # the base model's may have dropped ended rows on the way
-                    rows = [tail.slots.index(row) for row in kept] if decoder is self._decoder else kept
-                    decoder.commit(torch.tensor(rows, dtype=torch.long, device=self.policy.device))
-                live = [live[i] for i in on]
-                yield from commits
+        layers = {layer for part in self.parts for layer in part.scorer.layers}
+        self._decoder.layers = tuple(sorted(layers))
+        for decoder in decoders:
+            decoder.open(k, room)
+        while waiting or live:
+            prompts = [Prompt(r.prompt_ids, 0 if whole else r.limit) for r in islice(waiting, self.max_rows)]
+            joining = [waiting.popleft() for _ in range(min(d.fits(prompts) for d in decoders))]
+            if joining:
+                for decoder in decoders:
+                    decoder.join(prompts[: len(joining)])
+                live += joining
+            tail = self._propose(live, strategy, tilt, tick)
+            winners = [i * k + c for i, c in enumerate(self._judge.select(tail, live, strategy))]
+            self._judge.score_ended(tail, live, winners, k)
+            commits = [self._commit(r, tail, row, strategy) for r, row in zip(live, winners, strict=True)]
+            for request in live:
+                if not (request.finish_reason or request.error) and _refuse(request, decoders[1:], 0):
+                    commits.append((request.index, [], request.error))
+            on = [i for i, r in enumerate(live) if not (r.finish_reason or r.error)]
+            kept = [winners[i] for i in on]
+            for decoder in decoders:  # the base model's may have dropped ended rows on the way
+                rows = [tail.slots.index(row) for row in kept] if decoder is self._decoder else kept
+                decoder.commit(torch.tensor(rows, dtype=torch.long, device=self.policy.device))
+            live = [live[i] for i in on]
+            yield from commits
 
     def _propose(self, live: list[Request], strategy: Strategy, tilt: Tilt, tick: _Tick) -> Tail:
         """Draw k branches of up to block_tokens tokens for each live request."""

@@ -8,20 +8,32 @@ from __future__ import annotations
 
 import inspect
 import logging
+import sys
 from collections.abc import Hashable
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from pyengine.checkpoint import context_of
 from pyengine.decoder import BranchingDecoder, Decoder, Frontier, Prompt
 from pyengine.errors import InputError, first_line
+from pyengine.modes import evaluating
 from pyengine.scorers.base import Hidden
 
 log = logging.getLogger("pyengine")
 
 # Architectures whose branching the test suite holds against a full recompute, sliding windows crossed.
 TESTED = frozenset({"llama", "qwen2", "qwen3", "mistral", "gemma2", "gemma3_text", "gpt2", "phi3", "olmo2", "gpt_oss"})
+
+SHORT_TRIAL, LONGEST_TRIAL, TRIAL_GROWTH = (
+    9,
+    256,
+    8,
+)  # tokens: of a prompt with no window to pass, of any, that it grows by
+# Windows that transformers' caches know, and the hook is told of at each call, which `_layer_shapes` checks; and what
+# only sounds like a window.
+TOLD = frozenset({"sliding_window", "attention_chunk_size", "max_window_layers"})
 
 
 def _layers_of(output: Any, layers: tuple[int, ...]) -> Hidden:
@@ -42,8 +54,11 @@ class _Grouped:
     def open(self, k: int, room: int) -> None:
         self._k = k
 
-    def close(self) -> None:
+    def close(self, whole: bool = True) -> None:
         self._frontier = Frontier(torch.empty(0), {})
+
+    def forget(self) -> None:
+        pass  # nothing outlives a call
 
     def refuses(self, tokens: int, growth: int) -> str | None:
         return None
@@ -78,7 +93,7 @@ class ReplicatedDecoder(_Grouped):
         self._mask = torch.empty(0)
         self._store: Any = None
 
-    def close(self) -> None:
+    def close(self, whole: bool = True) -> None:
         super().close()
         self._store = None
 
@@ -110,15 +125,16 @@ class ReplicatedDecoder(_Grouped):
         return self._frontier
 
     def _forward(self, ids: Tensor, positions: Tensor) -> Frontier:
-        output = self.model(
-            input_ids=ids,
-            attention_mask=self._mask,
-            past_key_values=self._store,
-            use_cache=True,
-            output_hidden_states=bool(self.layers),
-            **({"position_ids": positions} if self._positions else {}),
-            **self._keep_last,
-        )
+        with evaluating(self.model):
+            output = self.model(
+                input_ids=ids,
+                attention_mask=self._mask,
+                past_key_values=self._store,
+                use_cache=True,
+                output_hidden_states=bool(self.layers),
+                **({"position_ids": positions} if self._positions else {}),
+                **self._keep_last,
+            )
         self._store = output.past_key_values
         self._frontier = Frontier(output.logits[:, -1], _layers_of(output, self.layers))
         return self._frontier
@@ -153,7 +169,8 @@ class RecomputeDecoder(_Grouped):
         for length in {len(row) for row in self._rows}:  # one batch a length: nothing is padded
             index = [i for i, row in enumerate(self._rows) if len(row) == length]
             ids = torch.tensor([self._rows[i] for i in index], device=self.model.device)
-            output = self.model(input_ids=ids, use_cache=False, output_hidden_states=bool(self.layers))
+            with evaluating(self.model):
+                output = self.model(input_ids=ids, use_cache=False, output_hidden_states=bool(self.layers))
             logits, hidden = output.logits[:, -1], _layers_of(output, self.layers)
             for j, i in enumerate(index):
                 parts[i] = Frontier(logits[j], {layer: h[j] for layer, h in hidden.items()})
@@ -163,31 +180,36 @@ class RecomputeDecoder(_Grouped):
         return self._frontier
 
 
-def choose_decoder(model: Any, layers: tuple[int, ...], max_rows: int, budget: float | None = None) -> Decoder:
+def choose_decoder(
+    model: Any, layers: tuple[int, ...], max_rows: int, budget: float | None = None, frozen: bool = False
+) -> Decoder:
     """The fastest decoder that is right for this model: unknown architectures are tried against a recompute.
 
-    Raises InputError for a model whose results could not be repeated.
+    Raises InputError for a model that is no decoder, and for a cache that there is no memory for.
     """
     config = model.config.get_text_config(decoder=True)
-    rope = _rope_types(config)
-    if "dynamic" in rope:
+    known = config.model_type in TESTED
+    if not known and _looks_ahead(model):
         raise InputError(
-            f"{config.model_type} with dynamic RoPE: its frequencies depend on earlier calls, so no result "
-            "could be repeated; set another rope_type in its config.json"
+            f"{config.model_type}: a token's logits change with the tokens after it: this model reads in both "
+            "directions and is no decoder; take a causal language model"
         )
     recompute = RecomputeDecoder(model, layers, max_rows)
-    if "longrope" in rope:
+    reason = _uncachable(config)
+    if reason:
         log.warning(
-            "%s: longrope turns the frequencies of a whole batch with its longest row, so no cache can be kept; every "
-            "step re-reads the whole sequence, which is right but slow",
+            "%s: %s, so no cache can be kept; every step re-reads the whole sequence, which is right but slow",
             config.model_type,
+            reason,
         )
         return recompute
     try:
         reason = _refused(config)
         if reason is None:
-            branching = BranchingDecoder(model, layers, max_rows, budget)
-            reason = None if config.model_type in TESTED else _mismatch(branching, recompute)
+            branching = BranchingDecoder(model, layers, max_rows, budget, frozen)
+            if not known:
+                with branching.on_trial(_trial_tokens(config) + TRIAL_GROWTH):
+                    reason = _mismatch(branching, recompute)
             if reason is None:
                 return branching
     except InputError:
@@ -210,11 +232,48 @@ def choose_decoder(model: Any, layers: tuple[int, ...], max_rows: int, budget: f
     return recompute
 
 
+def _uncachable(config: Any) -> str | None:
+    """Why no cache serves an architecture though a short test would pass."""
+    if "longrope" in _rope_types(config):
+        return "longrope turns the frequencies of a whole batch with its longest row"
+    for name, reach in _reaches(config).items():
+        if reach > LONGEST_TRIAL and name not in TOLD:
+            return f"its {name} of {reach} tokens reaches further than a trial of a cache"
+    return None
+
+
 def _refused(config: Any) -> str | None:
     """Why the hook cannot serve an architecture though a short test would pass."""
     if getattr(config, "attention_chunk_size", None):
         return "its attention is chunked, and transformers does not tell the hook where chunks begin"
     return None
+
+
+def _reaches(config: Any) -> dict[str, int]:
+    """Fields of a config that say how far a layer looks back, or how much it keeps, in tokens."""
+    words = ("window", "chunk", "kernel")
+    return {
+        name: value
+        for name, value in config.to_dict().items()
+        if type(value) is int and any(word in name for word in words)
+    }
+
+
+def _trial_tokens(config: Any) -> int:
+    """The longest prompt of a trial: beyond every window that a trial can reach, short of the context."""
+    longest = max((reach for reach in _reaches(config).values() if reach <= LONGEST_TRIAL), default=0)
+    return min(longest + SHORT_TRIAL, (context_of(config) or sys.maxsize) - TRIAL_GROWTH)
+
+
+@torch.inference_mode()
+def _looks_ahead(model: Any) -> bool:
+    """Whether the logits after four tokens change with the four that follow."""
+    vocab, device = model.get_input_embeddings().weight.shape[0], model.device
+    ids = torch.tensor([[(7 * i + 3) % vocab for i in range(8)]], device=device)
+    with evaluating(model):
+        whole, half = (model(input_ids=x, use_cache=False).logits[0, :4] for x in (ids, ids[:, :4]))
+    tolerance = 1e-4 if whole.dtype == torch.float32 else 5e-2  # of a pass of another length
+    return not bool((whole.float() - half.float()).norm() <= tolerance * half.float().norm())
 
 
 def _rope_types(config: Any) -> set[str]:
@@ -229,7 +288,9 @@ def _mismatch(decoder: Decoder, recompute: Decoder) -> str | None:
     """Why this decoder goes wrong, or None: two ragged prompts, a fork, a commit, a second block."""
     model = recompute.model  # type: ignore[attr-defined]
     vocab = model.get_input_embeddings().weight.shape[0]
-    prompts = [Prompt([(7 * i + 3) % vocab for i in range(9)], 8), Prompt([(5 * i + 1) % vocab for i in range(4)], 8)]
+    longest = _trial_tokens(model.config.get_text_config(decoder=True))
+    lengths = ((7, 3, longest), (5, 1, 4))
+    prompts = [Prompt([(a * i + b) % vocab for i in range(n)], TRIAL_GROWTH) for a, b, n in lengths]
     device = model.device
     steps = torch.tensor([[11, 12, 13, 14], [15, 16, 17, 18]], device=device) % vocab
     seen: list[list[Tensor]] = []

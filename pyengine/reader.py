@@ -11,7 +11,8 @@ from torch import Tensor
 
 from pyengine.checkpoint import same_tokenizer
 from pyengine.decoder import PREFILL_TOKENS, BranchingDecoder, Frontier, Prompt
-from pyengine.errors import first_line
+from pyengine.errors import InputError, first_line
+from pyengine.modes import evaluating
 from pyengine.scorers import PrefixModel, RewardModel, Scorer
 
 log = logging.getLogger("pyengine")
@@ -22,9 +23,14 @@ class Reader(BranchingDecoder):
     K times the whole prefix."""
 
     def __init__(
-        self, scorer: RewardModel | PrefixModel, layers: tuple[int, ...], max_rows: int, budget: float | None
+        self,
+        scorer: RewardModel | PrefixModel,
+        layers: tuple[int, ...],
+        max_rows: int,
+        budget: float | None,
+        frozen: bool,
     ) -> None:
-        super().__init__(scorer.model, layers, max_rows, budget)
+        super().__init__(scorer.model, layers, max_rows, budget, frozen)
         self.name, self.longest = scorer.name, scorer.longest
 
     def refuses(self, tokens: int, growth: int) -> str | None:
@@ -75,8 +81,8 @@ class Reader(BranchingDecoder):
 class RewardReader(Reader):
     """A causal sequence classifier; its "logits" are the score [N, 1] of each prefix."""
 
-    def __init__(self, scorer: RewardModel, max_rows: int, budget: float | None) -> None:
-        super().__init__(scorer, (), max_rows, budget)
+    def __init__(self, scorer: RewardModel, max_rows: int, budget: float | None, frozen: bool) -> None:
+        super().__init__(scorer, (), max_rows, budget, frozen)
 
     def _read(self, ids: Tensor, positions: Tensor, rows: Tensor | None) -> Frontier:
         hidden = self.model.base_model(input_ids=ids, position_ids=positions, use_cache=False).last_hidden_state[0]
@@ -94,14 +100,15 @@ class RewardReader(Reader):
         return scores[:, 0].float()
 
     def recompute(self, ids: list[int]) -> float:
-        return self.model(input_ids=torch.tensor([ids], device=self.model.device)).logits[0, 0].item()
+        with evaluating(self.model):
+            return self.model(input_ids=torch.tensor([ids], device=self.model.device)).logits[0, 0].item()
 
 
 class PrefixReader(Reader):
     """A prefix model: its frontier carries the hidden states that the head reads, and no logits."""
 
-    def __init__(self, scorer: PrefixModel, max_rows: int, budget: float | None) -> None:
-        super().__init__(scorer, (scorer.head.layer,), max_rows, budget)
+    def __init__(self, scorer: PrefixModel, max_rows: int, budget: float | None, frozen: bool) -> None:
+        super().__init__(scorer, (scorer.head.layer,), max_rows, budget, frozen)
         self.scorer, self.head, self._states = scorer, scorer.head, torch.empty(0)
 
     def _read(self, ids: Tensor, positions: Tensor, rows: Tensor | None) -> Frontier:
@@ -130,7 +137,9 @@ class PrefixReader(Reader):
         return self.head.values_at(self.scorer.states(ids[:-1])[-1:], token).item()
 
 
-def reader_of(scorer: Scorer, tokenizer: Any, max_rows: int, budget: float | None) -> Reader | None:
+def reader_of(
+    scorer: Scorer, tokenizer: Any, max_rows: int, budget: float | None, frozen: bool = False
+) -> Reader | None:
     """A reader for a scorer whose causal model shares the base model's tokenizer; None where text must be read.
 
     What it gives is tried against the model's own forward pass first.
@@ -138,12 +147,15 @@ def reader_of(scorer: Scorer, tokenizer: Any, max_rows: int, budget: float | Non
     try:
         reader: Reader
         if isinstance(scorer, PrefixModel):
-            reader = PrefixReader(scorer, max_rows, budget)
+            reader = PrefixReader(scorer, max_rows, budget, frozen)
         elif isinstance(scorer, RewardModel) and same_tokenizer(scorer.tokenizer, tokenizer):
-            reader = RewardReader(scorer, max_rows, budget)
+            reader = RewardReader(scorer, max_rows, budget, frozen)
         else:
             return None
-        reason = _mismatch(reader)
+        with reader.on_trial(20):
+            reason = _mismatch(reader)
+    except InputError:
+        raise
     except Exception as error:  # noqa: BLE001 - whatever a foreign model raises, its text can still be read
         reason = first_line(error)
     if reason is None:
@@ -159,7 +171,6 @@ def _mismatch(reader: Reader) -> str | None:
     vocab, pad = model.get_input_embeddings().weight.shape[0], model.config.pad_token_id
     ids = [token for token in ((7 * i + 3) % vocab for i in range(20)) if token != pad]
     tails = [[ids[11], ids[12]], [ids[13]], [ids[16]], [ids[14], ids[15]]]
-    most, reader.max_rows = reader.max_rows, max(4, reader.max_rows)
     try:
         reader.open(2, 2)
         reader.join([Prompt(ids[:9], 8), Prompt(ids[3:7], 8)])
@@ -168,7 +179,6 @@ def _mismatch(reader: Reader) -> str | None:
         found += reader.score([[ids[1]]] * 4)[::2].tolist()
     finally:
         reader.close()
-        reader.max_rows = most
     whole = [(ids[:9] if i < 2 else ids[3:7]) + tail for i, tail in enumerate(tails)]
     whole += [[*whole[0], ids[1]], [*whole[3], ids[1]]]
     wanted = [reader.recompute(text) for text in whole]

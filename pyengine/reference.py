@@ -405,7 +405,8 @@ def tree_attention(
             key, value = (
                 torch.cat(both, 1).double().repeat_interleave(group, 0) for both in zip(prefix, own, strict=True)
             )
-            logits = query[row].double().transpose(0, 1) @ key.transpose(1, 2) * (scale or width**-0.5)
+            logits = query[row].double().transpose(0, 1) @ key.transpose(1, 2)
+            logits *= width**-0.5 if scale is None else scale
             if softcap is not None:
                 logits = softcap * torch.tanh(logits / softcap)
             at = torch.arange(length + tail, device=query.device)

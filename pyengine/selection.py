@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass, field
 from itertools import groupby
 from typing import Any
@@ -13,7 +12,6 @@ import torch
 from torch import Tensor
 
 from pyengine import ops
-from pyengine.attention import unhooked
 from pyengine.errors import InputError, RequestError, first_line
 from pyengine.proposal import Tail
 from pyengine.reader import Reader, reader_of
@@ -54,10 +52,10 @@ class Judge:
     """What an engine follows: the weighted parts of its scorer, and readers for those with a cache of their own."""
 
     def __init__(
-        self, policy: Policy, tokenizer: Any, eos: frozenset[int], max_rows: int, budget: float | None
+        self, policy: Policy, tokenizer: Any, eos: frozenset[int], max_rows: int, budget: float | None, frozen: bool
     ) -> None:
         self._policy, self._tokenizer, self._eos = policy, tokenizer, eos
-        self._max_rows, self._budget = max_rows, budget
+        self._memory = (max_rows, budget, frozen)
         self.parts: list[Part] = []
         self.readers: dict[int, Reader] = {}  # of the parts whose scorers have one
         self._reader_of: dict[Scorer, Reader | None] = {}
@@ -67,16 +65,20 @@ class Judge:
         for part in parts:
             part.scorer.check(self._policy)
             part.scorer.move(self._policy.device)
-        self.parts = parts
         # One reader for each scorer, kept as long as the scorer is; the memory of the others goes before any is made.
+        # Whatever cuts this short leaves nothing followed.
         kept = {part.scorer: self._reader_of[part.scorer] for part in parts if part.scorer in self._reader_of}
-        self._reader_of, self.readers = kept, {}
-        for i, part in enumerate(parts):
+        self.parts, self.readers, self._reader_of = [], {}, kept
+        for part in parts:
             if part.scorer not in kept:
-                kept[part.scorer] = reader_of(part.scorer, self._tokenizer, self._max_rows, self._budget)
-            reader = kept[part.scorer]
-            if reader is not None:
-                self.readers[i] = reader
+                kept[part.scorer] = reader_of(part.scorer, self._tokenizer, *self._memory)
+        found = {i: kept[part.scorer] for i, part in enumerate(parts)}
+        self.parts, self.readers = parts, {i: reader for i, reader in found.items() if reader is not None}
+
+    def forget(self) -> None:
+        """Nothing that the readers' models have read so far is used again."""
+        for reader in self.readers.values():
+            reader.forget()
 
     def refuse(self, requests: Sequence[Request]) -> None:
         """Fail requests whose prompt a transform cannot serve, as one without a reference, before any is decoded."""
@@ -98,7 +100,7 @@ class Judge:
                     raw[part.scorer] = self._read(reader, tail, live, k)[rows]
                 else:
                     raw[part.scorer] = self._each(
-                        lambda at: self._score(part, reader, tail, owners, rows, at), part.name, owners
+                        lambda at: self._score(part, tail, owners, rows, at), part.name, owners
                     )
             found = raw[part.scorer]
             scores.append(
@@ -114,9 +116,7 @@ class Judge:
         tails = [tokens[:1] if live[row // k].error else tokens for row, tokens in enumerate(tail.tokens)]
         return reader.score(tails, self._eos).to(self._policy.device)
 
-    def _score(
-        self, part: Part, reader: Reader | None, tail: Tail, owners: list[Request], rows: list[int], at: list[int]
-    ) -> Tensor:
+    def _score(self, part: Part, tail: Tail, owners: list[Request], rows: list[int], at: list[int]) -> Tensor:
         """Raw scores [len(at)] of some of the rows of these requests, by a scorer that reads text or hidden states."""
         some = [owners[i] for i in at]
         index = torch.tensor([rows[i] for i in at], device=self._policy.device)
@@ -128,10 +128,7 @@ class Judge:
             decode=lambda tokens: self.texts([r.prompt_ids for r in some], tokens),
             prompt_ids=[r.prompt_ids for r in some],
         )
-        with ExitStack() as own:
-            if reader is not None:  # Tokenwise follows it: its model is hooked
-                own.enter_context(unhooked(reader.model))
-            return part.scorer.score(candidates).to(self._policy.device)
+        return part.scorer.score(candidates).to(self._policy.device)
 
     def _each(self, score: Callable[[list[int]], Tensor], name: str, owners: Sequence[Request]) -> Tensor:
         """score(places) of all places whose requests are sound, fp32 [len(owners)] with NaN for the others.

@@ -52,6 +52,20 @@ def test_the_books_balance_from_an_empty_cache_on():
     assert cache.pages_free == 8
 
 
+def test_a_page_is_known_by_all_that_is_before_it():
+    """[1][2] and [3][4] are there: [1][4] shares its first page and never its second."""
+    cache = make(pages=20)
+    one, two, three, four = ([i] * PAGE for i in (1, 2, 3, 4))
+    first = cache.add([*one, *two, 9], 0)
+    cache.add([*three, *four, 9], 0)
+    mixed = cache.add([*one, *four, 9], 0)
+    assert mixed.shared == PAGE
+    assert mixed.pages[0] == first.pages[0]
+    held = [set(sequence.pages) for sequence in cache._sequences]
+    assert sum(mixed.pages[1] in pages for pages in held) == 1
+    assert cache.add([*four, 9], 0).shared == 0
+
+
 def test_equal_prefixes_share_whole_pages_but_never_the_last_token():
     cache = make(pages=20)
     first = cache.add(tokens(2 * PAGE + 1), 0)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 import transformers
@@ -10,12 +12,15 @@ import pyengine.attention as attention_module
 import pyengine.decoder as decoder_module
 import pyengine.ops.linear as linear_module
 from pyengine import Engine, InputError, SamplingParams
-from pyengine.cache import PAGE
-from pyengine.decoder import BranchingDecoder, Prompt
+from pyengine.attention import Loan
+from pyengine.cache import PAGE, budget_for, token_bytes
+from pyengine.checkpoint import context_of
+from pyengine.decoder import BranchingDecoder, Prompt, _layer_shapes
 from pyengine.fallback import TESTED, RecomputeDecoder, ReplicatedDecoder, choose_decoder
 
 BUDGET = 8e6  # bytes
 LAYERS = (1, -1)
+SMALL = {"vocab_size": 128, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
 
 
 def prompts(*lengths, vocab=300):
@@ -134,7 +139,7 @@ def test_prompts_longer_than_a_page_join_while_others_decode(model_dirs):
 @torch.inference_mode()
 def test_a_shared_system_prompt_is_prefilled_once(model_dirs):
     model = load(model_dirs["llama"])
-    decoder, seen = BranchingDecoder(model, (), 64, BUDGET), []
+    decoder, seen = BranchingDecoder(model, (), 64, BUDGET, frozen=True), []
     forward = decoder._forward
     decoder._forward = lambda work, ids, *rest: seen.append(len(ids)) or forward(work, ids, *rest)
     system = prompts(PAGE + 5)[0].ids
@@ -248,7 +253,7 @@ def test_what_does_not_fit_is_said_or_waits(model_dirs):
     model = load(model_dirs["llama"])
     decoder = BranchingDecoder(model, (), 64, 1.0e6)  # 2 * 2 * 16 * 4 * 3 = 768 bytes a token: 15 pages, 325 of tails
     assert decoder.cache.capacity == 15
-    with pytest.raises(InputError, match=r"100 branches of 16 tokens need .* GB of cache.*cache_gb"):
+    with pytest.raises(InputError, match=r"100 branches of 16 tokens need a cache of 0\.00492 GB .*cache_gb"):
         decoder.open(100, 16)
     decoder.open(5, 16)
     assert decoder.cache.slots == 20, "fewer prompts at once than max_rows asks for"
@@ -334,18 +339,6 @@ def test_new_weights_read_a_prompt_anew(model_dirs):
     torch.testing.assert_close(logits(), recompute.fork().logits, atol=1e-5, rtol=0)
 
 
-def test_a_model_is_given_back_by_whoever_ends_last(model_dirs):
-    model = load(model_dirs["llama"])
-    before = model.config._attn_implementation
-    one, two = (BranchingDecoder(model, (), 64, BUDGET) for _ in range(2))
-    one.open(1, 4)
-    two.open(1, 4)
-    one.close()
-    assert model.config._attn_implementation == "pyengine"
-    two.close()
-    assert model.config._attn_implementation == before
-
-
 @torch.inference_mode()
 def test_autocast_may_have_another_mind_than_the_cache(model_dirs, monkeypatch):
     monkeypatch.setattr(linear_module, "quicker", lambda: False)
@@ -364,17 +357,6 @@ def test_a_window_that_is_told_to_the_mask_alone_is_refused():
     )  # fmt: skip
     with pytest.raises(ValueError, match="told to the mask alone"):
         BranchingDecoder(tiny(config), (), 64, BUDGET)
-
-
-def test_a_lent_model_says_so(model_dirs):
-    model = load(model_dirs["llama"])
-    decoder = BranchingDecoder(model, (), 64, BUDGET)
-    decoder.open(1, 4)
-    with pytest.raises(RuntimeError, match="lent to a running Engine"):
-        model(input_ids=torch.ones(1, 3, dtype=torch.long))
-    decoder.close()
-    model(input_ids=torch.ones(1, 3, dtype=torch.long))
-    assert not [name for name, module in model.named_modules() if "forward" in vars(module)]
 
 
 def tiny(config):
@@ -399,9 +381,150 @@ def test_longrope_is_recomputed_so_that_a_prompt_does_not_feel_its_neighbours(mo
         assert result.logp_base == pytest.approx(engine.generate(prompt, sampling=sampling)[0].logp_base, abs=1e-4)
 
 
-def test_dynamic_rope_is_refused():
-    with pytest.raises(InputError, match="dynamic RoPE"):
-        choose_decoder(rope("dynamic"), (), 64, BUDGET)
+@pytest.mark.parametrize("kind", ["dynamic", "yarn", "linear"])
+def test_scaled_rope_equals_a_recompute_as_far_as_it_is_said_to_reach(kind, model_dirs):
+    """dynamic: its frequencies stay as they are within max_position_embeddings."""
+    model = rope(kind)
+    model.config.max_position_embeddings = 40
+    engine = Engine(model, transformers.AutoTokenizer.from_pretrained(model_dirs["llama"]))
+    assert isinstance(engine._decoder, BranchingDecoder)
+    assert engine.context == (40 if kind == "dynamic" else 64)  # 4 x 16, where that is more
+    prompt = "7" * (engine.context - 6)
+    (result,) = engine.generate(prompt, None, SamplingParams(max_tokens=20, seed=1))
+    assert len(result.tokens) == 6 or result.finish_reason == "stop"
+    ids = torch.tensor([engine.encode(prompt) + result.tokens])
+    with torch.inference_mode():
+        whole = model(input_ids=ids, use_cache=False).logits[0].log_softmax(-1)
+    first = ids.shape[1] - len(result.tokens)
+    for i, (token, logp) in enumerate(zip(result.tokens, result.logp_base, strict=True)):
+        assert logp == pytest.approx(whole[first + i - 1, token].item(), abs=1e-4)
+
+
+def test_a_context_is_read_as_transformers_documents_it():
+    def context(longest, **rope):
+        config = transformers.LlamaConfig(max_position_embeddings=longest, rope_parameters={"rope_theta": 1e4, **rope})
+        return context_of(config)
+
+    assert context(100, rope_type="default") == 100
+    assert context(100, rope_type="yarn", factor=4.0, original_max_position_embeddings=100) == 400
+    assert context(400, rope_type="yarn", factor=4.0, original_max_position_embeddings=100) == 400
+    assert context(100, rope_type="linear", factor=2.0) == 200
+    assert context(100, rope_type="dynamic", factor=2.0) == 100
+    assert context(400, rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0) == 400
+    assert context_of(transformers.BloomConfig()) is None
+    sides = transformers.Gemma3TextConfig(max_position_embeddings=512)  # a scale for each kind of layer
+    sides.rope_parameters["full_attention"] |= {"rope_type": "linear", "factor": 8.0}
+    assert context_of(sides) == 512
+
+
+def test_a_model_that_reads_both_ways_is_no_decoder():
+    sizes = {"vocab_size": 128, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
+    config = transformers.BertConfig(**sizes, num_attention_heads=4)
+    with pytest.raises(InputError, match=r"bert: .* reads in both directions and is no decoder"):
+        choose_decoder(tiny(config), (), 64, BUDGET)
+    config.is_decoder = True
+    choose_decoder(tiny(config), (), 64, BUDGET)
+
+
+UNKNOWN = {
+    "smollm3": lambda: transformers.SmolLM3Config(**SMALL, intermediate_size=64, num_key_value_heads=2, pad_token_id=0),
+    "starcoder2": lambda: transformers.Starcoder2Config(
+        **SMALL, intermediate_size=64, num_key_value_heads=2, sliding_window=5
+    ),
+    "mixtral": lambda: transformers.MixtralConfig(
+        **SMALL, intermediate_size=64, num_key_value_heads=2, num_local_experts=2
+    ),
+    "cohere2": lambda: transformers.Cohere2Config(
+        **SMALL, intermediate_size=64, num_key_value_heads=2, sliding_window=5, pad_token_id=0
+    ),
+}
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("name", UNKNOWN)
+@pytest.mark.parametrize(("max_rows", "tail_tokens"), [(1, 256), (2, 256), (3, 256), (64, 16), (64, 32), (64, 48)])
+def test_a_trial_asks_nothing_of_the_engines_own_rows_and_memory(name, max_rows, tail_tokens):
+    """One that forks more rows than there are tails writes behind them."""
+    model = tiny(UNKNOWN[name]())
+    each = token_bytes(_layer_shapes(Loan(model)), torch.float32)
+    decoder = choose_decoder(model, (), max_rows, budget_for(each, 1, tail_tokens))
+    assert isinstance(decoder, BranchingDecoder)
+    assert decoder.max_rows == max_rows
+    assert decoder.cache.tail_capacity in range(tail_tokens, 4 * tail_tokens)
+    decoder.open(1, 8)
+    decoder.join([Prompt([5, 6, 7, 8, 9, 10, 11], 8)])
+    found = [decoder.fork().logits, decoder.append(torch.tensor([12])).logits]
+    decoder.close()
+    whole = model(input_ids=torch.tensor([[5, 6, 7, 8, 9, 10, 11, 12]]), use_cache=False).logits[0, -2:]
+    torch.testing.assert_close(torch.cat(found), whole, atol=1e-5, rtol=0)
+
+
+class Starting(torch.nn.Module):
+    """A projection that knows the first token of what it is given: right only where a pass holds the whole text."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x):
+        return self.inner(x) + x[:, :1].mean()
+
+
+def test_a_model_that_no_cache_serves_is_found_out(caplog):
+    """Both guards: the branching cache goes wrong, and so does a copied one."""
+    model = tiny(UNKNOWN["smollm3"]())
+    attention = model.model.layers[1].self_attn
+    attention.o_proj = Starting(attention.o_proj)
+    assert isinstance(choose_decoder(model, (), 64, BUDGET), RecomputeDecoder)
+    assert "prefixes are copied for each branch instead of shared (logits differ by" in caplog.text
+    assert "its cache cannot be branched (logits differ by" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("window", "reason"), [(8, "cannot be branched (logits differ by"), (300, "its keep_window_size of 300 tokens")]
+)
+def test_a_window_that_nothing_is_told_of_is_passed_by_the_trial_or_leaves_no_cache(window, reason, caplog):
+    """Doge masks what lies beyond its keep_window_size by content."""
+    config = transformers.DogeConfig(
+        **SMALL, intermediate_size=64, num_key_value_heads=2, keep_window_size=window, pad_token_id=0
+    )
+    assert isinstance(choose_decoder(tiny(config), (), 64, BUDGET), RecomputeDecoder)
+    assert reason in caplog.text
+
+
+def test_a_cache_that_is_not_there_is_an_error_and_never_the_slow_decoder(model_dirs, monkeypatch):
+    model = tiny(UNKNOWN["smollm3"]())
+    with pytest.raises(InputError, match=r"a cache of 1e\+06 GB \(cache_gb\): .* GB of memory are free"):
+        choose_decoder(model, (), 64, 1e15)
+    empty = torch.empty
+
+    def full(*sizes, **options):
+        if len(sizes) == 5:
+            raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 5 bytes")
+        return empty(*sizes, **options)
+
+    monkeypatch.setattr(torch, "empty", full)
+    for each in (model, load(model_dirs["llama"])):
+        with pytest.raises(InputError, match=r"cannot be allocated \(DefaultCPUAllocator.*give a smaller cache_gb"):
+            choose_decoder(each, (), 64, BUDGET)
+
+
+def test_what_a_message_asks_for_is_enough(model_dirs):
+    """The GB that a refusal names, given as they are printed."""
+    model = load(model_dirs["llama"])
+
+    def named(message):
+        return 1e9 * float(re.search(r"(?:need a cache of|cache_gb;|take) ([\d.e+-]+) GB", message)[1])
+
+    with pytest.raises(InputError) as caught:
+        BranchingDecoder(model, (), 64, 1000)
+    BranchingDecoder(model, (), 64, named(str(caught.value)))
+    decoder = BranchingDecoder(model, (), 64, 1e6)
+    with pytest.raises(InputError) as caught:
+        decoder.open(100, 20)
+    BranchingDecoder(model, (), 64, named(str(caught.value))).open(100, 20)
+    larger = BranchingDecoder(model, (), 64, named(decoder.refuses(3000, 77)))
+    assert larger.refuses(3000, 77) is None
 
 
 def test_unknown_architecture_that_branches_is_accepted():
@@ -409,9 +532,6 @@ def test_unknown_architecture_that_branches_is_accepted():
         vocab_size=128, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4
     )
     assert isinstance(choose_decoder(tiny(config), (), 64, BUDGET), BranchingDecoder)
-
-
-SMALL = {"vocab_size": 128, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
 
 
 @pytest.mark.parametrize(

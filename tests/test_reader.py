@@ -134,3 +134,32 @@ def test_a_model_that_reads_both_ways_reads_text(engine, caplog):
     config = transformers.BertConfig(**SIZES, max_position_embeddings=64)
     assert reader_of(reward_model(engine.tokenizer, config), engine.tokenizer, 8, BUDGET) is None
     assert "reads every candidate from its start" in caplog.text
+
+
+class Starting(torch.nn.Module):
+    """A projection that knows the first token of what it is given: right only where a pass holds the whole text."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x):
+        return self.inner(x) + 4 * x[:, :1].mean()
+
+
+def test_a_model_that_no_cache_serves_is_found_out(engine, caplog):
+    judge = reward_model(engine.tokenizer)
+    attention = judge.model.model.layers[0].self_attn
+    attention.o_proj = Starting(attention.o_proj)
+    assert reader_of(judge, engine.tokenizer, 8, BUDGET) is None
+    assert "judge: reads every candidate from its start (its scores differ by" in caplog.text
+
+
+@pytest.mark.parametrize("max_rows", [1, 2, 3])
+@pytest.mark.parametrize("budget", [4e5, BUDGET])
+def test_a_trial_asks_nothing_of_the_readers_own_rows_and_memory(engine, max_rows, budget):
+    """One that forks more rows than there are tails writes behind them."""
+    reader = reader_of(reward_model(engine.tokenizer), engine.tokenizer, max_rows, budget)
+    assert reader is not None
+    assert reader.max_rows == max_rows
+    assert reader.cache.pages_in_use == 0

@@ -143,7 +143,7 @@ def test_a_prompt_that_the_cache_can_never_hold(model_dirs, strategy):
     assert engine._decoder.cache.capacity < 4
     engine.context = None  # of 96 tokens
     prompts = [*PROMPTS[:AT_FAULT], "z" * 200, *PROMPTS[AT_FAULT + 1 :]]
-    failed = others_are_untouched(engine, strategy, "more memory (cache_gb)", prompts)
+    failed = others_are_untouched(engine, strategy, "more memory (cache_gb; ", prompts)
     assert "200 tokens" in failed.reason
 
 

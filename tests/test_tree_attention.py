@@ -224,6 +224,68 @@ def test_a_tree_that_would_be_read_out_of_bounds_is_refused():
             p()
 
 
+def set_entry(**entries):
+    """The tree of a problem with entries (table, index) -> value."""
+
+    def change(p):
+        tables = p.tree._asdict()
+        for name, (index, value) in entries.items():
+            tables[name] = tables[name].clone()
+            tables[name][index] = value
+        return p.tree._replace(**tables)
+
+    return change
+
+
+WRONG_TABLES = {
+    "slot below": (set_entry(slot=(2, -1)), r"tree\.slot\[2\] is -1, there are 8 tails"),
+    "slot above": (set_entry(slot=(5, 8)), r"tree\.slot\[5\] is 8, there are 8 tails"),
+    "slot twice": (lambda p: p.tree._replace(slot=p.tree.slot[[0, 1, 2, 3, 4, 0]]), r"slot\[5\] is .*another row has"),
+    "page below": (set_entry(pages=((0, 1), -1)), r"tree\.pages\[0\] is -1, there are 6 pages"),
+    "page above": (set_entry(pages=((1, 0), 6)), r"tree\.pages\[1\] is 6, there are 6 pages"),
+    "prefix longer than its pages": (set_entry(prefix_len=(0, 129)), r"prefix_len\[0\] is 129, its pages hold 128"),
+    "negative prefix": (set_entry(prefix_len=(1, -1)), r"prefix_len\[1\] is -1"),
+    "too few page columns": (lambda p: p.tree._replace(pages=p.tree.pages[:, :1]), r"its pages hold 64 tokens"),
+    "too few page rows": (lambda p: p.tree._replace(pages=p.tree.pages[:1]), "tree has .*pages"),
+    "first row above": (set_entry(first_row=(1, 7)), r"first_row\[1\] is 7, it must be in 0 \.\. 6"),
+    "first row back": (set_entry(first_row=(1, -2)), r"first_row\[1\] is -2, it must be in 0 \.\. 6"),
+    "first row not 0": (set_entry(first_row=(0, 1)), r"first_row\[0\] is 1, it must be 0"),
+    "rows without a prompt": (set_entry(first_row=(2, 5)), r"first_row\[2\] is 5, there are 6 rows"),
+}
+
+
+@pytest.mark.parametrize("wrong", WRONG_TABLES)
+@pytest.mark.parametrize("kernel", [True, False])
+def test_a_table_that_points_outside_is_refused_and_named(wrong, kernel):
+    p = problem(lengths=(100, 40), branches=(4, 2), kernel=kernel)
+    assert (p.stores[0].shape[0], p.stores[2].shape[0], tuple(p.tree.pages.shape)) == (6, 8, (2, 2))
+    before = [store.clone() for store in p.stores]
+    change, message = WRONG_TABLES[wrong]
+    p.tree = change(p)
+    with pytest.raises(ValueError, match=f"tree_attention: .*{message}"):
+        p.appending()
+    assert all(torch.equal(a.nan_to_num(7), b.nan_to_num(7)) for a, b in zip(before, p.stores, strict=True))
+    if kernel and wrong != "too few page rows":  # a shape, which the decoder that prepares does not get wrong
+        with pytest.raises(ValueError, match="tree_attention: "):
+            prepare([p.stores], p.tree)
+
+
+def test_pages_behind_a_prefix_are_not_looked_at():
+    p = problem(lengths=(100, 40), branches=(4, 2))
+    want = p()
+    p.tree = set_entry(pages=((1, 1), 10**6))(p)
+    assert torch.equal(p(), want)
+
+
+def test_a_scale_of_zero_is_zero():
+    """All visible tokens then weigh alike, whatever served them."""
+    for options in ({}, {"softcap": 3.0}, {"sinks": torch.zeros(6)}):
+        found = [problem(kernel=kernel)(scale=0.0, **options) for kernel in (True, False)]
+        want = problem()(reference.tree_attention, scale=0.0, **options)
+        for x in found:
+            torch.testing.assert_close(x, want, atol=5e-6, rtol=1e-5)
+
+
 def test_stores_that_do_not_fit_are_named():
     p = problem()
     p.query = p.query.double()

@@ -258,7 +258,40 @@ double work_of(const TreeArgs& a) {
   return keys * double(a.tokens * a.heads * a.width);
 }
 
+std::string out_of_range(const char* table, int64_t at, int64_t value, const std::string& bound) {
+  return std::string("tree.") + table + "[" + std::to_string(at) + "] is " + std::to_string(value) + ", " + bound;
+}
+
 }  // namespace
+
+std::string tree_fault(const TreeTables& t) {
+  if (t.first_row[0] != 0) return out_of_range("first_row", 0, t.first_row[0], "it must be 0");
+  for (int64_t b = 0; b < t.prompts; ++b) {
+    if (t.first_row[b + 1] < t.first_row[b] || t.first_row[b + 1] > t.rows)
+      return out_of_range("first_row", b + 1, t.first_row[b + 1],
+                          "it must be in " + std::to_string(t.first_row[b]) + " .. " + std::to_string(t.rows));
+    const int64_t length = t.prefix_len[b], room = t.columns * t.page_tokens;
+    if (length < 0 || length > room)
+      return out_of_range("prefix_len", b, length, "its pages hold " + std::to_string(room) + " tokens");
+    for (int64_t i = 0; i * t.page_tokens < length; ++i) {
+      const int32_t page = t.pages[b * t.pages_stride + i];
+      if (page < 0 || page >= t.page_count)
+        return out_of_range("pages", b, page, "there are " + std::to_string(t.page_count) + " pages");
+    }
+  }
+  if (t.first_row[t.prompts] != t.rows)
+    return out_of_range("first_row", t.prompts, t.first_row[t.prompts],
+                        "there are " + std::to_string(t.rows) + " rows");
+  std::vector<bool> taken(static_cast<size_t>(t.slots));
+  for (int64_t n = 0; n < t.rows; ++n) {
+    const int32_t slot = t.slot[n];
+    if (slot < 0 || slot >= t.slots)
+      return out_of_range("slot", n, slot, "there are " + std::to_string(t.slots) + " tails");
+    if (taken[size_t(slot)]) return out_of_range("slot", n, slot, "which another row has");
+    taken[size_t(slot)] = true;
+  }
+  return {};
+}
 
 const TreeKernels* tree_kernels(const char* forced) {
   return choose<TreeKernels>(PYENGINE_BUILDS(tree_kernels), forced);

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <string>
 
 #include "../algebra.h"
 
@@ -64,6 +65,18 @@ extern const TreeKernels tree_kernels_portable;
 extern const TreeKernels tree_kernels_avx2;
 extern const TreeKernels tree_kernels_avx512;
 #endif
+
+// The tables of a tree and the sizes of the stores that they point into.
+struct TreeTables {
+  int64_t prompts, rows, columns;  // pages is [prompts, columns]
+  int64_t page_tokens, page_count, slots;
+  const int32_t *pages, *prefix_len, *first_row, *slot;
+  int64_t pages_stride;
+};
+
+// The first entry that points outside the stores, or at what another row writes; empty where there is none.
+// The kernels trust the tables: this is looked at once for all layers and steps over one tree.
+std::string tree_fault(const TreeTables& tables);
 
 const TreeKernels* tree_kernels(const char* forced);  // as tilt_kernels
 

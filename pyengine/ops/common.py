@@ -54,6 +54,9 @@ if ATTENTION not in ("triton", "flash"):
 if ATTENTION == "flash" and importlib.util.find_spec("flash_attn") is None:
     raise InputError("PYENGINE_ATTENTION=flash, but flash-attn is not installed: pip install flash-attn")
 
+# "1": the tables of every GPU call are read back and checked, and the cache's books after every commit; slow.
+DEBUG = os.environ.get("PYENGINE_DEBUG", "0") == "1"
+
 # "op/kernel" -> calls: which kernel really ran. Tests read it; nothing else depends on it.
 LAUNCHES: Counter[str] = Counter()
 

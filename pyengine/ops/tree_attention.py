@@ -12,6 +12,7 @@ import pyengine._C as _C
 from pyengine.ops import flash
 from pyengine.ops.common import (
     ATTENTION,
+    DEBUG,
     DTYPE_CODE,
     FORCED_GPU,
     check_float,
@@ -80,7 +81,9 @@ def tree_attention(
     without a window to flash-attn 2 in bf16 and fp16; the others run the Triton kernel.
 
     Raises:
-        ValueError: a shape, dtype or parameter is out of range; the message names it.
+        ValueError: a shape, dtype or parameter is out of range, or an entry of the tree points outside the stores or
+            at another row's tail; the message names it. On a GPU the entries are looked at with PYENGINE_DEBUG=1 only,
+            since that reads them back.
     """
     stores = (prefix_key, prefix_value, tail_key, tail_value)
     width, dtype = query.shape[3], query.dtype
@@ -90,7 +93,11 @@ def tree_attention(
     if not (
         query.shape[2] % new[2] == 0
         and all(x.dtype == dtype and x.shape[1::2] == new[2:] and x.device == query.device for x in stores)
+        and prefix_key.shape == prefix_value.shape
+        and tail_key.shape == tail_value.shape
         and all(x.dtype == torch.int32 for x in tree[:4])
+        and tree.pages.dim() == 2
+        and len(tree.pages) == len(tree.prefix_len)
         and tree.slot.shape[0] == new[0]
         and tree.first_row.shape[0] == tree.prefix_len.shape[0] + 1
         and (key is None) == (value is None)
@@ -127,6 +134,9 @@ def _complain(
             fail(OP, f"{name} must have shape [*, {kv_heads}, *, {width}], got {list(store.shape)}")
         if store.dtype != query.dtype or store.device != query.device:
             fail(OP, f"{name} is {store.dtype} on {store.device}, query {query.dtype} on {query.device}")
+    for name, one, other in (("prefix", stores[0], stores[1]), ("tail", stores[2], stores[3])):
+        if one.shape != other.shape:
+            fail(OP, f"{name}_key has shape {list(one.shape)}, {name}_value {list(other.shape)}")
     if heads % kv_heads:
         fail(OP, f"{heads} query heads do not divide by {kv_heads} key heads")
     if (key is None) != (value is None):
@@ -144,7 +154,23 @@ def _complain(
     for name, table in tree._asdict().items():
         if name != "tail_len" and table.dtype != torch.int32:
             fail(OP, f"tree.{name} must be int32, got {table.dtype}")
-    fail(OP, f"tree has slots {list(tree.slot.shape)} and {len(tree.prefix_len)} prompts for {rows} rows")
+    fail(
+        OP,
+        f"tree has slots {list(tree.slot.shape)}, first_row {list(tree.first_row.shape)} and pages "
+        f"{list(tree.pages.shape)} of {len(tree.prefix_len)} prompts for {rows} rows",
+    )
+
+
+def check_tables(stores: tuple[Tensor, ...], tree: Tree) -> None:
+    """ValueError where an entry of the tree points outside the stores, or two rows have one tail."""
+    pages, prefix_len, first_row, slot = (x.cpu().contiguous() for x in tree[:4])
+    sizes = (len(prefix_len), len(slot), pages.shape[1], stores[0].shape[2], stores[0].shape[0], stores[2].shape[0])
+    _C.check_tree(sizes, pages, prefix_len, first_row, slot)
+
+
+def _check_tail(tail: int, tokens: int, room: int) -> None:
+    if not tokens <= tail <= room:
+        fail(OP, f"tail_len is {tail}: it counts the {tokens} new tokens, and tails have room for {room}")
 
 
 def kernel_serves(prefix_key: Tensor, prefix_value: Tensor, tail_key: Tensor, tail_value: Tensor) -> bool:
@@ -177,15 +203,16 @@ def _tree_attention_cpu(
     sinks: Tensor | None,
 ) -> Tensor:
     stores = (prefix_key, prefix_value, tail_key, tail_value)
+    tree = Tree(pages, prefix_len, first_row, slot, tail_len)
+    check_tables(stores, tree)
     if not kernel_serves(*stores):
-        tree = Tree(pages, prefix_len, first_row, slot, tail_len)
         return _by_sdpa(query, key, value, stores, tree, scale, window, softcap, sinks)
     rows, tokens, heads, width = query.shape
     isa = instruction_set()
     launched(OP, isa)
     out = query.new_empty(rows, tokens, heads, width)
     new = unit_strides(query, key, value)
-    call = _prepare(stores, Tree(pages, prefix_len, first_row, slot, tail_len), isa)
+    call = _prepare(stores, tree, isa)
     numbers = (int(tail_len), scale, softcap, window)
     if not call.run(*new, False, heads, tokens, *numbers, sinks, out, torch.get_num_threads()):
         fail(OP, f"query {list(query.shape)} does not fit the stores and the tree")
@@ -200,9 +227,11 @@ def _prepare(stores: tuple[Tensor, ...], tree: Tree, isa: str) -> Any:
 
 def prepare(layers: list[tuple[Tensor, Tensor, Tensor, Tensor]], tree: Tree) -> list[Any]:
     """A call of the CPU kernel for each layer's stores over one tree, to be run by `run_prepared`; none where another
-    backend serves them. Good until the tree or the stores are other tensors."""
+    backend serves them. Good until the tree or the stores are other tensors, or hold other entries than the ones that
+    are checked here."""
     if layers[0][0].device.type != "cpu" or not all(kernel_serves(*stores) for stores in layers):
         return []
+    check_tables(layers[0], tree)
     return [_prepare(stores, tree, instruction_set()) for stores in layers]
 
 
@@ -254,6 +283,7 @@ def _by_sdpa(
     """Prompt by prompt: the prefix is gathered once, all tails follow it under a mask, query heads are folded."""
     launched(OP, "sdpa")
     tail, tokens, slot = int(tree.tail_len), query.shape[1], tree.slot.long()
+    _check_tail(tail, tokens, stores[2].shape[2])
     if key is not None and value is not None:
         stores[2][slot, :, tail - tokens : tail] = key.transpose(1, 2)
         stores[3][slot, :, tail - tokens : tail] = value.transpose(1, 2)
@@ -305,7 +335,8 @@ def masked_attention(
     if softcap is None and sinks is None:
         mixed = scaled_dot_product_attention(folded[None], key[None], value[None], attn_mask=seen, scale=scale)[0]
     else:
-        logits = folded.float() @ key.float().transpose(1, 2) * (scale or query.shape[-1] ** -0.5)
+        scale = query.shape[-1] ** -0.5 if scale is None else scale
+        logits = folded.float() @ key.float().transpose(1, 2) * scale
         if softcap is not None:
             logits = softcap * torch.tanh(logits / softcap)
         logits = logits.masked_fill(~seen, -torch.inf)
@@ -321,6 +352,9 @@ def _tree_attention_gpu(query: Tensor, key: Tensor | None, value: Tensor | None,
     kernels = None if FORCED_GPU == "reference" else triton_kernels(OP)
     page = rest[0].shape[2]
     stores, tree, (scale, window, softcap, sinks) = rest[:4], Tree(*rest[4:9]), rest[9:]
+    if DEBUG:
+        check_tables(stores, tree)
+        _check_tail(int(tree.tail_len), query.shape[1], stores[2].shape[2])
     if ATTENTION == "flash" and flash.serves(query, page, window):
         launched(OP, "flash")
         return flash.tree_attention(query, key, value, stores, tree, scale, softcap, sinks)

@@ -14,6 +14,7 @@ from transformers import AutoModel
 from pyengine import ops
 from pyengine.checkpoint import load_checkpoint
 from pyengine.errors import InputError, first_line
+from pyengine.modes import evaluating
 from pyengine.ops import BlockSelection
 from pyengine.scorers.base import Candidates, Scorer
 from pyengine.scorers.heads import Probe
@@ -62,7 +63,8 @@ def last_states(
             padded[row, : lengths[row]] = torch.tensor(ids[i])
         mask = (torch.arange(padded.shape[1]) < lengths[:, None]).long()
         given = {"input_ids": padded.to(model.device), "attention_mask": mask.to(model.device)}
-        states = model(**given, output_hidden_states=True).hidden_states[layer]
+        with evaluating(model):
+            states = model(**given, output_hidden_states=True).hidden_states[layer]
         out[rows] = states[torch.arange(len(rows)), lengths - 1].float().cpu()
     return out
 
@@ -72,7 +74,7 @@ class Embedder:
 
     def __init__(self, model: Any, tokenizer: Any, layer: int = -1) -> None:
         config = model.config.get_text_config(decoder=True)
-        self.model, self.tokenizer, self.layer = model.eval(), tokenizer, layer
+        self.model, self.tokenizer, self.layer = model, tokenizer, layer
         self.name = f"embedding model {Path(model.config.name_or_path or type(model).__name__).name!r}"
         self.width, self.layers = config.hidden_size, config.num_hidden_layers + 1
         check_layer(model, layer, self.name)

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 from transformers import AutoModel
 
-from pyengine.checkpoint import load_checkpoint
+from pyengine.checkpoint import context_of, load_checkpoint
 from pyengine.errors import InputError, first_line
+from pyengine.modes import evaluating
 from pyengine.scorers.base import Candidates, Hidden, Policy, Scorer
 from pyengine.scorers.heads import FORMAT, PrefixScorer, load_head
 
@@ -37,8 +38,8 @@ class PrefixModel(Scorer):
             raise InputError(f"scorer {name!r}: its head reads a width of {head.hidden_size}, its model has {width}")
         if not -layers <= head.layer < layers:
             raise InputError(f"scorer {name!r}: its head reads layer {head.layer}, its model has {layers}")
-        self.model, self.tokenizer, self.head, self.name = model.eval(), tokenizer, head.eval(), name
-        self.longest = getattr(model.config, "max_position_embeddings", None) or math.inf
+        self.model, self.tokenizer, self.head, self.name = model, tokenizer, head, name
+        self.longest = context_of(model.config) or math.inf
 
     @classmethod
     def from_pretrained(cls, path: str | Path, trust_remote_code: bool = False) -> PrefixModel:
@@ -85,9 +86,10 @@ class PrefixModel(Scorer):
 
     def states(self, ids: list[int]) -> Tensor:
         """Hidden states [T, D] of a sequence, read from its start."""
-        output = self.model(
-            input_ids=torch.tensor([ids], device=self.model.device), use_cache=False, output_hidden_states=True
-        )
+        with evaluating(self.model):
+            output = self.model(
+                input_ids=torch.tensor([ids], device=self.model.device), use_cache=False, output_hidden_states=True
+            )
         return output.hidden_states[self.head.layer][0]
 
     @torch.inference_mode()

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForSequenceClassification
 
-from pyengine.checkpoint import load_checkpoint
+from pyengine.checkpoint import context_of, load_checkpoint
 from pyengine.errors import InputError
+from pyengine.modes import evaluating
 from pyengine.scorers.base import Candidates, Scorer
 
 BATCH = 32  # texts in one forward pass
@@ -30,8 +31,8 @@ class RewardModel(Scorer):
             raise InputError(f"reward model {name!r}: its tokenizer has neither a padding nor an EOS token")
         tokenizer.padding_side = "right"
         model.config.pad_token_id = tokenizer.pad_token_id
-        self.model, self.tokenizer, self.name = model.eval(), tokenizer, name
-        self.longest = getattr(model.config, "max_position_embeddings", None) or math.inf
+        self.model, self.tokenizer, self.name = model, tokenizer, name
+        self.longest = context_of(model.config) or math.inf
         for name, module in model.named_modules():  # RoBERTa counts positions from its padding index + 1
             if name.endswith("position_embeddings") and getattr(module, "padding_idx", None) is not None:
                 self.longest -= module.padding_idx + 1
@@ -57,5 +58,6 @@ class RewardModel(Scorer):
         scores = []
         for start in range(0, len(ids), BATCH):
             batch = self.tokenizer.pad({"input_ids": ids[start : start + BATCH]}, return_tensors="pt")
-            scores.append(self.model(**batch.to(self.model.device)).logits[:, 0].float())
+            with evaluating(self.model):
+                scores.append(self.model(**batch.to(self.model.device)).logits[:, 0].float())
         return torch.cat(scores)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+from pyengine.checkpoint import context_of
 from pyengine.engine import Engine, ends_of
 
 
@@ -31,5 +32,4 @@ class Texts:
     @classmethod
     def of(cls, model: Any, tokenizer: Any, name: str) -> Texts:
         """As an engine of this model of transformers would have them."""
-        config = model.config.get_text_config(decoder=True)
-        return cls(tokenizer, ends_of(model), getattr(config, "max_position_embeddings", None), f"model {name!r}")
+        return cls(tokenizer, ends_of(model), context_of(model.config), f"model {name!r}")
