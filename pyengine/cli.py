@@ -9,7 +9,7 @@ import platform
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, NoReturn
 
 import typer
 
@@ -75,42 +75,42 @@ class Complaints:
         print(f"pyengine: {message}", file=sys.stderr)
 
 
-def read_prompts(arguments: list[str], file: Path | None, complain: Any) -> Iterator[tuple[str, str]]:
-    """(where it came from, prompt) from the arguments, else a JSONL file, else the lines of stdin.
+class Row(NamedTuple):
+    """One prompt of the command: where it came from, what it is, and what else its line of JSONL holds."""
+
+    where: str
+    prompt: Any
+    rest: dict[str, Any]
+
+
+def read_rows(arguments: list[str], file: Path | None, complain: Any) -> Iterator[Row]:
+    """The prompts of the arguments, else of a JSONL file, else of the lines of stdin.
 
     A JSONL line that cannot be used goes to `complain`, with its number; the others still come.
     """
+    from pyengine.jsonl import json_object, lines_of, prompt_of
+
     if arguments and file:
         raise InputError("give prompts as arguments or with --input, not both")
     if arguments:
-        yield from ((f"prompt {i + 1}", a) for i, a in enumerate(arguments))
-        return
-    if file is None:
+        yield from (Row(f"prompt {i + 1}", a, {}) for i, a in enumerate(arguments))
+    elif file is None:
         if sys.stdin.isatty():
             raise InputError("no prompt: give one as an argument, on stdin or with --input FILE.jsonl")
         try:
-            yield from ((f"stdin line {i}", line.rstrip("\n")) for i, line in enumerate(sys.stdin, 1) if line.strip())
+            for i, line in enumerate(sys.stdin, 1):
+                text = line.removeprefix("\ufeff" if i == 1 else "").rstrip("\r\n")
+                if text.strip():
+                    yield Row(f"stdin line {i}", text, {})
         except UnicodeDecodeError as error:
             raise InputError(f"stdin is not text in {error.encoding}: byte {error.start} {error.reason}") from error
-        return
-    try:
-        lines = file.read_bytes().splitlines()
-    except OSError as error:
-        raise InputError(f"{file}: {error.strerror}") from error
-    for i, line in enumerate(lines, 1):
-        where = f"{file}:{i}"
-        if not line.strip():
-            continue
-        try:
-            record = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            complain(f"{where}: not JSON: {error}")
-            continue
-        prompt = record.get("prompt") if isinstance(record, dict) else None
-        if isinstance(prompt, str):
-            yield where, prompt
-        else:
-            complain(f'{where}: needs an object with a string "prompt"')
+    else:
+        for where, line in lines_of(file):
+            try:
+                record = json_object(line, where)
+                yield Row(where, prompt_of(record, where), record)
+            except InputError as error:
+                complain(str(error))
 
 
 def to_json(record: Any) -> str:
@@ -123,7 +123,9 @@ def to_json(record: Any) -> str:
 @app.command()
 def generate(
     prompts: Annotated[list[str] | None, typer.Argument(help="Prompts; without any, stdin is read.")] = None,
-    input: Annotated[Path | None, typer.Option(help='JSONL file, one {"prompt": ...} a line.')] = None,
+    input: Annotated[
+        Path | None, typer.Option(help='JSONL file, a "prompt" (text), "prompt_ids" or "messages" a line.')
+    ] = None,
     model: Annotated[str | None, typer.Option(help="Directory or hub id; default: the embedded model.")] = None,
     scorer: Annotated[str | None, typer.Option(help=f"Directory, hub id or embedded: {', '.join(SCORERS)}.")] = None,
     strategy: Annotated[
@@ -144,7 +146,10 @@ def generate(
         float | None, typer.Option(help="GB for keys and values (default: a share of what is free).")
     ] = None,
     stream: Annotated[bool, typer.Option("--stream", help="Print each token or block as it is committed.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON object a line.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object a line, with what its row holds.")] = False,
+    raw: Annotated[
+        bool, typer.Option("--raw", help="Prompts as they are, though the model has a chat template.")
+    ] = False,
     trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code", help="Run the model's own code.")] = False,
     score: Annotated[
         float | None, typer.Option(help="Reward to ask a policy of `train offline --method ca` for, in deviations.")
@@ -157,38 +162,41 @@ def generate(
     plan = make_strategy(name, {"k": k, "block": block, "weight": weight, "beta": beta})
     sampling = SamplingParams(max_tokens, temperature, top_k, top_p, min_p, seed)
     complain = Complaints()
-    found = list(read_prompts(list(prompts or []), input, complain))
+    found = list(read_rows(list(prompts or []), input, complain))
     if not found:
         raise InputError(f"no usable prompt in {input}" if input else "no prompt on stdin")
     asking = conditioned(model, score)
     engine = load_engine(model, scorer, device, cache_gb, trust_remote_code)
-    usable: list[tuple[str, str]] = []
-    for where, prompt in ((where, asking(prompt)) for where, prompt in found):
+    usable: list[Row] = []
+    for row in found:
+        prompt = asking(row.prompt)
+        if type(prompt) is str and engine.codec.templated and not raw and score is None:
+            prompt = [{"role": "user", "content": prompt}]
         try:
-            engine.encode(prompt, where)
+            engine.encode(prompt, row.where)
         except InputError as error:
             complain(str(error))
         else:
-            usable.append((where, prompt))
+            usable.append(row._replace(prompt=prompt))
     if not usable:
         raise typer.Exit(2)
     printed = 0
     if stream:
-        for where, prompt in usable:
+        for row in usable:
             try:
-                for event in engine.stream(prompt, plan, sampling):
-                    show_event(event, as_json)
+                for event in engine.stream(row.prompt, plan, sampling):
+                    show_event(event, row, as_json)
             except RequestError as error:
-                complain(f"{where}: {error.reason}")
+                complain(f"{row.where}: {error.reason}")
             else:
                 printed += 1
     else:
-        for index, outcome in engine.as_completed([prompt for _, prompt in usable], plan, sampling):
+        for index, outcome in engine.as_completed([row.prompt for row in usable], plan, sampling):
             if isinstance(outcome, InputError):
                 reason = outcome.reason if isinstance(outcome, RequestError) else outcome
-                complain(f"{usable[index][0]}: {reason}")
+                complain(f"{usable[index].where}: {reason}")
             else:
-                show_result(outcome, as_json)
+                show_result(outcome, usable[index], as_json)
                 printed += 1
     if complain.made:
         if complain.made + printed > 1:
@@ -196,20 +204,22 @@ def generate(
         raise typer.Exit(1)
 
 
-def show_event(event: Event, as_json: bool) -> None:
+def show_event(event: Event, row: Row, as_json: bool) -> None:
     if as_json:
         record = {"text": event.text, "tokens": event.tokens}
-        print(to_json(record | ({"result": event.result.to_dict()} if event.result else {})), flush=True)
+        print(to_json(record | ({"result": row.rest | event.result.to_dict()} if event.result else {})), flush=True)
     else:
         print(event.text, end="" if event.result is None else "\n", flush=True)
 
 
-def show_result(result: Result, as_json: bool) -> None:
+def show_result(result: Result, row: Row, as_json: bool) -> None:
+    """A line of JSON keeps what else its row holds, an id say."""
     if as_json:
-        print(to_json(result.to_dict()), flush=True)
+        print(to_json(row.rest | result.to_dict()), flush=True)
     else:
         reward = "" if result.reward is None else f"reward {result.reward:.3f}, "
-        print(f"{result.prompt}{result.text}\n  [{reward}KL {result.kl:.2f} nats ({result.kl_kind})]", flush=True)
+        prompt = row.prompt[-1]["content"] + "\n" if isinstance(row.prompt, list) else result.prompt
+        print(f"{prompt}{result.text}\n  [{reward}KL {result.kl:.2f} nats ({result.kl_kind})]", flush=True)
 
 
 @app.command()
@@ -272,7 +282,7 @@ def curve(
 
         texts = reviews.prompts(prompts)
     else:
-        texts = [text for _, text in read_prompts([], input, complain)][:prompts]
+        texts = [row.prompt for row in read_rows([], input, complain)][:prompts]
     engine = load_engine(model, None, device, None, trust_remote_code)
     sampling = [SamplingParams(max_tokens, temperature, seed=seed + i) for i in range(len(texts))]
     points = curves.measure(engine, texts, plans, measured, sampling)

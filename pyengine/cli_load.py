@@ -31,20 +31,26 @@ def make_scorer(name: str) -> Any:
     return name
 
 
-def conditioned(model: str | None, score: float | None) -> Callable[[str], str]:
+def conditioned(model: str | None, score: float | None) -> Callable[[Any], Any]:
     """What makes of a prompt the one that asks a policy of conditional alignment for this reward; None asks nothing."""
     file = Path(model or "") / "conditioning.json"
     there = model is not None and file.is_file()
     if score is None:
         if there:
             print(f"pyengine: {model} was trained to be asked for a reward: --score 5, say", file=sys.stderr)
-        return str
+        return lambda prompt: prompt
     if not there:
         raise InputError(f"--score: {model or 'the embedded model'} has no conditioning.json, as method ca leaves it")
     from pyengine.rewards.conditioning import Conditioning
 
     template = Conditioning.load(file)
-    return lambda prompt: template.prompt(prompt, score)
+
+    def asking(prompt: Any) -> str:
+        if type(prompt) is not str:
+            raise InputError(f"--score asks in a text, not in token ids or messages: {prompt!r:.40}")
+        return template.prompt(prompt, score)
+
+    return asking
 
 
 def quiet_loading() -> None:

@@ -146,7 +146,8 @@ def _rollouts(
     """
     from itertools import cycle, islice
 
-    from pyengine.training.data import read_examples, read_prompts, roll_out, write_examples
+    from pyengine.jsonl import read_prompts
+    from pyengine.training.data import read_examples, roll_out, write_examples
     from pyengine.training.shards import digest_of
     from pyengine.worlds import reviews
 

@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM
 
 from pyengine import ledger
 from pyengine.checkpoint import context_of, load_checkpoint
+from pyengine.codec import Codec, PromptLike, as_prompts
 from pyengine.decoder import Decoder, Prompt
 from pyengine.errors import InputError, RequestError, first_line, real
 from pyengine.fallback import choose_decoder
@@ -76,18 +77,13 @@ class Engine:
             device=model.device,
             tokenizer=tokenizer,
         )
-        if len(tokenizer) > embedding.weight.shape[0]:
-            raise InputError(
-                f"{self.policy.name} embeds {embedding.weight.shape[0]} tokens, its tokenizer has "
-                f"{len(tokenizer)}: they do not belong together"
-            )
-        self.context = context_of(model.config)
+        self.codec = Codec(tokenizer, self.policy.name, embedding.weight.shape[0], context_of(model.config))
         self.eos = ends_of(model)
         self._guard = threading.Lock()
         self._holder: object = None  # the call that decodes
         budget = None if cache_gb is None else 1e9 * real(cache_gb, "Engine: cache_gb", 0)
         self._decoder = choose_decoder(model, (), max_rows, budget, frozen)
-        self._judge = Judge(self.policy, tokenizer, self.eos, max_rows, budget, frozen)
+        self._judge = Judge(self.policy, self.codec, self.eos, max_rows, budget, frozen)
         self.set_scorer(scorer)
 
     @classmethod
@@ -159,7 +155,7 @@ class Engine:
 
     def generate(
         self,
-        prompts: str | Sequence[str],
+        prompts: PromptLike | Sequence[PromptLike],
         strategy: Strategy | None = None,
         sampling: SamplingParams | Sequence[SamplingParams] | None = None,
         progress: bool | None = None,
@@ -167,6 +163,8 @@ class Engine:
     ) -> list[Any]:
         """Decode every prompt; a Result for each, in the order of the prompts.
 
+        prompts: one or several, each a text, a list of token ids that is used as it is, or a conversation, a list of
+        {"role", "content"}, which goes through the tokenizer's template (a last message of the assistant is continued).
         strategy: None is the base policy. sampling: one for all prompts, or one for each. progress: a bar
         on stderr after two seconds; None shows it on a terminal only. errors: what is wrong with one prompt, or with
         decoding or scoring it, never ends the others. "return" puts its InputError in the place of its result;
@@ -175,7 +173,7 @@ class Engine:
         """
         if errors not in ("raise", "return"):
             raise InputError(f'errors must be "raise" or "return", got {errors!r}')
-        prompts = [prompts] if isinstance(prompts, str) else list(prompts)
+        prompts = as_prompts(prompts)
         requests, refused, strategy = self._accepted(prompts, strategy, sampling, progress)
         if errors == "raise" and refused:
             raise refused[min(refused)]
@@ -190,7 +188,7 @@ class Engine:
 
     def as_completed(
         self,
-        prompts: str | Sequence[str],
+        prompts: PromptLike | Sequence[PromptLike],
         strategy: Strategy | None = None,
         sampling: SamplingParams | Sequence[SamplingParams] | None = None,
         progress: bool | None = None,
@@ -199,7 +197,7 @@ class Engine:
 
         Prompts that cannot be decoded come first. Arguments as for `generate`.
         """
-        prompts = [prompts] if isinstance(prompts, str) else list(prompts)
+        prompts = as_prompts(prompts)
         return self._outcomes(*self._accepted(prompts, strategy, sampling, progress), progress)
 
     def _outcomes(
@@ -215,7 +213,7 @@ class Engine:
                     yield index, outcome
 
     def stream(
-        self, prompt: str, strategy: Strategy | None = None, sampling: SamplingParams | None = None
+        self, prompt: PromptLike, strategy: Strategy | None = None, sampling: SamplingParams | None = None
     ) -> Iterator[Event]:
         """One event for each committed token (base policy, Tokenwise) or block; the last has the result.
 
@@ -228,7 +226,7 @@ class Engine:
 
     def calibrate(
         self,
-        prompts: str | Sequence[str],
+        prompts: PromptLike | Sequence[PromptLike],
         kl_budget: float,
         sampling: SamplingParams | Sequence[SamplingParams] | None = None,
         progress: bool | None = None,
@@ -238,7 +236,7 @@ class Engine:
         Decodes all prompts several times, from the same seeds. The fewer they are, the larger the steps in which
         their mean can move: where none falls within 1 %, the nearest is taken, with a warning that says what it is.
         """
-        prompts = [prompts] if isinstance(prompts, str) else list(prompts)
+        prompts = as_prompts(prompts)
         if not prompts:
             raise InputError("calibrate needs prompts")
         sampling = seeded(prompts, sampling)
@@ -270,40 +268,28 @@ class Engine:
 
     def _events(self, request: Request, commits: Generator[_Commit, None, None]) -> Iterator[Event]:
         """Commits with their new text; a character that is not whole yet waits for the next one."""
-        tokens: list[int] = []
-        shown = 0
         with closing(commits):
             for _, new, outcome in commits:
                 if isinstance(outcome, RequestError):
                     raise outcome
-                tokens += new
-                text = self._judge.texts([request.prompt_ids], [tokens])[0]
-                if outcome is None:
-                    text = text.rstrip("\ufffd")
-                fresh, shown = text[shown:], max(shown, len(text))
-                yield Event(fresh, new, request.blocks[-1] if request.blocks else None, outcome)
+                if request.blocks:
+                    block = request.blocks[-1]
+                    yield Event(block.candidates[block.chosen].text, new, block, outcome)
+                else:
+                    yield Event(request.text.push(new, last=outcome is not None), new, None, outcome)
 
-    def encode(self, prompt: str, label: str = "prompt") -> list[int]:
+    @property
+    def context(self) -> int | None:
+        """Tokens that the model reads, None for any number."""
+        return self.codec.context
+
+    def encode(self, prompt: PromptLike, label: str = "prompt") -> list[int]:
         """Token ids of a prompt; InputError, naming `label`, if it is empty or leaves no room to answer."""
-        if not isinstance(prompt, str):
-            raise InputError(f"{label} is not a string: {prompt!r}")
-        try:
-            prompt.encode()
-        except UnicodeEncodeError as error:
-            raise InputError(f"{label} is not valid Unicode: {error.reason} at character {error.start}") from error
-        ids = self.tokenizer(prompt, verbose=False).input_ids if prompt.strip() else []
-        if not ids:
-            raise InputError(f"{label} is empty")
-        if self.context is not None and len(ids) >= self.context:
-            raise InputError(
-                f"{label} has {len(ids)} tokens, {self.policy.name} reads {self.context} and needs room for one "
-                f"more: {prompt[:40]!r}..."
-            )
-        return ids
+        return self.codec.read(prompt, label).ids
 
     def _accepted(
         self,
-        prompts: list[str],
+        prompts: list[Any],
         strategy: Strategy | None,
         sampling: SamplingParams | Sequence[SamplingParams] | None,
         progress: bool | None = None,
@@ -320,13 +306,14 @@ class Engine:
         refused: dict[int, InputError] = {}
         for i, (prompt, p) in enumerate(zip(prompts, seeded(prompts, sampling), strict=True)):
             try:
-                ids = self.encode(prompt, f"prompt {i}")
+                text, ids = self.codec.read(prompt, f"prompt {i}")
             except InputError as error:
                 refused[i] = error
                 continue
             room = p.max_tokens if self.context is None else min(p.max_tokens, self.context - len(ids))
             assert p.seed is not None
-            requests.append(Request(i, prompt, ids, p, _mix(p.seed, ids), room, p.seed))
+            empty = self.codec.after(ids, p.skip_special_tokens)
+            requests.append(Request(i, text, ids, p, _mix(p.seed, ids), room, p.seed, empty))
         # A prompt without a reference is found before any is decoded, and one is predicted before the model is lent.
         self._judge.refuse(requests)
         decoders = [self._decoder, *self._readers(strategy).values()]
@@ -507,7 +494,10 @@ class Engine:
         scores = request.scores or []
         return Result(
             prompt=request.prompt,
-            text=self._judge.texts([request.prompt_ids], [request.tokens])[0],
+            prompt_ids=request.prompt_ids,
+            text=request.text.text
+            if request.blocks
+            else self.codec.between(request.prompt_ids, request.tokens, request.params.skip_special_tokens),
             tokens=request.tokens,
             finish_reason=request.finish_reason,
             reward=sum(p.weight * s for p, s in zip(self.parts, scores, strict=True) if p.weight) if scores else None,

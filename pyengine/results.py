@@ -20,7 +20,8 @@ class SamplingParams:
 
     max_tokens: most new tokens. temperature: 0 is greedy. top_k: 0 is off; top_p: 1 is off; min_p: 0 is
     off; they apply in this order, to the tilted distribution. seed: the same seed and prompt give the same
-    result, whatever else is in the batch; None draws a fresh one.
+    result, whatever else is in the batch; None draws a fresh one. skip_special_tokens: leave special tokens, the EOS
+    among them, out of the text; what scorers read is for them to say.
     """
 
     max_tokens: int = 128
@@ -29,8 +30,11 @@ class SamplingParams:
     top_p: float = 1.0
     min_p: float = 0.0
     seed: int | None = None
+    skip_special_tokens: bool = True
 
     def __post_init__(self) -> None:
+        if not isinstance(self.skip_special_tokens, bool):
+            raise InputError(f"SamplingParams: skip_special_tokens must be a bool, got {self.skip_special_tokens!r}")
         checked = {
             "max_tokens": whole(self.max_tokens, "SamplingParams: max_tokens", 1),
             "temperature": real(self.temperature, "SamplingParams: temperature", 0),
@@ -43,7 +47,7 @@ class SamplingParams:
             object.__setattr__(self, name, value)  # NumPy's numbers become Python's
 
 
-def seeded(prompts: Sequence[str], sampling: SamplingParams | Sequence[SamplingParams] | None) -> list[SamplingParams]:
+def seeded(prompts: Sequence[Any], sampling: SamplingParams | Sequence[SamplingParams] | None) -> list[SamplingParams]:
     """One SamplingParams for each prompt, every one with a seed; InputError for another number of them."""
     if sampling is None or isinstance(sampling, SamplingParams):
         params = [sampling or SamplingParams()] * len(prompts)
@@ -58,8 +62,8 @@ def seeded(prompts: Sequence[str], sampling: SamplingParams | Sequence[SamplingP
 class Candidate:
     """One branch of a block. utility is the weighted sum of scores, each after its transforms; NaN ranks as -inf.
 
-    text is what its tokens add on their own: a character split between two blocks shows as U+FFFD here, and
-    whole in the result's text.
+    text is what its tokens add: a character that is split between two blocks belongs to the one that completes it. The
+    texts of the chosen candidates join to the result's.
     """
 
     text: str
@@ -90,9 +94,13 @@ class Result:
     exact per-token KLs along the response (its mean over samples is the sequence KL), "bound" an upper bound: b(K) for
     each selected block, plus the exact KL of the filters. seed: given in SamplingParams with the same prompt, it gives
     this result again. blocks: every selection with all its candidates; empty for k = 1.
+
+    text: decode(prompt and response) without decode(prompt), so that a space between them is the response's. prompt: as
+    text, by the template where it was a conversation; prompt_ids: its tokens.
     """
 
     prompt: str
+    prompt_ids: list[int]
     text: str
     tokens: list[int]
     finish_reason: FinishReason

@@ -6,12 +6,12 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from pyengine import ops
+from pyengine.codec import Codec, Text
 from pyengine.errors import InputError, RequestError, first_line
 from pyengine.proposal import Tail
 from pyengine.reader import Reader, reader_of
@@ -31,6 +31,7 @@ class Request:
     seed: int
     limit: int  # most new tokens that max_tokens and the context allow
     given_seed: int  # `seed` is this one mixed with the prompt
+    text: Text  # of the tokens
     tokens: list[int] = field(default_factory=list)
     logp_base: list[float] = field(default_factory=list)
     logp_policy: list[float] = field(default_factory=list)
@@ -52,9 +53,9 @@ class Judge:
     """What an engine follows: the weighted parts of its scorer, and readers for those with a cache of their own."""
 
     def __init__(
-        self, policy: Policy, tokenizer: Any, eos: frozenset[int], max_rows: int, budget: float | None, frozen: bool
+        self, policy: Policy, codec: Codec, eos: frozenset[int], max_rows: int, budget: float | None, frozen: bool
     ) -> None:
-        self._policy, self._tokenizer, self._eos = policy, tokenizer, eos
+        self._policy, self._codec, self._eos = policy, codec, eos
         self._memory = (max_rows, budget, frozen)
         self.parts: list[Part] = []
         self.readers: dict[int, Reader] = {}  # of the parts whose scorers have one
@@ -71,7 +72,7 @@ class Judge:
         self.parts, self.readers, self._reader_of = [], {}, kept
         for part in parts:
             if part.scorer not in kept:
-                kept[part.scorer] = reader_of(part.scorer, self._tokenizer, *self._memory)
+                kept[part.scorer] = reader_of(part.scorer, self._codec.tokenizer, *self._memory)
         found = {i: kept[part.scorer] for i, part in enumerate(parts)}
         self.parts, self.readers = parts, {i: reader for i, reader in found.items() if reader is not None}
 
@@ -125,7 +126,9 @@ class Judge:
             tokens=[r.tokens + tail.tokens[rows[i]] for r, i in zip(some, at, strict=True)],
             hidden={layer: h[index] for layer, h in tail.hidden.items()},
             previous={layer: h[index] for layer, h in tail.previous.items()},
-            decode=lambda tokens: self.texts([r.prompt_ids for r in some], tokens),
+            decode=lambda tokens, skip_special_tokens=True: [
+                self._codec.between(r.prompt_ids, ids, skip_special_tokens) for r, ids in zip(some, tokens, strict=True)
+            ],
             prompt_ids=[r.prompt_ids for r in some],
         )
         return part.scorer.score(candidates).to(self._policy.device)
@@ -170,14 +173,14 @@ class Judge:
             seed=torch.tensor([r.seed for r in live], device=device),
             position=torch.tensor([len(r.tokens) for r in live], device=device),
         )
-        texts = self.texts([r.prompt_ids + r.tokens for r in live for _ in range(k)], tail.tokens)
         chosen, utility, probability = picked.index.tolist(), picked.utility.tolist(), picked.probability.tolist()
         for i, (request, row_scores) in enumerate(zip(live, scores.tolist(), strict=True)):
             if request.error:
                 continue
+            grown = [request.text.copy() for _ in range(k)]
             candidates = [
                 Candidate(
-                    texts[i * k + j],
+                    grown[j].push(tail.tokens[i * k + j], last=tail.finish_reason[i * k + j] is not None),
                     tail.tokens[i * k + j],
                     dict(zip((p.name for p in self.parts), row_scores[j], strict=True)),
                     utility[i][j],
@@ -186,6 +189,7 @@ class Judge:
                 )
                 for j in range(k)
             ]
+            request.text = grown[chosen[i]]
             request.blocks.append(Block(len(request.tokens), candidates, chosen[i]))
             if tail.finish_reason[i * k + chosen[i]]:
                 request.scores = row_scores[chosen[i]]
@@ -200,10 +204,3 @@ class Judge:
             scores = self.score(tail, live, [winners[i] for i in ended], k).tolist()
             for i, row_scores in zip(ended, scores, strict=True):
                 live[i].scores = row_scores
-
-    def texts(self, before: Sequence[Sequence[int]], tokens: Sequence[Sequence[int]]) -> list[str]:
-        """The text that `tokens` add after `before`. Decoded together: SentencePiece drops a leading space."""
-        context = [list(ids[-4:]) for ids in before]
-        both = context + [[*c, *t] for c, t in zip(context, tokens, strict=True)]
-        texts = self._tokenizer.batch_decode(both, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-        return [whole[len(start) :] for start, whole in zip(texts[: len(context)], texts[len(context) :], strict=True)]

@@ -487,7 +487,7 @@ class TestBadInput:
             Engine.from_pretrained(tmp_path)
         assert not (tmp_path / "ran").exists()
 
-    @pytest.mark.parametrize("prompt", ["", "   "])
+    @pytest.mark.parametrize("prompt", ["", [], {"prompt": ""}, {"prompt_ids": []}])
     def test_empty_prompt(self, engine, prompt):
         with pytest.raises(InputError, match="prompt 1 is empty"):
             engine.generate(["fine", prompt])
@@ -501,7 +501,7 @@ class TestBadInput:
             engine.generate("caf\ud800")
 
     def test_prompt_of_the_wrong_type(self, engine):
-        with pytest.raises(InputError, match="prompt 1 is not a string"):
+        with pytest.raises(InputError, match="prompt 1 is not a string, token ids or messages"):
             engine.generate(["fine", 3])
 
     def test_as_many_sampling_params_as_prompts(self, engine):

@@ -141,7 +141,7 @@ def test_values_that_are_not_numbers_are_the_scorers(llama):
 def test_a_prompt_that_the_cache_can_never_hold(model_dirs, strategy):
     engine = Engine.from_pretrained(model_dirs["llama"], letters, cache_gb=0.0002)
     assert engine._decoder.cache.capacity < 4
-    engine.context = None  # of 96 tokens
+    engine.codec.context = None  # of 96 tokens
     prompts = [*PROMPTS[:AT_FAULT], "z" * 200, *PROMPTS[AT_FAULT + 1 :]]
     failed = others_are_untouched(engine, strategy, "more memory (cache_gb; ", prompts)
     assert "200 tokens" in failed.reason

@@ -10,7 +10,8 @@ import transformers
 
 import pyengine
 from pyengine import Engine, InputError, SamplingParams
-from pyengine.training.data import Example, encode, encode_all, read_examples, read_prompts, roll_out, write_examples
+from pyengine.jsonl import read_prompts
+from pyengine.training.data import Example, encode, encode_all, read_examples, roll_out, write_examples
 from pyengine.worlds import reviews
 
 PROMPT = "Review of the Harbour, a bakery:"
@@ -44,13 +45,22 @@ def test_nothing_merges_across_the_border(engine):
 
 
 def test_sentencepiece_keeps_its_spaces(sentencepiece_tokenizer, model_dirs):
-    """A response whose first word it would give another space is refused, not changed."""
+    """A response is spelled behind its prompt as it is, or refused; its first word gets no space of its own."""
     model = transformers.AutoModelForCausalLM.from_pretrained(model_dirs["llama"])
     engine = Engine(model, sentencepiece_tokenizer)
     found = encode(engine, Example("the quick", " brown fox", 0.0))
     assert found.ids == [*sentencepiece_tokenizer("the quick brown fox").input_ids, 0]
+    for prompt, response in (
+        ("the qui", "ck brown fox"),
+        ("the quick ", "brown fox"),
+        ("the quick ", " brown fox"),
+        ("the quick", "brown fox"),
+    ):
+        found = encode(engine, Example(prompt, response, 0.0))
+        assert found.ids[: found.start] == sentencepiece_tokenizer(prompt).input_ids
+        assert sentencepiece_tokenizer.decode(found.ids, skip_special_tokens=True) == prompt + response
     with pytest.raises(InputError, match="cannot spell this response behind its prompt"):
-        encode(engine, Example("the qui", "ck brown fox", 0.0))
+        encode(engine, Example("the qui", "ck 写", 0.0))
 
 
 @pytest.mark.parametrize(
@@ -60,14 +70,14 @@ def test_sentencepiece_keeps_its_spaces(sentencepiece_tokenizer, model_dirs):
         ("[1, 2]", "bad.jsonl:2: must be a JSON object"),
         ({"prompt": PROMPT, "response": " Fine."}, "bad.jsonl:2: lacks 'reward'"),
         ({}, "bad.jsonl:2: lacks 'prompt' and 'response' and 'reward'"),
-        (record(response=3), "bad.jsonl:2: 'response' must be a string, got 3"),
+        (record(response=3), "bad.jsonl:2: 'response' must be a string or one message of the assistant, got 3"),
         (record(reward=math.nan), "bad.jsonl:2: the reward is nan"),
         (record(reward=-math.inf), "bad.jsonl:2: the reward is -inf"),
         (record(reward="high"), "bad.jsonl:2: the reward must be a number, got 'high'"),
         (record(reward=True), "bad.jsonl:2: the reward must be a number, got True"),
         (record(response=""), "bad.jsonl:2: the response is empty"),
         (record(tokens=[]), "bad.jsonl:2: the response is empty"),
-        (record(prompt=" "), "bad.jsonl:2: the prompt is empty"),
+        (record(prompt=""), "bad.jsonl:2: the prompt is empty"),
         (record(response=" very" * 600), r"bad.jsonl:2: prompt and response have \d+ \+ \d{3,} tokens, .* reads 512"),
         (record(finish_reason="tired"), "bad.jsonl:2: finish_reason must be"),
         (record(response=" A.<|endoftext|> B."), "bad.jsonl:2: the response has an EOS at token"),
@@ -113,7 +123,9 @@ def test_lines_are_read_as_they_are(engine, tmp_path):
 
 def test_prompts_from_a_file(tmp_path):
     assert read_prompts(jsonl(tmp_path / "p.jsonl", {"prompt": "a"}, "", {"prompt": "b"})) == ["a", "b"]
-    with pytest.raises(InputError, match=r"2 of 3 lines cannot be used: .*:1: needs a string.*:3: not JSON"):
+    with pytest.raises(
+        InputError, match=r"2 of 3 lines cannot be used: .*:1: needs one of .prompt., .*lacks them all.*:3: not JSON"
+    ):
         read_prompts(jsonl(tmp_path / "q.jsonl", {"text": "a"}, {"prompt": "b"}, "}"))
 
 

@@ -107,7 +107,7 @@ def test_equal_rewards_have_a_std_of_zero(tmp_path):
         ("[1]", "rows.jsonl:2: must be a JSON object"),
         ({"prompt": PROMPT}, "rows.jsonl:2: lacks 'response'"),
         ({"prompt": PROMPT, "chosen": "a", "rejected": "b"}, "it is a pair"),
-        ({"prompt": 3, "response": " A."}, "rows.jsonl:2: 'prompt' must be a string, got 3"),
+        ({"prompt": 3, "response": " A."}, "rows.jsonl:2: needs a string or messages"),
         ({"prompt": PROMPT, "response": " "}, "rows.jsonl:2: the response is empty"),
         ({"prompt": "", "response": " A."}, "rows.jsonl:2: the prompt is empty"),
         (f'{{"prompt": "{PROMPT}", "response": " A.", "y": 1e999}}', "rows.jsonl:2: cannot be written again: Out of"),

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from pyengine.codec import PromptKey
 from pyengine.errors import InputError, real
 
 Hidden = dict[int, Tensor]  # layer -> [N, D]; layer as in transformers' hidden_states, -1 the last
@@ -38,13 +39,18 @@ class Candidates:
     tokens: Sequence[Sequence[int]]  # y^t, an EOS included
     hidden: Hidden  # at the last token
     previous: Hidden  # at the token before it
-    decode: Callable[[Sequence[Sequence[int]]], list[str]] = field(repr=False)
+    decode: Callable[..., list[str]] = field(repr=False)  # of the responses' tokens[, skip_special_tokens=True]
     prompt_ids: Sequence[Sequence[int]] = ()  # the prompts' tokens
 
     @cached_property
     def completions(self) -> list[str]:
         """The responses as text, without special tokens."""
         return self.decode(self.tokens)
+
+    @cached_property
+    def completions_with_special_tokens(self) -> list[str]:
+        """The responses as text, special tokens (an EOS, `<think>`) included."""
+        return self.decode(self.tokens, skip_special_tokens=False)
 
 
 class Algebra:
@@ -117,11 +123,12 @@ class FunctionScorer(Scorer):
     """A Python callable over lists of prompts and completions that returns one float for each.
 
     Called with `prompts=` and `completions=` where it takes arguments of these names, as TRL's reward
-    functions do, else with the two lists in this order. None stands for NaN.
+    functions do, else with the two lists in this order. None stands for NaN. skip_special_tokens: whether completions
+    come without special tokens, as `<think>` may be one.
     """
 
-    def __init__(self, function: Callable[..., Any], name: str | None = None) -> None:
-        self.function = function
+    def __init__(self, function: Callable[..., Any], name: str | None = None, skip_special_tokens: bool = True) -> None:
+        self.function, self.skip_special_tokens = function, skip_special_tokens
         self.name = name or str(getattr(function, "__name__", "function"))
         try:
             parameters = inspect.signature(function).parameters
@@ -131,7 +138,8 @@ class FunctionScorer(Scorer):
         self._by_name = "completions" in parameters and (rest or "prompts" in parameters)
 
     def score(self, candidates: Candidates) -> Tensor:
-        prompts, completions = list(candidates.prompts), candidates.completions
+        prompts = [prompt.form if isinstance(prompt, PromptKey) else prompt for prompt in candidates.prompts]
+        completions = candidates.completions if self.skip_special_tokens else candidates.completions_with_special_tokens
         if self._by_name:
             scores = self.function(prompts=prompts, completions=completions)
         else:

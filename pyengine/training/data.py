@@ -9,19 +9,19 @@ import json
 import math
 import random
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from pyengine.codec import FORMS, PromptKey, PromptLike, as_prompts
 from pyengine.engine import Engine
 from pyengine.errors import InputError, real, whole
+from pyengine.jsonl import json_object, lines_of, prompt_of, raise_all, response_of
 from pyengine.results import SamplingParams
 from pyengine.scorers import ScorerLike
 from pyengine.strategies import BASE
 from pyengine.training.shards import written
-
-SHOWN = 5  # faults that one message tells of
 
 
 @dataclass(frozen=True)
@@ -96,22 +96,43 @@ def _tokenised(engine: Engine, head: list[int], example: Example) -> list[int]:
     """The ids of the response's text, and one EOS if it ended."""
     if not example.response.strip():
         raise InputError(f"{example.where}: the response is empty")
-    joint = engine.tokenizer(example.prompt + example.response, verbose=False).input_ids
-    if joint[: len(head)] == head:
-        tokens = joint[len(head) :]
-    else:  # a token would span the border, which no response that was decoded behind this prompt has
-        tokens = engine.tokenizer(example.response, add_special_tokens=False, verbose=False).input_ids
-        if _spelled(engine, head, tokens) != example.response:
-            raise InputError(
-                f"{example.where}: {engine.policy.name} cannot spell this response behind its prompt; give its "
-                '"tokens", or move the space between them'
-            )
+    tokens = _spelling(engine, head, example)
     if example.ended and tokens[-1] not in engine.eos:
         if not engine.eos:
             raise InputError(f'{example.where}: {engine.policy.name} has no EOS token to end with; give "tokens"')
         own = engine.tokenizer.eos_token_id
         tokens = [*tokens, own if own in engine.eos else min(engine.eos)]
     return tokens
+
+
+def _spelling(engine: Engine, head: list[int], example: Example) -> list[int]:
+    """Tokens that spell the response behind its prompt, whose own ids stay.
+
+    As the tokenizer reads both together; where a token spans the border then, which no response that was decoded behind
+    this prompt has, as it reads the response behind the prompt without its last spaces, or alone. SentencePiece gives a
+    text's first word a space of its own, and a prompt's last space to the word after it.
+    """
+    prompt, response, encoded = example.prompt, example.response, engine.codec.encode
+    tried = []
+    if not isinstance(prompt, PromptKey):
+        joint = encode_behind(encoded, prompt, response)
+        if joint is not None and encoded(prompt) == head:
+            return joint
+        tried.append(encode_behind(encoded, prompt.rstrip(), response))
+    alone = engine.tokenizer(response, add_special_tokens=False, verbose=False).input_ids
+    for tokens in (*tried, alone, alone[1:]):
+        if tokens and engine.codec.between(head, tokens) == response:
+            return list(tokens)
+    raise InputError(
+        f"{example.where}: {engine.policy.name} cannot spell this response behind its prompt; give its "
+        '"tokens", or move the space between them'
+    )
+
+
+def encode_behind(encode: Callable[[str], list[int]], before: str, text: str) -> list[int] | None:
+    """What `text` adds to the tokens of `before`; None where a token spans the border."""
+    head, joint = encode(before), encode(before + text)
+    return joint[len(head) :] if joint[: len(head)] == head else None
 
 
 def _checked(engine: Engine, head: list[int], example: Example, tokens: Any) -> list[int]:
@@ -125,22 +146,16 @@ def _checked(engine: Engine, head: list[int], example: Example, tokens: Any) -> 
                 f"{where}: token {token!r} is not in the vocabulary of {size} tokens of {engine.policy.name}: "
                 "the tokens are another model's"
             )
-    if _spelled(engine, head, tokens) != example.response:
+    if engine.codec.between(head, tokens) != example.response:
         raise InputError(f"{where}: its tokens do not spell its response: they are another tokenizer's")
     return tokens
 
 
-def _spelled(engine: Engine, head: list[int], tokens: list[int]) -> str:
-    """The text that tokens add behind a prompt. Decoded together: SentencePiece drops a leading space."""
-    context = head[-4:]
-    before, both = engine.tokenizer.batch_decode(
-        [context, context + tokens], skip_special_tokens=True, clean_up_tokenization_spaces=False
-    )
-    return both[len(before) :]
-
-
 def read_examples(path: str | Path, engine: Engine, rewarded: bool = True) -> list[Example]:
     """Examples from JSONL lines {"prompt", "response", "reward"}, checked against the engine's model.
+
+    Instead of a text under "prompt", token ids under "prompt_ids" or messages under "messages" or "prompt", which go
+    through the tokenizer's template; the response may be one message of the assistant, or stand under "completion".
 
     Optional in a line: "finish_reason", "stop" (the default: the response is whole) or "length" (it was cut off), and
     "tokens", the response's ids as `write_examples` keeps them; where these end without an EOS, finish_reason must be
@@ -148,12 +163,9 @@ def read_examples(path: str | Path, engine: Engine, rewarded: bool = True) -> li
     first five faults and counts all; empty lines are skipped.
     """
     found, faults, lines = [], [], 0
-    for number, line in enumerate(read_file(path).splitlines(), 1):
-        if not line.strip():
-            continue
+    for where, line in lines_of(path):
         lines += 1
         try:
-            where = f"{path}:{number}"
             record = json_object(line, where)
             example = example_of(record if rewarded else record | {"reward": 0.0}, where)
             tokens = encode(engine, example).ids
@@ -173,19 +185,17 @@ def read_examples(path: str | Path, engine: Engine, rewarded: bool = True) -> li
 
 def example_of(record: dict[str, Any], where: str) -> Example:
     """The example in one object; InputError, naming `where`, for a key that is missing or of another kind."""
-    missing = [key for key in ("prompt", "response", "reward") if key not in record]
+    answer = "completion" if "completion" in record and "response" not in record else "response"
+    there = {*record, *(["prompt"] if set(FORMS) & record.keys() else [])}
+    missing = [key for key in ("prompt", answer, "reward") if key not in there]
     if missing:
         pair = ": it is a pair" if "chosen" in record else ""
         raise InputError(f"{where}: lacks {' and '.join(map(repr, missing))}{pair}")
-    for key in ("prompt", "response"):
-        if not isinstance(record[key], str):
-            raise InputError(f"{where}: {key!r} must be a string, got {record[key]!r:.40}")
     finish = record.get("finish_reason", "stop")
     if finish not in ("stop", "length"):
         raise InputError(f'{where}: finish_reason must be "stop" or "length", got {finish!r}')
-    return Example(
-        record["prompt"], record["response"], record["reward"], record.get("tokens"), finish == "stop", where
-    )
+    prompt, response = prompt_of(record, where), response_of(record, answer, where)
+    return Example(prompt, response, record["reward"], record.get("tokens"), finish == "stop", where)
 
 
 def write_examples(path: str | Path, examples: Iterable[Example]) -> None:
@@ -194,65 +204,18 @@ def write_examples(path: str | Path, examples: Iterable[Example]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with written(path) as file:
         for e in examples:
-            record: dict[str, Any] = {"prompt": e.prompt, "response": e.response, "reward": e.reward}
+            record: dict[str, Any] = {**_form(e.prompt), "response": e.response, "reward": e.reward}
             record["finish_reason"] = "stop" if e.ended else "length"
             if e.tokens is not None:
                 record["tokens"] = e.tokens
             file.write(json.dumps(record) + "\n")
 
 
-def read_prompts(path: str | Path) -> list[str]:
-    """Prompts from JSONL lines {"prompt": ...}; one InputError for all lines that cannot be used."""
-    return [prompt for _, prompt in numbered_prompts(path)]
-
-
-def numbered_prompts(path: str | Path) -> list[tuple[str, str]]:
-    """(file:line, prompt) as `read_prompts` finds them."""
-    found, faults = [], []
-    for number, line in enumerate(read_file(path).splitlines(), 1):
-        if not line.strip():
-            continue
-        where = f"{path}:{number}"
-        try:
-            prompt = json_object(line, where).get("prompt")
-            if not isinstance(prompt, str):
-                raise InputError(f'{where}: needs a string "prompt"')
-        except InputError as error:
-            faults.append(str(error))
-        else:
-            found.append((where, prompt))
-    raise_all(faults, len(found) + len(faults), "lines")
-    if not found:
-        raise InputError(f'{path}: no prompts; it needs lines {{"prompt": ...}}')
-    return found
-
-
-def read_file(path: str | Path) -> bytes:
-    """The bytes of a file; InputError, naming it, if it cannot be read."""
-    try:
-        return Path(path).read_bytes()
-    except OSError as error:
-        raise InputError(f"{path}: {error.strerror}") from error
-
-
-def json_object(line: bytes, where: str) -> dict[str, Any]:
-    """One line of JSONL; InputError, naming `where`, if it is no object."""
-    try:
-        record = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{where}: not JSON: {error}") from error
-    if not isinstance(record, dict):
-        raise InputError(f"{where}: must be a JSON object, got {record!r:.40}")
-    return record
-
-
-def raise_all(faults: Sequence[str], total: int, things: str) -> None:
-    """One InputError for all faults; none if there are none."""
-    if len(faults) == 1:
-        raise InputError(faults[0])
-    if faults:
-        rest = f"; and {len(faults) - SHOWN} more" if len(faults) > SHOWN else ""
-        raise InputError(f"{len(faults)} of {total} {things} cannot be used: {'; '.join(faults[:SHOWN])}{rest}")
+def _form(prompt: str) -> dict[str, Any]:
+    """The prompt as a line of JSONL has it."""
+    if not isinstance(prompt, PromptKey):
+        return {"prompt": prompt}
+    return {"prompt_ids" if type(prompt.form[0]) is int else "messages": prompt.form}
 
 
 def split(keys: Sequence[Any], share: float, seed: int) -> tuple[list[int], list[int]]:
@@ -271,7 +234,7 @@ def split(keys: Sequence[Any], share: float, seed: int) -> tuple[list[int], list
 
 def roll_out(
     engine: Engine,
-    prompts: str | Sequence[str],
+    prompts: PromptLike | Sequence[PromptLike],
     reward: ScorerLike,
     per_prompt: int = 1,
     max_tokens: int = 128,
@@ -285,12 +248,12 @@ def roll_out(
     that cannot be decoded, by its place in `prompts`, and, naming prompt and sample, for a reward that is not finite.
     """
     whole(per_prompt, "roll_out: per_prompt", 1)
-    prompts = [prompts] if isinstance(prompts, str) else list(prompts)
+    prompts = as_prompts(prompts)
     for i, prompt in enumerate(prompts):
         engine.encode(prompt, f"prompt {i}")
     seen: Counter[str] = Counter()
     asked, sampling = [], []
-    for prompt in prompts:
+    for prompt in (p if isinstance(p, str) else PromptKey(p) for p in prompts):
         for _ in range(per_prompt):
             asked.append(prompt)
             sampling.append(SamplingParams(max_tokens=max_tokens, seed=seed + seen[prompt]))
@@ -298,10 +261,10 @@ def roll_out(
     with engine.following(reward):
         results = engine.generate(asked, BASE, sampling, progress)
     out = []
-    for result, params in zip(results, sampling, strict=True):
+    for prompt, result, params in zip(asked, results, sampling, strict=True):
         where = f"roll-out {(params.seed or 0) - seed} of prompt {result.prompt[:40]!r}"
         if result.reward is None or not math.isfinite(result.reward):
             raise InputError(f"{where}: the reward is {result.reward}, it must be finite: {result.text[:40]!r}")
         ended = result.finish_reason == "stop"
-        out.append(Example(result.prompt, result.text, result.reward, result.tokens, ended, where))
+        out.append(Example(prompt, result.text, result.reward, result.tokens, ended, where))
     return out

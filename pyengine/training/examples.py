@@ -5,8 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import NamedTuple
 
+from pyengine.codec import FORMS
 from pyengine.errors import InputError
-from pyengine.training.data import json_object, raise_all, read_file
+from pyengine.jsonl import json_object, lines_of, prompt_of, raise_all, response_of
 
 
 class Pair(NamedTuple):
@@ -36,12 +37,10 @@ def read_preferences(path: str | Path) -> list[Pair] | list[Labelled]:
     pairs: list[Pair] = []
     labelled: list[Labelled] = []
     faults, lines = [], 0
-    for i, line in enumerate(read_file(path).splitlines(), 1):
-        if not line.strip():
-            continue
+    for where, line in lines_of(path):
         lines += 1
         try:
-            example = _parse(line, f"{path}:{i}")
+            example = _parse(line, where)
             if labelled if isinstance(example, Pair) else pairs:
                 raise InputError(f"{example.where}: pairs and labelled responses in one file; split it")
         except InputError as error:
@@ -61,16 +60,15 @@ def _parse(line: bytes, where: str) -> Pair | Labelled:
     record = json_object(line, where)
     paired = "chosen" in record or "rejected" in record
     keys = ("prompt", "chosen", "rejected") if paired else ("prompt", "response", "label")
-    missing = [key for key in keys if key not in record]
+    missing = [key for key in keys if key not in record and not (key == "prompt" and set(FORMS) & record.keys())]
     if missing:
         raise InputError(
             f'{where}: lacks {", ".join(missing)}; a line is {{"prompt", "chosen", "rejected"}} or '
             '{"prompt", "response", "label"}'
         )
-    texts = [record[key] for key in keys[: 3 if paired else 2]]
+    answers = [response_of(record, key, where) for key in keys[1 : 3 if paired else 2]]
+    texts = [prompt_of(record, where), *answers]
     for key, text in zip(keys, texts, strict=False):
-        if not isinstance(text, str):
-            raise InputError(f"{where}: {key} is not a string: {text!r:.40}")
         if not text.strip():
             raise InputError(f"{where}: {key} is empty")
     if paired:

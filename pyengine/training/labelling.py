@@ -19,9 +19,10 @@ import torch
 from tqdm import tqdm
 
 from pyengine.errors import InputError, first_line
+from pyengine.jsonl import SHOWN, json_object, raise_all
 from pyengine.rewards.references import Statistics
 from pyengine.scorers import Candidates, Part, ScorerLike, parts_of, score_texts
-from pyengine.training.data import SHOWN, example_of, json_object, raise_all
+from pyengine.training.data import example_of
 from pyengine.training.identity import identity
 from pyengine.training.shards import Job, begun, digest_of, held, lines, merged, missing, refuse, written
 
@@ -90,7 +91,8 @@ class Labeller:
     def _rewards(self, records: Sequence[Mapping[str, Any]], shard: Shard) -> list[float]:
         if not self._parts:
             self._parts = ready(self.scorer, self.device)
-        prompts, responses = ([record[key] for record in records] for key in ("prompt", "response"))
+        examples = [example_of({**record, "reward": 0.0}, "") for record in records]
+        prompts, responses = [e.prompt for e in examples], [e.response for e in examples]
         candidates = Candidates(prompts, [()] * len(records), {}, {}, lambda _: responses)
         try:
             return score_texts(self._parts, candidates).tolist()

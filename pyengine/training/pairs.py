@@ -20,9 +20,10 @@ from tqdm import tqdm
 
 from pyengine.engine import Engine
 from pyengine.errors import InputError, real, whole
+from pyengine.jsonl import json_object, numbered_prompts, raise_all, read_file
 from pyengine.results import SamplingParams
 from pyengine.scorers import Candidates, ScorerLike, score_texts
-from pyengine.training.data import encode, example_of, json_object, numbered_prompts, raise_all, read_file
+from pyengine.training.data import encode, example_of
 from pyengine.training.identity import identity
 from pyengine.training.shards import Job, begun, digest_of, held, lines, merged, missing, vacant, written
 

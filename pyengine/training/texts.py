@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 from pyengine.checkpoint import context_of
+from pyengine.codec import Codec
 from pyengine.engine import Engine, ends_of
 
 
@@ -22,12 +23,14 @@ class Texts:
     """
 
     encode = Engine.encode
+    context = Engine.context
 
     def __init__(
         self, tokenizer: Any, eos: frozenset[int], context: int | None = None, name: str = "the model"
     ) -> None:
-        self.tokenizer, self.eos, self.context = tokenizer, eos, context
+        self.tokenizer, self.eos = tokenizer, eos
         self.policy = Named(name, len(tokenizer))
+        self.codec = Codec(tokenizer, name, len(tokenizer), context)
 
     @classmethod
     def of(cls, model: Any, tokenizer: Any, name: str) -> Texts:

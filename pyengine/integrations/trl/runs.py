@@ -25,11 +25,12 @@ from pyengine.errors import InputError, first_line, real, whole
 from pyengine.integrations.trl import PreferenceConfig, PreferenceTrainer, UnpairedConfig, UnpairedTrainer
 from pyengine.integrations.trl.offline import OfflineConfig, OfflineTrainer, weights_of
 from pyengine.integrations.trl.options import REFERENCE_FREE
+from pyengine.jsonl import raise_all, read_file
 from pyengine.losses import Clamp, Variant
 from pyengine.rewards import Statistics
 from pyengine.rewards.conditioning import OPENRLHF, Conditioning
 from pyengine.training.checkpoints import FREE, changed, checkpoint_of
-from pyengine.training.data import Example, encode, raise_all, read_examples, read_file, split
+from pyengine.training.data import Example, encode, read_examples, split
 from pyengine.training.examples import Labelled, Pair, read_preferences
 from pyengine.training.prefix import Shuffled
 from pyengine.training.shards import digest_of
@@ -155,7 +156,7 @@ def train_preference(
     if run.finished is not None:
         return run.finished
     texts = Texts.of(run.policy, run.tokenizer, Path(model).name)
-    texts.context = None  # what is longer is cut
+    texts.codec.context = None  # what is longer is cut
     rows, faults = [], []
     for example in examples:
         try:
