@@ -73,6 +73,7 @@ SIZES = {
     "is_decoder": True,
 }
 LENGTHS = (5, 70, 21)
+MOST = 2e7  # parameters: more than that is no tiny model, whatever the sizes say
 OUT = Path(__file__).parent / "results" / "architectures.json"
 
 
@@ -98,8 +99,13 @@ def small(kind: type) -> transformers.PreTrainedModel:
     types = names.get("layer_types")
     if types:
         sizes["layer_types"] = [types[0], types[-1]]
+    config = kind(**sizes)
+    with torch.device("meta"):
+        numbers = sum(p.numel() for p in transformers.AutoModelForCausalLM.from_config(config).parameters())
+    if numbers > MOST:
+        raise ValueError(f"{numbers / 1e6:.0f} M parameters at these sizes")
     torch.manual_seed(0)
-    model = transformers.AutoModelForCausalLM.from_config(kind(**sizes)).eval().float()
+    model = transformers.AutoModelForCausalLM.from_config(config).eval().float()
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() > 1:

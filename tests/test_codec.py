@@ -225,11 +225,10 @@ def test_special_tokens_are_part_of_the_answer_where_they_are_asked_for(model_di
     tokenizer = transformers.AutoTokenizer.from_pretrained(model_dirs["llama"])
     tokenizer.add_special_tokens({"additional_special_tokens": ["<think>"]})
     model = transformers.AutoModelForCausalLM.from_pretrained(model_dirs["llama"])
-    model.resize_token_embeddings(len(tokenizer))
     think = tokenizer.convert_tokens_to_ids("<think>")
     first = Engine(model, tokenizer).generate("the quick", None, SamplingParams(max_tokens=1, temperature=0))[0]
     with torch.no_grad():  # likelier than the likeliest
-        model.lm_head.weight[think] = 1.3 * model.lm_head.weight[first.tokens[0]]
+        model.lm_head.weight[think] = 3 * model.lm_head.weight[first.tokens[0]]
     seen = {}
 
     def plain(prompts, completions):
