@@ -78,18 +78,20 @@ OUT = Path(__file__).parent / "results" / "architectures.json"
 
 
 class Numbers:
-    """A tokenizer whose texts are numbers, so that prompts are tokens."""
+    """A tokenizer whose words are numbers; prompts are given as token ids."""
 
-    eos_token, eos_token_id, bos_token, pad_token_id, is_fast = None, None, None, 0, False
+    bos_token = bos_token_id = eos_token_id = chat_template = None
+    all_special_ids: tuple[int, ...] = ()
+    is_fast = False
 
     def __len__(self) -> int:
         return SIZES["vocab_size"]
 
-    def __call__(self, text: str, **_: object) -> transformers.BatchEncoding:
-        return transformers.BatchEncoding({"input_ids": [int(word) for word in text.split()]})
+    def get_vocab(self) -> dict[str, int]:
+        return {str(i): i for i in range(len(self))}
 
-    def batch_decode(self, rows: list[list[int]], **_: object) -> list[str]:
-        return [" ".join(map(str, row)) for row in rows]
+    def decode(self, ids: list[int], **_: object) -> str:
+        return " ".join(map(str, ids))
 
 
 def small(kind: type) -> transformers.PreTrainedModel:
@@ -120,12 +122,12 @@ def compare(model: transformers.PreTrainedModel) -> dict[str, object]:
     engine.eos = frozenset()
     engine.set_scorer(lambda prompts, completions: [float(len(c)) for c in completions])
     generator = torch.Generator().manual_seed(1)
-    prompts = [" ".join(map(str, torch.randint(3, 90, (n,), generator=generator).tolist())) for n in LENGTHS]
+    prompts = [torch.randint(3, 90, (n,), generator=generator).tolist() for n in LENGTHS]
     sampling = [SamplingParams(max_tokens=24, seed=i) for i in range(len(prompts))]
     gap = 0.0
     for strategy in (None, Blockwise(3, 5)):
         for result in engine.generate(prompts, strategy, sampling):
-            ids = torch.tensor([[int(word) for word in result.prompt.split()] + result.tokens])
+            ids = torch.tensor([result.prompt_ids + result.tokens])
             logp = model(input_ids=ids, use_cache=False).logits[0].float().log_softmax(-1)
             first = ids.shape[1] - len(result.tokens)
             want = logp[first - 1 : -1].gather(1, torch.tensor(result.tokens)[:, None])[:, 0]
