@@ -4,7 +4,9 @@
 
 Each model decodes three ragged prompts, one of them longer than a page, base and in blocks of three branches; the
 log-probability of every drawn token is compared with one pass of the model itself over the whole sequence. Writes
-bench/results/architectures.json: the decoder that serves each, the largest difference in nats, or why it is not served.
+bench/results/architectures.json: the decoder that serves each, the largest difference in nats, the standard
+deviation of its log-probabilities (a model that
+is nearly uniform would show nothing), or why it is not served.
 """
 
 from __future__ import annotations
@@ -111,7 +113,7 @@ def small(kind: type) -> transformers.PreTrainedModel:
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() > 1:
-                parameter.mul_(3)
+                parameter.normal_(0, 1.5 / parameter.shape[-1] ** 0.5)
     model.generation_config.eos_token_id = None
     return model
 
@@ -124,15 +126,16 @@ def compare(model: transformers.PreTrainedModel) -> dict[str, object]:
     generator = torch.Generator().manual_seed(1)
     prompts = [torch.randint(3, 90, (n,), generator=generator).tolist() for n in LENGTHS]
     sampling = [SamplingParams(max_tokens=24, seed=i) for i in range(len(prompts))]
-    gap = 0.0
+    gap, spread = 0.0, 0.0
     for strategy in (None, Blockwise(3, 5)):
         for result in engine.generate(prompts, strategy, sampling):
             ids = torch.tensor([result.prompt_ids + result.tokens])
             logp = model(input_ids=ids, use_cache=False).logits[0].float().log_softmax(-1)
+            spread = max(spread, logp.std(-1).mean().item())
             first = ids.shape[1] - len(result.tokens)
             want = logp[first - 1 : -1].gather(1, torch.tensor(result.tokens)[:, None])[:, 0]
             gap = max(gap, (want - torch.tensor(result.logp_base)).abs().max().item())
-    return {"decoder": type(engine._decoder).__name__, "nats": gap}
+    return {"decoder": type(engine._decoder).__name__, "nats": gap, "spread": round(spread, 2)}
 
 
 def main() -> None:

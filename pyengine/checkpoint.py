@@ -52,6 +52,43 @@ def context_of(config: Any) -> int | None:
     return longest or None
 
 
+# What transformers' `generate` takes of a checkpoint's generation_config and nothing here does, with what is neutral.
+PROCESSORS: dict[str, Any] = {
+    "repetition_penalty": 1.0,
+    "encoder_repetition_penalty": 1.0,
+    "no_repeat_ngram_size": 0,
+    "encoder_no_repeat_ngram_size": 0,
+    "bad_words_ids": None,
+    "suppress_tokens": None,
+    "begin_suppress_tokens": None,
+    "forced_bos_token_id": None,
+    "forced_eos_token_id": None,
+    "min_length": 0,
+    "min_new_tokens": 0,
+    "sequence_bias": None,
+    "exponential_decay_length_penalty": None,
+    "typical_p": 1.0,
+    "epsilon_cutoff": 0.0,
+    "eta_cutoff": 0.0,
+    "guidance_scale": 1.0,
+    "stop_strings": None,
+}
+# The same of SamplingParams, which has its own defaults; read by `generate` where it samples.
+SAMPLED: dict[str, Any] = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0}
+
+
+def unapplied_defaults(model: Any) -> list[str]:
+    """Each default of the checkpoint's generation_config that the engine does not apply, and what would set it."""
+    config = model.generation_config
+    found = []
+    for field, neutral in (PROCESSORS | (SAMPLED if config and config.do_sample else {})).items():
+        value = getattr(config, field, None)
+        if value not in (None, neutral, []):
+            ours = f"SamplingParams({field}={value!r:.40})" if field in SAMPLED else "nothing here sets it"
+            found.append(f"{field}={value!r:.40} ({ours})")
+    return found
+
+
 def _of_adapter(path: Path) -> str:
     """Which base an adapter in this directory is of; transformers' errors name the base's files alone."""
     file = path / "adapter_config.json"

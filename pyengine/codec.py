@@ -21,10 +21,11 @@ FORMS = ("prompt", "prompt_ids", "messages")
 
 
 class Prompt(NamedTuple):
-    """A prompt as the model reads it: its text, as a template renders it, and its tokens."""
+    """A prompt as the model reads it: its text, as a template renders it, its tokens, and the messages it was."""
 
     text: str
     ids: list[int]
+    messages: list[Any] | None = None
 
 
 class PromptKey(str):
@@ -64,7 +65,8 @@ class Codec:
 
     def read(self, prompt: Any, label: str = "prompt") -> Prompt:
         """A prompt of any form; InputError, naming `label`, if it is empty or leaves no room to answer."""
-        text, ids = self._read(prompt, label)
+        read = self._read(prompt, label)
+        text, ids, _ = read
         if not ids:
             raise InputError(f"{label} is empty")
         unknown = next((token for token in ids if not 0 <= token < self.rows), None)
@@ -76,7 +78,7 @@ class Codec:
                 f"{label} has {len(ids)} tokens, {self.name} reads {self.context} and needs room for one "
                 f"more: {text[:40]!r}..."
             )
-        return Prompt(text, ids)
+        return read
 
     def _read(self, prompt: Any, label: str) -> Prompt:
         if isinstance(prompt, PromptKey):
@@ -97,7 +99,11 @@ class Codec:
                 self.decode(prompt) if all(0 <= t < len(self.tokenizer) for t in prompt) else "", list(prompt)
             )
         text = self.render(prompt, label)
-        return Prompt(text, self._tokens(text, label, add_special_tokens=False))
+        return Prompt(text, self._tokens(text, label, add_special_tokens=False), list(prompt))
+
+    def converse(self, messages: Any, label: str = "messages", ended: bool = False) -> list[int]:
+        """The token ids of `render`."""
+        return self._tokens(self.render(messages, label, ended), label, add_special_tokens=False)
 
     def encode(self, text: str, label: str = "prompt") -> list[int]:
         """Token ids of a text, with the special tokens that this tokenizer begins one with, none of them twice."""
@@ -118,9 +124,12 @@ class Codec:
         """Whether the tokenizer has a chat template."""
         return bool(getattr(self.tokenizer, "chat_template", None))
 
-    def render(self, messages: Any, label: str = "messages") -> str:
-        """The text of a conversation by the tokenizer's template, ready to be answered; a last assistant message is
-        continued. InputError, naming `label`, where there is no template or it takes no such messages."""
+    def render(self, messages: Any, label: str = "messages", ended: bool = False) -> str:
+        """The text of a conversation by the tokenizer's template, ready to be answered.
+
+        A last message of the assistant is continued or, if it has ended, whole. InputError, naming `label`, where there
+        is no template or it takes no such messages.
+        """
         for message in messages:
             if not (isinstance(message, Mapping) and isinstance(message.get("role"), str) and "content" in message):
                 raise InputError(f'{label}: a message is {{"role", "content"}}, got {message!r:.80}')
@@ -129,7 +138,10 @@ class Codec:
         more = messages[-1]["role"] == "assistant"
         try:
             return self.tokenizer.apply_chat_template(
-                list(messages), tokenize=False, add_generation_prompt=not more, continue_final_message=more
+                list(messages),
+                tokenize=False,
+                add_generation_prompt=not more,
+                continue_final_message=more and not ended,
             )
         except Exception as error:  # the template's own
             raise InputError(f"{label}: the chat template of {self.name} refuses it: {first_line(error)}") from error

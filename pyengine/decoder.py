@@ -360,6 +360,10 @@ class BranchingDecoder:
         )
         logits = output.logits[0]
         hidden = {layer: output.hidden_states[layer][0] for layer in self.layers}
+        if any(h.dim() != 2 for h in hidden.values()):  # Gemma 3n keeps four
+            raise InputError(
+                f"{self.model.config.model_type}: a token has several hidden states; no scorer reads those"
+            )
         if rows is not None:
             logits = logits if keep else logits[rows]
             hidden = {layer: h[rows] for layer, h in hidden.items()}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import math
 import threading
 import warnings
@@ -18,10 +19,10 @@ from tqdm import tqdm
 from transformers import AutoModelForCausalLM
 
 from pyengine import ledger
-from pyengine.checkpoint import context_of, load_checkpoint
+from pyengine.checkpoint import context_of, load_checkpoint, unapplied_defaults
 from pyengine.codec import Codec, PromptLike, as_prompts
 from pyengine.decoder import Decoder, Prompt
-from pyengine.errors import InputError, RequestError, first_line, real
+from pyengine.errors import InputError, RequestError, first_line, real, whole
 from pyengine.fallback import choose_decoder
 from pyengine.proposal import Row, Tail, Tilt, propose
 from pyengine.reader import Reader
@@ -29,6 +30,8 @@ from pyengine.results import Event, Result, SamplingParams, seeded
 from pyengine.scorers import Part, Policy, PrefixModel, ScorerLike, parts_of
 from pyengine.selection import Judge, Request
 from pyengine.strategies import BASE, BestOfK, Blockwise, Strategy, Tokenwise
+
+log = logging.getLogger("pyengine")
 
 CALIBRATION_RUNS = 12  # decodes at most; 3 to 5 are usual
 
@@ -65,7 +68,12 @@ class Engine:
         cache_gb: float | None = None,
         frozen: bool = False,
     ) -> None:
-        self.model, self.tokenizer, self.max_rows = model, tokenizer, max_rows
+        if model.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+            raise InputError(
+                f"the kernels take float32, bfloat16 and float16, this model is {model.dtype}: give a dtype"
+            )
+        self.model, self.tokenizer = model, tokenizer
+        self.max_rows = whole(max_rows, "Engine: max_rows", 1)
         self.name = Path(model.config.name_or_path or type(model).__name__).name
         embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
         config = model.config.get_text_config(decoder=True)
@@ -82,6 +90,9 @@ class Engine:
         self._guard = threading.Lock()
         self._holder: object = None  # the call that decodes
         budget = None if cache_gb is None else 1e9 * real(cache_gb, "Engine: cache_gb", 0)
+        unapplied = unapplied_defaults(model)
+        if unapplied:
+            log.warning("%s: its generation_config is not applied: %s", self.name, ", ".join(unapplied))
         self._decoder = choose_decoder(model, (), max_rows, budget, frozen)
         self._judge = Judge(self.policy, self.codec, self.eos, max_rows, budget, frozen)
         self.set_scorer(scorer)
@@ -103,6 +114,10 @@ class Engine:
         dtype: fp32 on a CPU and the checkpoint's own elsewhere, unless given. trust_remote_code: run code
         that comes with the checkpoint; never unless asked for.
         """
+        try:
+            torch.device(device)
+        except RuntimeError as error:
+            raise InputError(f"device {device!r} is none that torch knows: use cpu, cuda or cuda:1") from error
         if dtype is None and str(device).startswith("cpu"):
             dtype = torch.float32
         model, tokenizer = load_checkpoint(
@@ -306,14 +321,14 @@ class Engine:
         refused: dict[int, InputError] = {}
         for i, (prompt, p) in enumerate(zip(prompts, seeded(prompts, sampling), strict=True)):
             try:
-                text, ids = self.codec.read(prompt, f"prompt {i}")
+                text, ids, messages = self.codec.read(prompt, f"prompt {i}")
             except InputError as error:
                 refused[i] = error
                 continue
             room = p.max_tokens if self.context is None else min(p.max_tokens, self.context - len(ids))
             assert p.seed is not None
             empty = self.codec.after(ids, p.skip_special_tokens)
-            requests.append(Request(i, text, ids, p, _mix(p.seed, ids), room, p.seed, empty))
+            requests.append(Request(i, text, ids, p, _mix(p.seed, ids), room, p.seed, empty, messages))
         # A prompt without a reference is found before any is decoded, and one is predicted before the model is lent.
         self._judge.refuse(requests)
         decoders = [self._decoder, *self._readers(strategy).values()]
@@ -400,14 +415,14 @@ class Engine:
         tilt, readers = self._tilt(strategy), self._readers(strategy)
         decoders = [self._decoder, *dict.fromkeys(readers.values())]
         longest = max(r.limit for r in waiting)
-        whole = _commits_nothing(strategy)
+        growing = not _commits_nothing(strategy)
         room = 1 if k == 1 else min(strategy.block_tokens or longest, longest)
         layers = {layer for part in self.parts for layer in part.scorer.layers}
         self._decoder.layers = tuple(sorted(layers))
         for decoder in decoders:
             decoder.open(k, room)
         while waiting or live:
-            prompts = [Prompt(r.prompt_ids, 0 if whole else r.limit) for r in islice(waiting, self.max_rows)]
+            prompts = [Prompt(r.prompt_ids, r.limit if growing else 0) for r in islice(waiting, self.max_rows)]
             joining = [waiting.popleft() for _ in range(min(d.fits(prompts) for d in decoders))]
             if joining:
                 for decoder in decoders:
@@ -516,7 +531,8 @@ def ends_of(model: Any) -> frozenset[int]:
     eos = model.generation_config.eos_token_id if model.generation_config else None
     if eos is None:
         eos = model.config.get_text_config(decoder=True).eos_token_id
-    return frozenset(eos if isinstance(eos, list) else [] if eos is None else [eos])
+    found = eos if isinstance(eos, list) else [] if eos is None else [eos]
+    return frozenset(whole(token, "eos_token_id of the model's config", 0) for token in found)
 
 
 def _commits_nothing(strategy: Strategy) -> bool:

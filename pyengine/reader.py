@@ -12,7 +12,6 @@ from torch import Tensor
 from pyengine.checkpoint import same_tokenizer
 from pyengine.decoder import PREFILL_TOKENS, BranchingDecoder, Frontier, Prompt
 from pyengine.errors import InputError, first_line
-from pyengine.modes import evaluating
 from pyengine.scorers import PrefixModel, RewardModel, Scorer
 
 log = logging.getLogger("pyengine")
@@ -79,12 +78,14 @@ class Reader(BranchingDecoder):
 
 
 class RewardReader(Reader):
-    """A causal sequence classifier; its "logits" are the score [N, 1] of each prefix."""
+    """A causal sequence classifier; its "logits" are those of its head [N, labels] at each prefix."""
 
     def __init__(self, scorer: RewardModel, max_rows: int, budget: float | None, frozen: bool) -> None:
         super().__init__(scorer, (), max_rows, budget, frozen)
+        self.scorer, self._embedded = scorer, scorer.model.get_input_embeddings().weight.shape[0]
 
     def _read(self, ids: Tensor, positions: Tensor, rows: Tensor | None) -> Frontier:
+        ids = ids.clamp(max=self._embedded - 1)  # as PrefixReader's
         hidden = self.model.base_model(input_ids=ids, position_ids=positions, use_cache=False).last_hidden_state[0]
         return Frontier(self.model.score(hidden if rows is None else hidden[rows]), {})
 
@@ -97,11 +98,10 @@ class RewardReader(Reader):
         scores = self.fork().logits  # of tails that add nothing
         for _, here, frontier in self._extend_by(tails):
             scores = torch.where(here[:, None], frontier.logits, scores)
-        return scores[:, 0].float()
+        return self.scorer.value(scores)
 
     def recompute(self, ids: list[int]) -> float:
-        with evaluating(self.model):
-            return self.model(input_ids=torch.tensor([ids], device=self.model.device)).logits[0, 0].item()
+        return self.scorer._batch([(ids, [])]).item()
 
 
 class PrefixReader(Reader):
@@ -148,7 +148,7 @@ def reader_of(
         reader: Reader
         if isinstance(scorer, PrefixModel):
             reader = PrefixReader(scorer, max_rows, budget, frozen)
-        elif isinstance(scorer, RewardModel) and same_tokenizer(scorer.tokenizer, tokenizer):
+        elif isinstance(scorer, RewardModel) and scorer.reads_tokens and same_tokenizer(scorer.tokenizer, tokenizer):
             reader = RewardReader(scorer, max_rows, budget, frozen)
         else:
             return None
@@ -168,8 +168,8 @@ def reader_of(
 def _mismatch(reader: Reader) -> str | None:
     """Why this reader goes wrong, or None: a fork, ragged tails, a commit and a second block."""
     model = reader.model
-    vocab, pad = model.get_input_embeddings().weight.shape[0], model.config.pad_token_id
-    ids = [token for token in ((7 * i + 3) % vocab for i in range(20)) if token != pad]
+    vocab = model.get_input_embeddings().weight.shape[0]
+    ids = [(7 * i + 3) % vocab for i in range(20)]
     tails = [[ids[11], ids[12]], [ids[13]], [ids[16]], [ids[14], ids[15]]]
     try:
         reader.open(2, 2)

@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -32,6 +33,7 @@ class Request:
     limit: int  # most new tokens that max_tokens and the context allow
     given_seed: int  # `seed` is this one mixed with the prompt
     text: Text  # of the tokens
+    messages: list[Any] | None = None  # what the prompt was, if a conversation
     tokens: list[int] = field(default_factory=list)
     logp_base: list[float] = field(default_factory=list)
     logp_policy: list[float] = field(default_factory=list)
@@ -130,6 +132,7 @@ class Judge:
                 self._codec.between(r.prompt_ids, ids, skip_special_tokens) for r, ids in zip(some, tokens, strict=True)
             ],
             prompt_ids=[r.prompt_ids for r in some],
+            messages=[r.messages for r in some],
         )
         return part.scorer.score(candidates).to(self._policy.device)
 

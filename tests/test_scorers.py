@@ -165,7 +165,7 @@ class TestBadInput:
         )
         transformers.BertForSequenceClassification(config).save_pretrained(tmp_path)
         transformers.AutoTokenizer.from_pretrained(model_dirs["llama"]).save_pretrained(tmp_path)
-        with pytest.raises(InputError, match="has 3 outputs"):
+        with pytest.raises(InputError, match="is a classifier with 3 labels"):
             load_scorer(tmp_path)
 
     def test_language_model_in_place_of_a_reward_model(self, model_dirs):

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyengine.errors import InputError, real
+from pyengine.errors import InputError, first_line, real
 from pyengine.scorers.base import (
     Candidates,
     FunctionScorer,
@@ -57,8 +57,10 @@ def load_scorer(path: str | Path, trust_remote_code: bool = False) -> Scorer:
     if config_file.is_file():
         try:
             config = json.loads(config_file.read_bytes())
-        except ValueError as error:
-            raise InputError(f"scorer {path}: config.json is not JSON: {error}") from error
+        except (ValueError, RecursionError) as error:
+            raise InputError(f"scorer {path}: config.json is not JSON: {first_line(error)}") from error
+        if not isinstance(config, dict):
+            raise InputError(f"scorer {path}: config.json must be an object, got {config!r:.40}")
         if config.get(FORMAT) == KIND:
             return PrefixModel.from_pretrained(directory, trust_remote_code)
         if FORMAT in config:

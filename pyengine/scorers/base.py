@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from pyengine.codec import PromptKey
-from pyengine.errors import InputError, real
+from pyengine.errors import InputError, first_line, real
 
 Hidden = dict[int, Tensor]  # layer -> [N, D]; layer as in transformers' hidden_states, -1 the last
 
@@ -41,6 +41,12 @@ class Candidates:
     previous: Hidden  # at the token before it
     decode: Callable[..., list[str]] = field(repr=False)  # of the responses' tokens[, skip_special_tokens=True]
     prompt_ids: Sequence[Sequence[int]] = ()  # the prompts' tokens
+    messages: Sequence[Sequence[Any] | None] = ()  # what the prompts were that were conversations
+
+    @property
+    def conversations(self) -> Sequence[Sequence[Any] | None]:
+        """`messages`, one for each prompt."""
+        return self.messages or [None] * len(self.prompts)
 
     @cached_property
     def completions(self) -> list[str]:
@@ -122,9 +128,12 @@ class Scorer(Algebra):
 class FunctionScorer(Scorer):
     """A Python callable over lists of prompts and completions that returns one float for each.
 
-    Called with `prompts=` and `completions=` where it takes arguments of these names, as TRL's reward
-    functions do, else with the two lists in this order. None stands for NaN. skip_special_tokens: whether completions
+    A function that takes `completions` or `completion_ids` is called by name, with these and `prompts`, and with all
+    three where it takes any name, as TRL's reward functions do; others with prompts and completions in this order. A
+    prompt that was a conversation comes as its messages. None stands for NaN. skip_special_tokens: whether completions
     come without special tokens, as `<think>` may be one.
+
+    Whatever the function raises is an InputError that names it, with the exception as its cause.
     """
 
     def __init__(self, function: Callable[..., Any], name: str | None = None, skip_special_tokens: bool = True) -> None:
@@ -134,24 +143,41 @@ class FunctionScorer(Scorer):
             parameters = inspect.signature(function).parameters
         except ValueError:  # some builtins have none
             parameters = {}  # type: ignore[assignment]
+        known = ("prompts", "completions", "completion_ids")
         rest = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
-        self._by_name = "completions" in parameters and (rest or "prompts" in parameters)
+        named = {name for name in known if name in parameters}
+        self._names = [name for name in known if rest or name in named] if named - {"prompts"} or rest else []
 
     def score(self, candidates: Candidates) -> Tensor:
-        prompts = [prompt.form if isinstance(prompt, PromptKey) else prompt for prompt in candidates.prompts]
-        completions = candidates.completions if self.skip_special_tokens else candidates.completions_with_special_tokens
-        if self._by_name:
-            scores = self.function(prompts=prompts, completions=completions)
-        else:
-            scores = self.function(prompts, completions)
+        given: dict[str, Any] = {
+            "prompts": [p.form if isinstance(p, PromptKey) else p for p in candidates.prompts],
+            "completions": candidates.completions
+            if self.skip_special_tokens
+            else candidates.completions_with_special_tokens,
+            "completion_ids": [list(tokens) for tokens in candidates.tokens],
+        }
+        for i, messages in enumerate(candidates.messages):
+            if messages:
+                given["prompts"][i] = list(messages)
+        try:
+            if self._names:
+                scores = self.function(**{name: given[name] for name in self._names})
+            else:
+                scores = self.function(given["prompts"], given["completions"])
+        except Exception as error:  # the caller's own
+            raise InputError(f"scorer {self.name!r} raised {type(error).__name__}: {first_line(error)}") from error
+        return self._numbers(scores, len(candidates.tokens))
+
+    def _numbers(self, scores: Any, count: int) -> Tensor:
+        wanted = f"scorer {self.name!r} must return one number for each of {count} completions"
         if isinstance(scores, (list, tuple)):
             scores = [math.nan if s is None else s for s in scores]
-        out = torch.as_tensor(scores, dtype=torch.float32)
-        if out.shape != (len(candidates.tokens),):
-            raise InputError(
-                f"scorer {self.name!r} must return one number for each of {len(candidates.tokens)} completions, "
-                f"got shape {list(out.shape)}"
-            )
+        try:
+            out = torch.as_tensor(scores, dtype=torch.float32)
+        except (TypeError, ValueError, OverflowError, RuntimeError) as error:
+            raise InputError(f"{wanted}, got {scores!r:.60} ({first_line(error)})") from error
+        if out.shape != (count,):
+            raise InputError(f"{wanted}, got shape {list(out.shape)}")
         return out
 
 

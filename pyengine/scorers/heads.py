@@ -26,7 +26,10 @@ class _HeadScorer(Scorer, nn.Module):
 
     def __init__(self, hidden_size: int, layer: int, name: str) -> None:
         nn.Module.__init__(self)
-        self.hidden_size, self.layer, self.name = hidden_size, layer, name
+        if not isinstance(name, str):
+            raise InputError(f"the name of a scorer is a string, got {name!r:.40}")
+        self.hidden_size = whole(hidden_size, f"scorer {name!r}: hidden_size", 1)
+        self.layer, self.name = whole(layer, f"scorer {name!r}: layer", -(2**31)), name
         self.layers = (layer,)
 
     def config(self) -> dict[str, Any]:
@@ -65,7 +68,8 @@ class PrefixScorer(_HeadScorer):
         self, hidden_size: int, vocab_size: int, width: int = 128, layer: int = -1, name: str = "prefix"
     ) -> None:
         super().__init__(hidden_size, layer, name)
-        self.vocab_size, self.width = vocab_size, width
+        self.vocab_size = whole(vocab_size, f"scorer {name!r}: vocab_size", 1)
+        self.width = whole(width, f"scorer {name!r}: width", 1)
         self.trunk = nn.Linear(hidden_size, width)
         self.head = nn.Linear(width, vocab_size)
 
@@ -128,13 +132,19 @@ class Probe(_HeadScorer):
 def load_head(directory: Path, config: dict[str, Any]) -> PrefixScorer | Probe:
     """The prefix scorer or probe stored in `directory`; safetensors only."""
     arguments = dict(config)
-    kind = arguments.pop(FORMAT)
-    kinds = {cls.kind: cls for cls in (PrefixScorer, Probe)}
+    kind, kinds = str(arguments.pop(FORMAT)), {cls.kind: cls for cls in (PrefixScorer, Probe)}
     if kind not in kinds:
         raise InputError(f"scorer {directory}: unknown kind {kind!r}, known are {sorted(kinds)}")
     try:
-        scorer = kinds[kind](**arguments)
-        scorer.load_state_dict(load_file(directory / "model.safetensors"))
-    except (OSError, RuntimeError, TypeError, SafetensorError) as error:
-        raise InputError(f"scorer {directory}: {first_line(error)}") from error
-    return scorer.eval()
+        with torch.device("meta"):  # sizes that the weights do not have take no memory
+            scorer = kinds[kind](**arguments)
+        scorer.load_state_dict(load_file(directory / "model.safetensors"), assign=True)
+    except (OSError, RuntimeError, TypeError, ValueError, OverflowError, SafetensorError) as error:
+        raise InputError(f"scorer {directory}: {_said(error)}") from error
+    return scorer.float().eval()
+
+
+def _said(error: Exception) -> str:
+    """One line; of the mismatches that torch lists, the first."""
+    lines = [line.strip() for line in str(error).splitlines()]
+    return lines[1] if len(lines) > 1 and isinstance(error, RuntimeError) else first_line(error)

@@ -21,6 +21,7 @@ from trl import RewardConfig, RewardTrainer
 
 from pyengine.errors import InputError, first_line, real
 from pyengine.scorers import Candidates, RewardModel
+from pyengine.scorers.reward_model import FORM
 from pyengine.training.data import split
 from pyengine.training.examples import Labelled, Pair, read_preferences
 
@@ -177,7 +178,15 @@ def _start(path: str | Path, seed: int, trust_remote_code: bool) -> RewardModel:
     lacking = sorted(key for key in found["missing_keys"] if key.startswith(body) and "pooler" not in key)
     if lacking:
         raise InputError(f"reward model {path}: the checkpoint lacks {len(lacking)} weights, {lacking[0]!r} among them")
-    return RewardModel(model, tokenizer, Path(path).name)
+    # Pads do not matter to a score, but TRL pads, and transformers' head looks for the last token that is none.
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    if tokenizer.pad_token_id is None:
+        raise InputError(f"reward model {path}: its tokenizer has neither a padding nor an EOS token")
+    tokenizer.padding_side, model.config.pad_token_id = "right", tokenizer.pad_token_id
+    scorer = RewardModel(model, tokenizer, Path(path).name)
+    setattr(model.config, FORM, {"form": scorer.form, "final_eos": scorer.final_eos})
+    return scorer
 
 
 def _check(examples: Sequence[Any]) -> None:
@@ -196,7 +205,14 @@ def _tokens(scorer: RewardModel, example: Pair | Labelled, limit: float) -> dict
     """The columns that the trainer reads, tokenised as RewardModel.score does."""
 
     def ids(response: str) -> list[int]:
-        found = scorer.tokenizer(example.prompt + response, verbose=False).input_ids
+        found, segments = scorer.read(example.prompt, response)
+        if segments:
+            raise InputError(f"reward model {scorer.name!r}: pairs of segments are not trained on: form text or chat")
+        if found[-1] == scorer.tokenizer.pad_token_id:
+            raise InputError(
+                f"{example.where}: ends with the padding token {scorer.tokenizer.pad_token!r}, which training would "
+                "take for padding: give the tokenizer a padding token of its own"
+            )
         if len(found) > limit:
             whose = f"reward model {scorer.name!r} reads" if limit == scorer.longest else "max_length is"
             raise InputError(f"{example.where}: has {len(found)} tokens, {whose} {limit}; shorten it or leave it out")
