@@ -48,7 +48,8 @@ PYENGINE_FN double rescale(double from, double to) {
 }
 
 // NaN in any sum survives the merge: it is how a bad row is recognised.
-PYENGINE_FN void merge(RowSums& row, const BlockSums& block) {
+template <class Sums>
+PYENGINE_FN void merge(RowSums& row, const Sums& block) {
   const double m_base = block.m_base > row.m_base ? block.m_base : row.m_base;
   row.s_base = row.s_base * rescale(row.m_base, m_base) + block.s_base * rescale(block.m_base, m_base);
   row.m_base = m_base;

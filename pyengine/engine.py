@@ -530,7 +530,7 @@ def ends_of(model: Any) -> frozenset[int]:
     """The tokens that end a response of this model; none where neither generation_config nor config names one."""
     eos = model.generation_config.eos_token_id if model.generation_config else None
     if eos is None:
-        eos = model.config.get_text_config(decoder=True).eos_token_id
+        eos = getattr(model.config.get_text_config(decoder=True), "eos_token_id", None)
     found = eos if isinstance(eos, list) else [] if eos is None else [eos]
     return frozenset(whole(token, "eos_token_id of the model's config", 0) for token in found)
 

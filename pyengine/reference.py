@@ -192,10 +192,12 @@ def tilt_sample(
     def at(row: Tensor) -> Tensor:
         return row.gather(-1, token[:, None])[:, 0]
 
-    lse_kept = kept.logsumexp(-1)
-    logp_base, logp_policy = at(base) - lse_base, at(tilted) - lse_kept
+    # Relative to the maxima: at a tiny temperature a logarithm is less than the last bit of a maximum.
+    under_base, under_kept = (z - z.amax(-1, keepdim=True) for z in (torch.where(valid[:, None], base, 0.0), kept))
+    log_base, log_kept = under_base.logsumexp(-1), under_kept.logsumexp(-1)
+    logp_base, logp_policy = at(under_base) - log_base, at(under_kept) - log_kept
     policy = weight / weight.sum(-1, keepdim=True)
-    kl = torch.where(weight > 0, policy * delta, 0.0).sum(-1) - lse_kept + lse_base
+    kl = torch.where(weight > 0, policy * (under_kept - under_base), 0.0).sum(-1) - log_kept + log_base
     logp_policy = torch.where(greedy, 0.0, logp_policy)
     kl = torch.where(greedy, -logp_base, kl)
     invalid = ~valid

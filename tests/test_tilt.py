@@ -201,11 +201,101 @@ def test_greedy_is_the_argmax_with_ties_to_the_lowest_id(isa):
     torch.testing.assert_close(out.logp_base[2], torch.tensor(-math.log(2100)))
 
 
-def test_greedy_separates_neighbouring_floats(isa):
-    """A scale factor may round two logits to one; argmax must not see it."""
-    logits = torch.full((1, 300), 9.0)
-    logits[0, 200] = torch.nextafter(torch.tensor(9.0), torch.tensor(10.0))
+@pytest.mark.parametrize("top", [14.0, 1e6, -14.0])
+def test_greedy_separates_neighbouring_floats(isa, top):
+    """A scale factor may round two logits to one; argmax must not see it. 14 and its neighbour do, times log2(e)."""
+    logits = torch.full((1, 300), top)
+    logits[0, 200] = torch.nextafter(torch.tensor(top), torch.tensor(math.inf))
+    if top == 14.0:
+        scaled = logits * torch.tensor(1.44269504)
+        assert scaled[0, 200] == scaled[0, 0]
     assert ops.tilt_sample(logits, temperature=0.0).token.item() == 200
+
+
+EXTREMES = {"none": {}, "top_k": {"top_k": 3}, "top_p": {"top_p": 0.5}, "min_p": {"min_p": 0.3}}
+
+
+@pytest.mark.parametrize("temperature", [1e-5, 1e-9, 1e-20, 1e-37, 0.0, 1.0])
+@pytest.mark.parametrize("weight", [None, 1.0, 1e10, -1e10, 1e30])
+@pytest.mark.parametrize("method", METHODS)
+def test_finite_rows_are_valid_however_far_they_reach(isa, temperature, weight, method):
+    """Logits / T or λ·V beyond 2^31 in log2 units: a shift that is rounded beside a product that is fused gave NaN."""
+    torch.manual_seed(0)
+    for vocab in (5, 3000):
+        logits, values = torch.randn(6, vocab) * 4, torch.randn(1, 6, vocab)
+        logits[2, 1] = logits[2, 3] = logits[2].max() + 1  # exact ties share the draw
+        values[0, 2, 1] = values[0, 2, 3]
+        logits[3, 2] = -math.inf
+        values[0, 4, 0] = -math.inf if (weight or 0) > 0 else 3.0
+        for filters in EXTREMES.values():
+            arguments = filters | {"temperature": temperature, "seed": torch.arange(6), "position": 3, "method": method}
+            heads = (None, None) if weight is None else (values, weight)
+            found, want = ops.tilt_sample(logits, *heads, **arguments), expected(logits, *heads, **arguments)
+            assert found.valid.all()
+            assert torch.equal(found.token, want.token)
+            for name in ("logp_base", "logp_policy", "kl"):
+                torch.testing.assert_close(getattr(found, name), getattr(want, name), atol=2e-3, rtol=1e-4, msg=name)
+
+
+def test_bad_rows_beyond_the_range_of_floats_are_still_bad(isa):
+    logits = torch.randn(4, 3000)
+    logits[0, 2999], logits[1, 0], logits[2] = math.nan, math.inf, -math.inf
+    found = ops.tilt_sample(logits, temperature=1e-30)
+    assert found.valid.tolist() == [False, False, False, True]
+    values = torch.randn(1, 4, 3000)
+    values[0, 3, 5] = math.nan
+    assert not ops.tilt_sample(logits, values, 1e12, temperature=1e-3).valid.any()
+    values[0, 3] = -math.inf  # the base policy decides
+    found = ops.tilt_sample(logits, values, 1e12, temperature=1e-30)
+    assert found.token[3] == logits[3].argmax()
+    assert found.kl[3] == 0
+
+
+@pytest.mark.parametrize("top", [-1e-40, 1e-40, -1e-45, 0.0])
+@pytest.mark.parametrize("min_p", [1.0, 0.9, 0.01])
+def test_a_denormal_top_logit(isa, top, min_p):
+    """Results too small for a normal float are 0 in the kernels; a bound must not be."""
+    logits = torch.full((1, 1500), -50.0)
+    logits[0, 700] = top
+    for values in (None, torch.zeros(1, 1, 1500)):
+        found = ops.tilt_sample(logits, values, None if values is None else 1.0, min_p=min_p)
+        assert found.valid.item()
+        assert found.token.item() == 700
+
+
+def test_every_bit_of_seed_and_position_counts(isa):
+    high = 2**32
+    seeds = torch.tensor([1, 1 + high, 1 + (1 << 62), -1, 1, 1])
+    positions = torch.tensor([7, 7, 7, 7, 7 + high, 7 - (1 << 61)])
+    for method in METHODS:
+        found = ops.tilt_sample(torch.zeros(6, 50_000), seed=seeds, position=positions, method=method).token
+        assert len(set(found.tolist())) == 6
+        assert torch.equal(found, expected(torch.zeros(6, 50_000), seed=seeds, position=positions, method=method).token)
+
+
+@pytest.mark.parametrize("more", [0, 1, 10**9])
+def test_a_top_k_of_the_vocabulary_is_no_filter(isa, more):
+    """Not only the same law: the same draws."""
+    logits, seed = torch.randn(64, 3000), torch.arange(64)
+    every = ops.tilt_sample(logits, top_k=3000 + more, seed=seed)
+    for a, b in zip(every, ops.tilt_sample(logits, seed=seed), strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("lift", [100.0, 300.0])
+@pytest.mark.parametrize("heads", [0, 1])
+def test_a_late_block_may_outgrow_the_first(isa, lift, heads):
+    torch.manual_seed(1)
+    logits = torch.randn(4, 4000)
+    logits[:, 2500:2600] += lift
+    values = torch.randn(heads, 4, 4000) if heads else None
+    assert_equals_reference(logits, values, 0.5 if heads else None, seed=torch.arange(4))
+
+
+def test_the_callers_thread_keeps_its_denormals(isa):
+    ops.tilt_sample(torch.randn(4, 3000))
+    tiny = torch.tensor([1e-40] * 32)
+    assert (tiny * 0.5 != 0).all()
 
 
 def test_top_k_keeps_exactly_k_with_ties_to_the_lowest_id(isa):

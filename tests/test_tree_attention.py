@@ -128,6 +128,21 @@ def test_fp16_rounds_as_torch_does():
         assert (found[row.isnan()]).isnan().all()
 
 
+@pytest.mark.parametrize(("dtype", "digits"), [(torch.bfloat16, 7), (torch.float16, 10)])
+def test_halves_are_rounded_to_the_nearest(dtype, digits, isa):
+    """Two tokens of equal weight: half a unit in the last place from the mean of their values, not one."""
+    p = problem(lengths=(0,), branches=(1,), tail=2, heads=(1, 1), width=256, dtype=dtype)
+    p.query.zero_()
+    values = (torch.rand(2, 256, generator=torch.Generator().manual_seed(2)) + 0.5).to(dtype)
+    p.stores[3][int(p.tree.slot[0]), 0, :2] = values
+    p.stores[2][int(p.tree.slot[0]), 0, :2] = 0
+    mean = values.double().mean(0)
+    unit = 2.0 ** (mean.abs().log2().floor() - digits)
+    off = (p()[0, 0, 0].double() - mean).abs() / unit
+    assert off.max() <= 0.51
+    assert off.mean() > 0.1, "nothing was rounded"
+
+
 @pytest.mark.parametrize("kernel", [True, False])
 def test_new_keys_and_values_join_the_tails(kernel, isa):
     p = problem(tokens=3, kernel=kernel)

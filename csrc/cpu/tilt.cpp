@@ -47,17 +47,27 @@ void sample_row(Row& row, Scratch& s) {
   const float top_p = a.top_p[i * a.top_p_stride], min_p = a.min_p[i * a.min_p_stride];
   const bool filtered = !row.greedy && (top_k > 0 || top_p < 1 || min_p > 0);
   const bool argmax = row.greedy || a.gumbel;
+  const Philox random =
+      philox(uint64_t(a.seed[i * a.seed_stride]), uint64_t(a.position[i * a.position_stride]), kTokenStream);
   RowSums total;
-  accumulate(row, s, total, filtered || argmax);
+  Winner winner;
+  const auto add = [&] {
+    total = RowSums{};
+    if (accumulate(row, s, total, filtered || argmax)) return true;
+    total = sample_exactly(
+        row,
+        {filtered, filtered ? top_k : 0, filtered ? top_p : 1.0, filtered ? min_p : 0.0, a.gumbel, 0, random},
+        winner);
+    winner.base -= total.m_base, winner.tilt -= total.m_tilt;
+    total.m_base = total.m_tilt = 0;
+    return false;
+  };
+  bool fits = add();
   if (total.s_tilt == 0 && total.s_base > 0) {
     row.drop_heads();
-    total = RowSums{};
-    accumulate(row, s, total, filtered || argmax);
+    fits = add();
   }
-  Winner winner;
-  if (usable(total)) {
-    const Philox random = philox(uint64_t(a.seed[i * a.seed_stride]),
-                                 uint64_t(a.position[i * a.position_stride]), kTokenStream);
+  if (fits && usable(total)) {
     if (filtered) filter(row, s, total, top_k, top_p, min_p);
     if (argmax && filtered)
       contend_candidates(row, s, total.m_tilt, winner);
@@ -78,14 +88,15 @@ void finish_row(const TiltArgs& args, int64_t i, const RowSums& sums, const Winn
     args.logp_base[i] = args.logp_policy[i] = args.kl[i] = NAN;
     return;
   }
-  const double lse_base = sums.m_base + std::log2(sums.s_base);
-  const double lse_tilt = sums.m_tilt + std::log2(sums.s_tilt);
-  const double logp_base = kLn2 * (winner.base - lse_base);
+  // Relative to the maxima: a logarithm may be less than the last bit of a maximum.
+  const double log_base = std::log2(sums.s_base), log_tilt = std::log2(sums.s_tilt);
+  const double logp_base = kLn2 * (winner.base - sums.m_base - log_base);
   const bool greedy = args.temperature[i * args.temperature_stride] == 0;
   args.token[i] = int64_t(winner.id);
   args.logp_base[i] = float(logp_base);
-  args.logp_policy[i] = greedy ? 0.0f : float(kLn2 * (winner.tilt - lse_tilt));
-  args.kl[i] = float(greedy ? -logp_base : kl_nats(sums.e_delta, sums.s_tilt, lse_tilt, lse_base));
+  args.logp_policy[i] = greedy ? 0.0f : float(kLn2 * (winner.tilt - sums.m_tilt - log_tilt));
+  const double kl = kLn2 * (sums.e_delta / sums.s_tilt - (sums.m_tilt - sums.m_base) - log_tilt + log_base);
+  args.kl[i] = float(greedy ? -logp_base : kl);
 }
 
 const TiltKernels* tilt_kernels(const char* forced) {

@@ -28,6 +28,14 @@ float from_ordinal(int32_t i) {
   return x;
 }
 
+// The smallest float that is not below x. While results too small for a normal float are 0, a conversion is
+// not that: floats below 2^-126 are whole multiples of 2^-149, and their ordinals the same multiples.
+float ceil_to_float(double x) {
+  if (std::abs(x) < 0x1p-126) return from_ordinal(int32_t(std::ceil(x * 0x1p149)));
+  const float rounded = float(x);
+  return double(rounded) < x ? std::nextafter(rounded, INFINITY) : rounded;
+}
+
 // A pivot strictly between low and high, which are not neighbours. The middle of the values serves for
 // any row that a model gives; the middle of the ordinals ends the search after 32 more steps on every row.
 float between(float low, float high, int step) {
@@ -118,7 +126,7 @@ void filter(Row& row, Scratch& s, RowSums& total, int64_t top_k, float top_p, fl
   else if (top_p < 1)  // what lies deeper cannot hold the mass that top-p leaves out
     least = float(highest - std::log2(double(row.args.vocab) / ((1 - double(top_p)) * sum)) / scale);
   else
-    least = std::nextafter(float(likely), -INFINITY);
+    least = from_ordinal(ordinal(ceil_to_float(likely)) - 1);
   s.reserve(row.args.vocab);
   collect(row, s, least);
   float lowest = kernels.weigh(s.candidates, scale, highest);
@@ -134,9 +142,7 @@ void filter(Row& row, Scratch& s, RowSums& total, int64_t top_k, float top_p, fl
     if (mass >= target) keep_prefix(kernels, s, lowest, highest, target, false);
   }
   if (likely > -INFINITY) {
-    float bound = float(likely);
-    if (double(bound) < likely) bound = std::nextafter(bound, INFINITY);
-    kernels.keep_through(s.candidates, bound, INT32_MAX);
+    kernels.keep_through(s.candidates, ceil_to_float(likely), INT32_MAX);
   }
   total.m_tilt = double(scale) * highest;
   total.s_tilt = total.e_delta = 0;

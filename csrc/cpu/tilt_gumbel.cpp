@@ -97,14 +97,24 @@ void tilt_fold(const TiltArgs& args, TiltState* states, int64_t first_id, int th
     Row row(args, kernels, i);
     Scratch& s = scratch();
     TiltState& state = states[i];
-    accumulate(row, s, state.sums, true);
+    // The tile joins the sums, and its best token challenges the winner.
+    const auto fold = [&](RowSums& sums, Winner& winner) {
+      const RowSums before = sums;
+      if (!accumulate(row, s, sums, true)) {
+        sums = before;
+        RowSums tile = sample_exactly(row, {false, 0, 1.0, 0.0, true, first_id, {}}, winner);
+        if (tile.s_tilt > 0) tile.e_delta += tile.s_tilt * (tile.m_tilt - tile.m_base);
+        merge(sums, tile);
+      } else if (std::isfinite(sums.s_base + sums.s_tilt + sums.e_delta)) {
+        contend(row, s, first_id, winner);
+      }
+    };
+    fold(state.sums, state.winner);
     if (!std::isfinite(state.sums.s_base + state.sums.s_tilt + state.sums.e_delta)) return;
-    contend(row, s, first_id, state.winner);
     if (state.sums.s_tilt > 0) return;
     row.drop_heads();
     RowSums ignored;
-    accumulate(row, s, ignored, true);
-    contend(row, s, first_id, state.base);
+    fold(ignored, state.base);
   });
 }
 

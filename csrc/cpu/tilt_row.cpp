@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <limits>
 
 namespace pyengine {
 namespace {
@@ -9,6 +10,9 @@ namespace {
 // Beyond this the temperature flattens every logit below 2^36 to fp32's last bit, and its product with a
 // weight would overflow.
 constexpr float kHottest = 0x1p60f;
+
+// Any shift past kExact.
+constexpr float kBeyond = 0x1p30f;
 
 size_t size_of(DType type) { return type == DType::f32 ? 4 : 2; }
 
@@ -20,8 +24,8 @@ const char* element(const void* data, DType type, int64_t at) {
 // finite one. `otherwise` where there is none: every token is forbidden, or infinite, and the sums show it.
 float shift_for(Row& row, int64_t first, int64_t last, bool tilted, float otherwise = 0.0f) {
   for (int64_t b = first; b <= last; ++b) {
-    const float top = row.top(b, tilted) * row.block.scale;
-    if (std::isfinite(top)) return std::rint(top);
+    const float top = row.top(b, tilted);
+    if (std::isfinite(top)) return std::rint(std::clamp(top * row.block.scale, -kBeyond, kBeyond));
   }
   return otherwise;
 }
@@ -38,9 +42,13 @@ Row::Row(const TiltArgs& a, const TiltKernels& k, int64_t i)
   const float temperature = temperature_of(args, index);
   block.scale = kLog2E / temperature;
   ratios.resize(size_t(args.heads));
-  for (int64_t r = 0; r < args.heads; ++r)
-    ratios[size_t(r)] =
-        args.weights[index * args.weights_stride_row + r * args.weights_stride_head] * temperature;
+  for (int64_t r = 0; r < args.heads; ++r) {
+    const float weight = args.weights[index * args.weights_stride_row + r * args.weights_stride_head];
+    float& ratio = ratios[size_t(r)];
+    ratio = weight * temperature;
+    // Too small for a float, but not 0: the head still forbids what it values at -inf.
+    if (ratio == 0 && weight != 0) ratio = std::copysign(std::numeric_limits<float>::min(), weight);
+  }
 }
 
 void Row::drop_heads() {
@@ -125,6 +133,18 @@ double Row::exact_tilt(int64_t id) const {
   return x / kLn2;
 }
 
+double Row::exact_base(int64_t id) const {
+  const double logit = one(args.logits, args.logits_type, index * args.logits_stride + id);
+  return logit / double(temperature_of(args, index)) / kLn2;
+}
+
+double Row::noise(int64_t id) const {
+  const Philox words =
+      philox(uint64_t(args.seed[index * args.seed_stride]),
+             uint64_t(args.position[index * args.position_stride]), kGumbelStream, uint32_t(id / 4));
+  return -std::log2(exponential(words.x[id % 4]));
+}
+
 float Row::top(int64_t b, bool tilted) {
   read(b, true);
   if (!tilted) block.delta = nullptr, block.head = nullptr;
@@ -147,12 +167,14 @@ void Scratch::reserve(int64_t tokens) {
 // those of an earlier tile, so that the sums of a row with an allowed token are never 0. Only a block that
 // outgrows fp32's range (2^127 above them) or holds a logit or value that is not finite is summed again,
 // relative to its own where they are higher.
-void accumulate(Row& row, Scratch& s, RowSums& total, bool maxima) {
+bool accumulate(Row& row, Scratch& s, RowSums& total, bool maxima) {
   s.sums.resize(size_t(row.blocks()));
   if (maxima) s.maxima.resize(size_t(row.blocks() * row.kernels.lanes));
   const int64_t last = row.blocks() - 1;
   const float shift_base = total.s_base > 0 ? float(total.m_base) : shift_for(row, 0, last, false);
   const float shift_tilt = total.s_tilt > 0 ? float(total.m_tilt) : shift_for(row, 0, last, true);
+  const auto beyond = [](float shift) { return std::abs(shift) > kExact; };
+  if (beyond(shift_base) || beyond(shift_tilt)) return false;
   bool careful = row.args.mask != nullptr;
   for (int64_t b = 0; b <= last; ++b) {
     float* const tops = maxima ? s.maxima.data() + b * row.kernels.lanes : nullptr;
@@ -162,6 +184,7 @@ void accumulate(Row& row, Scratch& s, RowSums& total, bool maxima) {
     if (!std::isfinite(sums.s_base + sums.s_tilt + sums.e_delta)) {
       const float own_base = std::max(shift_base, shift_for(row, b, b, false, shift_base));
       const float own_tilt = std::max(shift_tilt, shift_for(row, b, b, true, shift_tilt));
+      if (beyond(own_base) || beyond(own_tilt)) return false;
       row.read(b, true);
       sums = row.kernels.careful_sums(row.block, own_base, own_tilt, tops);
       careful = true;  // -inf seldom comes alone: a mask must not cost every block twice
@@ -172,6 +195,7 @@ void accumulate(Row& row, Scratch& s, RowSums& total, bool maxima) {
     s.sums[size_t(b)] = sums;
     merge(total, sums);
   }
+  return true;
 }
 
 bool usable(const RowSums& sums) {

@@ -39,8 +39,11 @@ struct Row {
   // Base and tilted logit of an allowed token, in log2 units, rounded as the sums round them, so that the
   // log-probability of a certain token is 0.
   Winner at(int64_t id) const;
-  // The tilted logit as the definition has it, in log2 units.
+  // The tilted and the base logit as the definition has them, in log2 units.
   double exact_tilt(int64_t id) const;
+  double exact_base(int64_t id) const;
+  // Gumbel noise of a token, in log2 units.
+  double noise(int64_t id) const;
   // The maximum of the tilted logits over block b, or of the base logits.
   float top(int64_t b, bool tilted);
 
@@ -86,8 +89,29 @@ class FlushToZero {
 // `threads`, or 1 where the batch is too small for them.
 int worthwhile(const TiltArgs& args, int threads);
 
-// Adds the row to `total`, filling s.sums and, if asked, s.maxima.
-void accumulate(Row& row, Scratch& s, RowSums& total, bool maxima);
+// Largest shift, in log2 units, up to which fp32 sums a row.
+constexpr float kExact = 65536.0f;
+
+// Adds the row to `total`, filling s.sums and, if asked, s.maxima. False, with `total` of no use, where
+// logits lie beyond kExact.
+bool accumulate(Row& row, Scratch& s, RowSums& total, bool maxima);
+
+// How `sample_exactly` draws: through filters (0 and 1 where there are none), by Gumbel noise or these
+// uniforms.
+struct ExactDraw {
+  bool filtered;
+  int64_t top_k;
+  double top_p, min_p;
+  bool gumbel;
+  int64_t first_id;  // of the row's tokens, which may be a tile of the vocabulary
+  Philox random;
+};
+
+// The sums of a row beyond fp32 and, if it beats `winner`, what is drawn from it. As after `accumulate` and
+// `filter`: s_tilt is 0 where the scorer forbids every token, s_base too where the logits do, NaN in a bad
+// row. But e_delta is that of tilt - m_tilt - (base - m_base): in the difference of two huge numbers a KL
+// would be lost.
+RowSums sample_exactly(Row& row, const ExactDraw& draw, Winner& winner);
 
 bool usable(const RowSums& sums);
 

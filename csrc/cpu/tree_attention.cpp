@@ -259,7 +259,8 @@ double work_of(const TreeArgs& a) {
 }
 
 std::string out_of_range(const char* table, int64_t at, int64_t value, const std::string& bound) {
-  return std::string("tree.") + table + "[" + std::to_string(at) + "] is " + std::to_string(value) + ", " + bound;
+  return std::string("tree.") + table + "[" + std::to_string(at) + "] is " + std::to_string(value) + ", " +
+         bound;
 }
 
 }  // namespace
@@ -268,8 +269,9 @@ std::string tree_fault(const TreeTables& t) {
   if (t.first_row[0] != 0) return out_of_range("first_row", 0, t.first_row[0], "it must be 0");
   for (int64_t b = 0; b < t.prompts; ++b) {
     if (t.first_row[b + 1] < t.first_row[b] || t.first_row[b + 1] > t.rows)
-      return out_of_range("first_row", b + 1, t.first_row[b + 1],
-                          "it must be in " + std::to_string(t.first_row[b]) + " .. " + std::to_string(t.rows));
+      return out_of_range(
+          "first_row", b + 1, t.first_row[b + 1],
+          "it must be in " + std::to_string(t.first_row[b]) + " .. " + std::to_string(t.rows));
     const int64_t length = t.prefix_len[b], room = t.columns * t.page_tokens;
     if (length < 0 || length > room)
       return out_of_range("prefix_len", b, length, "its pages hold " + std::to_string(room) + " tokens");

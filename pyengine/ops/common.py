@@ -132,10 +132,13 @@ def number(op: str, value: float, name: str) -> float:
     return value
 
 
-@functools.cache
+@functools.lru_cache(maxsize=1024)
 def _constant(value: float, name: str, device: torch.device) -> Tensor:
-    """Cached for the life of the process: a captured CUDA graph goes on reading it."""
     return torch.tensor(value, dtype=_PARAMETERS[name][0], device=device)
+
+
+# Constants that a captured CUDA graph goes on reading, held for the life of the process.
+_CAPTURED: dict[tuple[float, str, torch.device], Tensor] = {}
 
 
 def _number_column(op: str, value: float, name: str, shape: tuple[int, ...], device: torch.device) -> Tensor:
@@ -143,8 +146,10 @@ def _number_column(op: str, value: float, name: str, shape: tuple[int, ...], dev
     number(op, value, name)
     # While somebody traces, a tensor may be a fake one; seeds and positions change with every call.
     once = torch.compiler.is_compiling() or is_in_torch_dispatch_mode() or name in ("seed", "position")
-    make = _constant.__wrapped__ if once else _constant
-    return make(value, name, device).expand(shape)
+    found = (_constant.__wrapped__ if once else _constant)(value, name, device)
+    if device.type == "cuda" and not once and torch.cuda.is_current_stream_capturing():
+        found = _CAPTURED.setdefault((value, name, device), found)
+    return found.expand(shape)
 
 
 def column(op: str, value: Tensor | float, name: str, batch: int, device: torch.device) -> Tensor:
@@ -152,7 +157,8 @@ def column(op: str, value: Tensor | float, name: str, batch: int, device: torch.
     if not isinstance(value, Tensor):
         return _number_column(op, value, name, (batch,), device)
     dtype = _PARAMETERS[name][0]
-    if value.shape not in ((), (1,), (batch,)):
+    # One comparison at a time: under torch.compile the batch may be symbolic beside a constant tensor.
+    if not (value.dim() == 0 or (value.dim() == 1 and (value.shape[0] == 1 or value.shape[0] == batch))):
         fail(op, f"{name} must be a number or have shape [{batch}], got {list(value.shape)}")
     if value.dtype.is_floating_point and not dtype.is_floating_point:
         fail(op, f"{name} must be an integer tensor, got {value.dtype}")
@@ -169,7 +175,8 @@ def head_weights(op: str, weights: Tensor | float | None, heads: int, batch: int
     if isinstance(weights, (int, float)):
         return _number_column(op, weights, "weights", (batch, heads), device)
     w = torch.as_tensor(weights, dtype=torch.float32, device=device)
-    if w.shape not in ((), (heads,), (batch, heads)):
+    ends = w.dim() == 0 or w.shape[-1] == heads
+    if not (ends and (w.dim() < 2 or (w.dim() == 2 and w.shape[0] == batch))):
         fail(op, f"weights must be a number or have shape [{heads}] or [{batch}, {heads}], got {list(w.shape)}")
     return w.expand(batch, heads)
 

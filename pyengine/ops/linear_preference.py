@@ -114,17 +114,18 @@ def linear_preference(
     return result._replace(loss=_Precomputed.apply(result.loss, *given, to_hidden, to_weight, to_bias))
 
 
-# A compiled graph calls an operator, and an operator takes no function: it finds the loss by this number. Held for
-# the life of the process, as the graph may be called as long.
-_LOSSES: dict[int, PairedLoss] = {}
+# A compiled graph calls an operator, and an operator takes no function: it finds the loss by its place here. Held for
+# the life of the process, as the graph may be called as long; a method that is bound anew is the same loss.
+_LOSSES: list[PairedLoss] = []
 
 
 @torch._dynamo.assume_constant_result
 def _handle(loss: PairedLoss) -> int:
     if getattr(loss, "__closure__", None):  # the graph is not guarded on what a closure holds
         fail(OP, "under torch.compile the loss must not be a closure: give a module's function or a bound method")
-    _LOSSES[id(loss)] = loss
-    return id(loss)
+    if loss not in _LOSSES:
+        _LOSSES.append(loss)
+    return _LOSSES.index(loss)
 
 
 def _operator(
