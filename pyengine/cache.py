@@ -17,6 +17,7 @@ from collections import Counter, OrderedDict
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -27,6 +28,8 @@ from pyengine.ops import common, flash
 # Tokens of a page; csrc/cpu/tree_attention.h kTileTokens divides it.
 PAGE = flash.PAGE if common.ATTENTION == "flash" else 64
 STEP = 16  # a tail's room is a multiple of it; csrc/cpu/tree_attention.h kTokens
+HOST_SHARE, GPU_SHARE = 0.25, 0.6  # of the memory that is free, where no budget is given
+UNKNOWN_MEMORY = 16e9  # bytes, on a host that does not say
 TAIL_SHARE = 0.25  # of the budget; K = 16 tails of 16 tokens are an eighth of a prefix of 2,048
 
 
@@ -286,3 +289,39 @@ def _names(tokens: list[int]) -> list[bytes]:
             digest.update(token.to_bytes(8, "little"))
         names.append(digest.digest())
     return names
+
+
+def bytes_of(budget: float | None, device: torch.device) -> float:
+    """The bytes of a cache; InputError for a budget that is not there."""
+    if budget is None:
+        return _free_memory(device)
+    free = _free_memory(device) / (GPU_SHARE if device.type == "cuda" else HOST_SHARE)
+    if budget > free:
+        raise InputError(f"a cache of {budget / 1e9:.3g} GB (cache_gb): {free / 1e9:.3g} GB of memory are free")
+    return budget
+
+
+def _free_memory(device: torch.device) -> float:
+    """Bytes for a cache of which nobody said how large it may be."""
+    if device.type == "cuda":
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return GPU_SHARE * (torch.cuda.mem_get_info(device)[0] + unused)
+    return HOST_SHARE * min(_available(), _allowed())
+
+
+def _available() -> float:
+    """What the host can give without swapping; caches of files count as free."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
+        return UNKNOWN_MEMORY
+    return next((1024.0 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable")), UNKNOWN_MEMORY)
+
+
+def _allowed() -> float:
+    """What a container's limit leaves; infinite without one."""
+    group = Path("/sys/fs/cgroup")
+    try:
+        return max(0.0, float((group / "memory.max").read_text()) - float((group / "memory.current").read_text()))
+    except (OSError, ValueError):  # none, or "max"
+        return float("inf")

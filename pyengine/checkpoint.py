@@ -8,7 +8,7 @@ from typing import Any
 
 from transformers import AutoTokenizer
 
-from pyengine.errors import InputError, first_line
+from pyengine.errors import InputError, first_line, whole
 
 
 def load_checkpoint(auto: Any, kind: str, path: str | Path, trust_remote_code: bool, **arguments: Any) -> Any:
@@ -50,6 +50,15 @@ def context_of(config: Any) -> int | None:
         original = rope.get("original_max_position_embeddings") or longest
         return max(longest, int(rope["factor"] * original))
     return longest or None
+
+
+def ends_of(model: Any) -> frozenset[int]:
+    """The tokens that end a response of this model; none where neither generation_config nor config names one."""
+    eos = model.generation_config.eos_token_id if model.generation_config else None
+    if eos is None:
+        eos = getattr(model.config.get_text_config(decoder=True), "eos_token_id", None)
+    found = eos if isinstance(eos, list) else [] if eos is None else [eos]
+    return frozenset(whole(token, "eos_token_id of the model's config", 0) for token in found)
 
 
 # What transformers' `generate` takes of a checkpoint's generation_config and nothing here does, with what is neutral.

@@ -16,14 +16,13 @@ import inspect
 from collections.abc import Hashable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from pyengine.attention import Decode, Extend, Loan, Options, Pass, Span
-from pyengine.cache import BranchingCache, Sequence, budget_for, in_gb
+from pyengine.cache import BranchingCache, Sequence, budget_for, bytes_of, in_gb
 from pyengine.checkpoint import context_of
 from pyengine.errors import InputError
 from pyengine.ops.linear import quick_forwards
@@ -32,8 +31,6 @@ from pyengine.reference import Tree
 from pyengine.scorers.base import Hidden
 
 PREFILL_TOKENS = 4096  # in one pass
-HOST_SHARE, GPU_SHARE = 0.25, 0.6  # of the memory that is free, where no budget is given
-UNKNOWN_MEMORY = 16e9  # bytes, on a host that does not say
 
 
 class Frontier(NamedTuple):
@@ -107,7 +104,7 @@ class BranchingDecoder:
         self.model, self.layers, self.max_rows, self.frozen = model, layers, max_rows, frozen
         self._loan = Loan(model)
         self._shapes = _layer_shapes(self._loan)
-        self.cache = BranchingCache(self._shapes, _bytes_of(budget, model.device), model.dtype, model.device)
+        self.cache = BranchingCache(self._shapes, bytes_of(budget, model.device), model.dtype, model.device)
         self.waits = model.device.type != "cpu"
         self._last_position = (context_of(model.config) or 2**31) - 1
         self._keep_some = "logits_to_keep" in inspect.signature(model.forward).parameters
@@ -405,39 +402,3 @@ def _layer_shapes(loan: Loan) -> list[tuple[int, int]]:
 def power_of_two(n: int) -> int:
     """The next power of two, n itself included."""
     return 1 << max(0, n - 1).bit_length()
-
-
-def _bytes_of(budget: float | None, device: torch.device) -> float:
-    """The bytes of a cache; InputError for a budget that is not there."""
-    if budget is None:
-        return _free_memory(device)
-    free = _free_memory(device) / (GPU_SHARE if device.type == "cuda" else HOST_SHARE)
-    if budget > free:
-        raise InputError(f"a cache of {budget / 1e9:.3g} GB (cache_gb): {free / 1e9:.3g} GB of memory are free")
-    return budget
-
-
-def _free_memory(device: torch.device) -> float:
-    """Bytes for a cache of which nobody said how large it may be."""
-    if device.type == "cuda":
-        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return GPU_SHARE * (torch.cuda.mem_get_info(device)[0] + unused)
-    return HOST_SHARE * min(_available(), _allowed())
-
-
-def _available() -> float:
-    """What the host can give without swapping; caches of files count as free."""
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-    except OSError:
-        return UNKNOWN_MEMORY
-    return next((1024.0 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable")), UNKNOWN_MEMORY)
-
-
-def _allowed() -> float:
-    """What a container's limit leaves; infinite without one."""
-    group = Path("/sys/fs/cgroup")
-    try:
-        return max(0.0, float((group / "memory.max").read_text()) - float((group / "memory.current").read_text()))
-    except (OSError, ValueError):  # none, or "max"
-        return float("inf")

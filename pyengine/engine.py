@@ -1,16 +1,14 @@
-"""The engine: prefill, propose, score, select, commit."""
+"""The engine: a frozen model, what it is made to follow, and the calls that decode with it."""
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import math
 import threading
 import warnings
 from collections import deque
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing, contextmanager
-from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,30 +16,22 @@ import torch
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM
 
-from pyengine import ledger
-from pyengine.checkpoint import context_of, load_checkpoint, unapplied_defaults
+from pyengine.checkpoint import context_of, ends_of, load_checkpoint, unapplied_defaults
 from pyengine.codec import Codec, PromptLike, as_prompts
-from pyengine.decoder import Decoder, Prompt
 from pyengine.errors import InputError, RequestError, first_line, real, whole
 from pyengine.fallback import choose_decoder
-from pyengine.proposal import Row, Tail, Tilt, propose
-from pyengine.reader import Reader
+from pyengine.loop import Commit, Loop, commits_nothing, refuse
 from pyengine.results import Event, Result, SamplingParams, seeded
-from pyengine.scorers import Part, Policy, PrefixModel, ScorerLike, parts_of
-from pyengine.selection import Judge, Request
-from pyengine.strategies import BASE, BestOfK, Blockwise, Strategy, Tokenwise
+from pyengine.scorers import Policy, ScorerLike, parts_of
+from pyengine.selection import Judge, Request, mix
+from pyengine.strategies import BASE, Strategy, Tokenwise
 
 log = logging.getLogger("pyengine")
 
 CALIBRATION_RUNS = 12  # decodes at most; 3 to 5 are usual
 
 
-_Tick = Callable[[], object]
-# A request, its new tokens, and its result when it is done or why it never will be.
-_Commit = tuple[int, list[int], Result | RequestError | None]
-
-
-class Engine:
+class Engine(Loop):
     """A frozen language model, its tokenizer and a scorer that it can be made to follow.
 
     scorer: anything `parts_of` takes: a Scorer, a directory or hub id, a callable
@@ -88,7 +78,7 @@ class Engine:
         self.codec = Codec(tokenizer, self.policy.name, embedding.weight.shape[0], context_of(model.config))
         self.eos = ends_of(model)
         self._guard = threading.Lock()
-        self._holder: object = None  # the call that decodes
+        self._holder = None
         budget = None if cache_gb is None else 1e9 * real(cache_gb, "Engine: cache_gb", 0)
         unapplied = unapplied_defaults(model)
         if unapplied:
@@ -154,19 +144,6 @@ class Engine:
         except BaseException:
             self.set_scorer(before)
             raise
-
-    @contextmanager
-    def _alone(self, what: str) -> Iterator[None]:
-        """No call begins or is decoding inside; InputError where one is."""
-        with self._guard:
-            if self._holder is not None:
-                raise InputError(f"this engine is decoding: end or close the stream that is open before {what}")
-            yield
-
-    @property
-    def parts(self) -> list[Part]:
-        """The scorer that is followed, as its weighted parts."""
-        return self._judge.parts
 
     def generate(
         self,
@@ -281,7 +258,7 @@ class Engine:
             )
         return Tokenwise(best)
 
-    def _events(self, request: Request, commits: Generator[_Commit, None, None]) -> Iterator[Event]:
+    def _events(self, request: Request, commits: Generator[Commit, None, None]) -> Iterator[Event]:
         """Commits with their new text; a character that is not whole yet waits for the next one."""
         with closing(commits):
             for _, new, outcome in commits:
@@ -292,11 +269,6 @@ class Engine:
                     yield Event(block.candidates[block.chosen].text, new, block, outcome)
                 else:
                     yield Event(request.text.push(new, last=outcome is not None), new, None, outcome)
-
-    @property
-    def context(self) -> int | None:
-        """Tokens that the model reads, None for any number."""
-        return self.codec.context
 
     def encode(self, prompt: PromptLike, label: str = "prompt") -> list[int]:
         """Token ids of a prompt; InputError, naming `label`, if it is empty or leaves no room to answer."""
@@ -328,12 +300,12 @@ class Engine:
             room = p.max_tokens if self.context is None else min(p.max_tokens, self.context - len(ids))
             assert p.seed is not None
             empty = self.codec.after(ids, p.skip_special_tokens)
-            requests.append(Request(i, text, ids, p, _mix(p.seed, ids), room, p.seed, empty, messages))
-        # A prompt without a reference is found before any is decoded, and one is predicted before the model is lent.
+            requests.append(Request(i, text, ids, p, mix(p.seed, ids), room, p.seed, empty, messages))
+        # A prompt without a reference is found before any is decoded.
         self._judge.refuse(requests)
         decoders = [self._decoder, *self._readers(strategy).values()]
         for request in requests:
-            if _refuse(request, decoders, 0 if _commits_nothing(strategy) else request.limit):
+            if refuse(request, decoders, 0 if commits_nothing(strategy) else request.limit):
                 assert request.error is not None
                 refused[request.index] = request.error
         requests = [request for request in requests if not request.error]
@@ -345,218 +317,8 @@ class Engine:
                 strategy = self.calibrate(some, strategy.kl_budget, params, progress)
         return requests, refused, strategy
 
-    def _check(self, strategy: Strategy) -> None:
-        if not isinstance(strategy, (Tokenwise, Blockwise, BestOfK)):
-            raise InputError(f"not a strategy: {strategy!r}; use Tokenwise, Blockwise or BestOfK")
-        if isinstance(strategy, Tokenwise):
-            if strategy.weight == 0:
-                return
-            for part in self.parts:
-                if not part.weight:
-                    continue
-                if part.transforms:
-                    raise InputError(
-                        f"Tokenwise cannot follow {part.name!r}: the transform of a value is not the value of the "
-                        "transformed reward; train a prefix scorer on the transformed reward instead"
-                    )
-                if not part.scorer.scores_tokens:
-                    raise InputError(
-                        f"Tokenwise needs scorers that score every next token; {part.name!r} scores whole prefixes "
-                        "only: use a prefix scorer, or Blockwise or BestOfK"
-                    )
-            for i, part in enumerate(self.parts):
-                if part.weight and isinstance(part.scorer, PrefixModel) and i not in self._judge.readers:
-                    raise InputError(
-                        f"Tokenwise cannot follow {part.name!r}: its model has no branching cache (see the log); use "
-                        "Blockwise or BestOfK"
-                    )
-        if not self.parts and (strategy.k > 1 or isinstance(strategy, Tokenwise)):
-            raise InputError(f"{strategy} needs a scorer: Engine.from_pretrained(..., scorer=...)")
-
-    @torch.inference_mode()
-    def _decode(self, waiting: deque[Request], strategy: Strategy, tick: _Tick = int) -> Generator[_Commit, None, None]:
-        """Commits of all requests as they are made, while nobody else decodes.
-
-        However it ends, the engine is free and its decoders are whole again. `tick` is called for every token of a
-        block.
-        """
-        me, whole = object(), False
-        # Ended once more where an interrupt cuts the first time short.
-        try:
-            try:
-                with self._alone("another call"):
-                    self._holder = me
-                self._check(strategy)  # its scorer may have been changed since it was asked for
-                if waiting:
-                    yield from self._commits(waiting, strategy, tick)
-                whole = True
-            except GeneratorExit:  # between two blocks
-                whole = True
-                raise
-            finally:
-                self._end(me, whole)
-        except BaseException:
-            self._end(me, whole)
-            raise
-
-    def _end(self, me: object, whole: bool) -> None:
-        """The call of this holder is over. whole: nothing was cut short."""
-        if self._holder is me:
-            for decoder in (self._decoder, *self._judge.readers.values()):
-                decoder.close(whole)
-            self._holder = None
-
-    def _commits(self, waiting: deque[Request], strategy: Strategy, tick: _Tick) -> Generator[_Commit, None, None]:
-        """The loop: waiting prompts join, every prefix forks into k branches, one of them is committed.
-
-        A request that fails leaves with the block that is on its way, and is yielded with its error.
-        """
-        k, live = strategy.k, list[Request]()
-        tilt, readers = self._tilt(strategy), self._readers(strategy)
-        decoders = [self._decoder, *dict.fromkeys(readers.values())]
-        longest = max(r.limit for r in waiting)
-        growing = not _commits_nothing(strategy)
-        room = 1 if k == 1 else min(strategy.block_tokens or longest, longest)
-        layers = {layer for part in self.parts for layer in part.scorer.layers}
-        self._decoder.layers = tuple(sorted(layers))
-        for decoder in decoders:
-            decoder.open(k, room)
-        while waiting or live:
-            prompts = [Prompt(r.prompt_ids, r.limit if growing else 0) for r in islice(waiting, self.max_rows)]
-            joining = [waiting.popleft() for _ in range(min(d.fits(prompts) for d in decoders))]
-            if joining:
-                for decoder in decoders:
-                    decoder.join(prompts[: len(joining)])
-                live += joining
-            tail = self._propose(live, strategy, tilt, tick)
-            winners = [i * k + c for i, c in enumerate(self._judge.select(tail, live, strategy))]
-            self._judge.score_ended(tail, live, winners, k)
-            commits = [self._commit(r, tail, row, strategy) for r, row in zip(live, winners, strict=True)]
-            for request in live:
-                if not (request.finish_reason or request.error) and _refuse(request, decoders[1:], 0):
-                    commits.append((request.index, [], request.error))
-            on = [i for i, r in enumerate(live) if not (r.finish_reason or r.error)]
-            kept = [winners[i] for i in on]
-            for decoder in decoders:  # the base model's may have dropped ended rows on the way
-                rows = [tail.slots.index(row) for row in kept] if decoder is self._decoder else kept
-                decoder.commit(torch.tensor(rows, dtype=torch.long, device=self.policy.device))
-            live = [live[i] for i in on]
-            yield from commits
-
-    def _propose(self, live: list[Request], strategy: Strategy, tilt: Tilt, tick: _Tick) -> Tail:
-        """Draw k branches of up to block_tokens tokens for each live request."""
-        k = strategy.k
-        rows = []
-        for r in live:
-            done = len(r.tokens)
-            room, context = r.limit - done, (self.context or math.inf) - len(r.prompt_ids) - done
-            rows += [Row(r.params, _mix(r.seed, [j]) if j else r.seed, done, room, context) for j in range(k)]
-        # k = 1 is the base policy whatever the strategy: token by token, so that it matches to the bit.
-        longest = max(row.room for row in rows)
-        steps = 1 if k == 1 else min(longest, strategy.block_tokens or longest)
-        tail = propose(self._decoder, rows, steps, self.eos, tilt, tick)
-        for i, (step, who) in tail.bad.items():
-            request = live[i // k]
-            at = f"at token {len(request.tokens) + step}"
-            if who == "model":
-                request.fail(f"{self.policy.name} gave NaN or infinite logits {at}; check the checkpoint and its dtype")
-            else:
-                either = f"{self.policy.name} or the scorer" if who == "either" else "the scorer"
-                request.fail(f"{either} gave NaN or infinite values {at}; check the scorer and its weight")
-        return tail
-
-    def _followed(self, strategy: Strategy) -> list[tuple[int, Part]]:
-        """The parts that a strategy tilts every token by, with their places."""
-        if not isinstance(strategy, Tokenwise) or not strategy.weight:
-            return []
-        return [(i, part) for i, part in enumerate(self.parts) if part.weight]
-
-    def _readers(self, strategy: Strategy) -> dict[int, Reader]:
-        """By part, scorers that are models and follow the base model: block by block, or token by token where they
-        tilt. For k = 1 nothing is selected."""
-        readers = self._judge.readers
-        return readers if strategy.k > 1 else {i: readers[i] for i, _ in self._followed(strategy) if i in readers}
-
-    def _tilt(self, strategy: Strategy) -> Tilt:
-        """What a strategy does to every token."""
-        if not isinstance(strategy, Tokenwise):
-            return Tilt()
-        followed, readers = self._followed(strategy), self._judge.readers
-        return Tilt(
-            [(strategy.weight * part.weight, part) for _, part in followed],
-            strategy.kl_budget if followed else None,
-            {j: readers[i] for j, (i, _) in enumerate(followed) if i in readers},
-        )
-
-    def _commit(self, request: Request, tail: Tail, row: int, strategy: Strategy) -> _Commit:
-        """Append the winning row to the request, unless it has failed."""
-        if request.error:
-            return request.index, [], request.error
-        request.tokens += tail.tokens[row]
-        request.logp_base += tail.logp_base[row]
-        request.logp_policy += tail.logp_policy[row]
-        request.kl_tokens += tail.kl[row]
-        request.committed += 1
-        request.finish_reason = tail.finish_reason[row]
-        result = self._result(request, strategy) if request.finish_reason else None
-        return request.index, tail.tokens[row], result
-
-    def _result(self, request: Request, strategy: Strategy) -> Result:
-        assert request.finish_reason is not None
-        kl, bounded = request.kl_tokens, strategy.k > 1
-        if bounded:
-            kl += ledger.best_of_k_bound(strategy.k) * request.committed
-        scores = request.scores or []
-        return Result(
-            prompt=request.prompt,
-            prompt_ids=request.prompt_ids,
-            text=request.text.text
-            if request.blocks
-            else self.codec.between(request.prompt_ids, request.tokens, request.params.skip_special_tokens),
-            tokens=request.tokens,
-            finish_reason=request.finish_reason,
-            reward=sum(p.weight * s for p, s in zip(self.parts, scores, strict=True) if p.weight) if scores else None,
-            rewards={p.name: s for p, s in zip(self.parts, scores, strict=True)},
-            logp_base=request.logp_base,
-            logp_policy=request.logp_policy,
-            kl=kl,
-            kl_kind="bound" if bounded else "exact",
-            seed=request.given_seed,
-            blocks=request.blocks,
-        )
-
-
-def ends_of(model: Any) -> frozenset[int]:
-    """The tokens that end a response of this model; none where neither generation_config nor config names one."""
-    eos = model.generation_config.eos_token_id if model.generation_config else None
-    if eos is None:
-        eos = getattr(model.config.get_text_config(decoder=True), "eos_token_id", None)
-    found = eos if isinstance(eos, list) else [] if eos is None else [eos]
-    return frozenset(whole(token, "eos_token_id of the model's config", 0) for token in found)
-
-
-def _commits_nothing(strategy: Strategy) -> bool:
-    """Whether its only block is the whole response, so that no prefix ever grows."""
-    return strategy.k > 1 and strategy.block_tokens is None
-
-
-def _refuse(request: Request, decoders: Sequence[Decoder], growth: int) -> bool:
-    """Fail a request that one of the decoders can never take, or not go on with."""
-    reasons = [decoder.refuses(len(request.prompt_ids) + len(request.tokens), growth) for decoder in decoders]
-    for reason in filter(None, reasons):
-        request.fail(reason)
-    return request.error is not None
-
 
 def _check_budget(sampling: Sequence[SamplingParams]) -> None:
     for p in sampling:
         if p.temperature == 0 or p.top_k or p.top_p < 1 or p.min_p:
             raise InputError("Tokenwise: kl_budget needs a temperature above 0, and no top_k, top_p or min_p")
-
-
-def _mix(seed: int, words: Sequence[int]) -> int:
-    """A seed for (seed, words) as a signed 64-bit number: equal input, equal seed, on every machine."""
-    digest = hashlib.blake2b(digest_size=8)
-    for word in (seed, *words):
-        digest.update(word.to_bytes(8, "little", signed=True))
-    return int.from_bytes(digest.digest(), "little", signed=True)

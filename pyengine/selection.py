@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -207,3 +208,11 @@ class Judge:
             scores = self.score(tail, live, [winners[i] for i in ended], k).tolist()
             for i, row_scores in zip(ended, scores, strict=True):
                 live[i].scores = row_scores
+
+
+def mix(seed: int, words: Sequence[int]) -> int:
+    """A seed for (seed, words) as a signed 64-bit number: equal input, equal seed, on every machine."""
+    digest = hashlib.blake2b(digest_size=8)
+    for word in (seed, *words):
+        digest.update(word.to_bytes(8, "little", signed=True))
+    return int.from_bytes(digest.digest(), "little", signed=True)

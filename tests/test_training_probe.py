@@ -347,7 +347,7 @@ class TestBadData:
             ('{"prompt": "a", "chosen": "b"}', "lacks rejected"),
             ('["a"]', "must be a JSON object"),
             ('{"prompt": "a", "response": " ", "label": 1}', "response is empty"),
-            ('{"prompt": "a", "response": 3, "label": 1}', "'response' must be a string or one message of the assistant, got 3"),
+            ('{"prompt": "a", "response": 3, "label": 1}', "'response' must be a string or one message"),
             ('{"prompt": "a", "response": "b", "label": NaN}', "label must be 0 or 1, got nan"),
             ('{"prompt": "a", "response": "b", "label": "high"}', "label must be 0 or 1, got 'high'"),
             ('{"prompt": "a", "chosen": "b", "rejected": "b"}', "the same text"),

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-from pyengine.checkpoint import context_of
+from pyengine.checkpoint import context_of, ends_of
 from pyengine.codec import Codec
-from pyengine.engine import Engine, ends_of
+from pyengine.engine import Engine
 
 
 class Named(NamedTuple):
