@@ -52,3 +52,14 @@ def real(value: Any, name: str, least: float = -math.inf, most: float = math.inf
         bounds = "" if (least, most) == (-math.inf, math.inf) else f" in {least:g} .. {most:g}"
         raise InputError(f"{name} must be a finite number{bounds}, got {value!r}")
     return number
+
+
+SMALLEST, LARGEST = 2.0**-126, 3.4028234663852886e38  # of fp32's normal numbers, in which the kernels take parameters
+
+
+def single(value: Any, name: str, least: float = -LARGEST, most: float = LARGEST) -> float:
+    """`real` for a number that the kernels take in fp32: 0, or large enough not to become it."""
+    number = real(value, name, least, min(most, LARGEST))
+    if 0 < abs(number) < SMALLEST:
+        raise InputError(f"{name} is {number:g}, which fp32 rounds to 0: give 0 or at least {SMALLEST:.3g}")
+    return number

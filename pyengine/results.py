@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from pyengine.errors import InputError, real, whole
+from pyengine.errors import InputError, real, single, whole
 
 FinishReason = Literal["stop", "length"]  # an EOS token; max_tokens or the end of the context
 
@@ -37,7 +37,7 @@ class SamplingParams:
             raise InputError(f"SamplingParams: skip_special_tokens must be a bool, got {self.skip_special_tokens!r}")
         checked = {
             "max_tokens": whole(self.max_tokens, "SamplingParams: max_tokens", 1),
-            "temperature": real(self.temperature, "SamplingParams: temperature", 0),
+            "temperature": single(self.temperature, "SamplingParams: temperature", 0),
             "top_k": whole(self.top_k, "SamplingParams: top_k", 0),
             "top_p": real(self.top_p, "SamplingParams: top_p", 1e-9, 1),
             "min_p": real(self.min_p, "SamplingParams: min_p", 0, 1),

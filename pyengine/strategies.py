@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from pyengine.errors import InputError, real, whole
+from pyengine.errors import InputError, single, whole
 
 Selection = Literal["argmax", "softmax"]
 
@@ -32,13 +32,13 @@ class Tokenwise:
     block_tokens: ClassVar[int] = 1
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "weight", real(self.weight, "Tokenwise: weight"))
+        object.__setattr__(self, "weight", single(self.weight, "Tokenwise: weight"))
         if self.per not in ("token", "sequence"):
             raise InputError(f'Tokenwise: per must be "token" or "sequence", got {self.per!r}')
         if self.kl_budget is not None:
             if self.weight != 1:
                 raise InputError("Tokenwise: give weight or kl_budget, not both")
-            if real(self.kl_budget, "Tokenwise: kl_budget") <= 0:
+            if single(self.kl_budget, "Tokenwise: kl_budget") <= 0:
                 raise InputError(f"Tokenwise: kl_budget must be positive, got {self.kl_budget}; weight=0 is the base")
 
 
@@ -87,7 +87,7 @@ def _check(strategy: Blockwise | BestOfK) -> None:
     if strategy.selection not in ("argmax", "softmax"):
         raise InputError(f'{name}: selection must be "argmax" or "softmax", got {strategy.selection!r}')
     if strategy.selection == "softmax":
-        if strategy.beta is None or real(strategy.beta, f"{name}: beta") <= 0:
+        if strategy.beta is None or single(strategy.beta, f"{name}: beta") <= 0:
             raise InputError(f'{name}: selection="softmax" needs beta > 0, got {strategy.beta}')
     elif strategy.beta is not None:
         raise InputError(f'{name}: beta is only used with selection="softmax"')

@@ -88,16 +88,89 @@ def test_a_batch_equals_its_rows_run_alone(model_dir, strategy):
             assert a.rewards == pytest.approx(other.rewards, abs=1e-3)
 
 
-def test_waiting_prompts_change_nothing(engine):
+@pytest.mark.parametrize("strategy", [None, Blockwise(4, 8), BestOfK(4)], ids=str)
+def test_waiting_prompts_change_nothing(engine, monkeypatch, strategy):
+    """Two prompts at a time where there is room for two, and others join as they leave."""
     prompts = reviews.prompts(7)
-    sampling = SamplingParams(max_tokens=24, seed=2)
+    sampling = [SamplingParams(max_tokens=8 + 5 * i, seed=2) for i in range(7)]
     engine.set_scorer(reviews.sentiment)
-    whole = engine.generate(prompts, Blockwise(4, 8), sampling)
-    engine.max_rows = 8
-    try:
-        assert [r.tokens for r in engine.generate(prompts, Blockwise(4, 8), sampling)] == [r.tokens for r in whole]
-    finally:
-        engine.max_rows = 256
+    whole = engine.generate(prompts, strategy, sampling)
+    small = Engine(engine.model, engine.tokenizer, reviews.sentiment, max_rows=2 * (strategy.k if strategy else 1))
+    join, joined = small._decoder.join, []
+    monkeypatch.setattr(small._decoder, "join", lambda some: joined.append(len(some)) or join(some))
+    found = small.generate(prompts, strategy, sampling)
+    assert sum(joined) == 7
+    assert max(joined) == 2
+    assert len(joined) > 3
+    assert [r.tokens for r in found] == [r.tokens for r in whole]
+    assert [r.rewards for r in found] == [pytest.approx(r.rewards, abs=1e-5) for r in whole]
+
+
+def test_any_eos_of_the_generation_config_ends_a_response(model_dirs):
+    """All of a list, and generation_config before config."""
+    model = transformers.AutoModelForCausalLM.from_pretrained(model_dirs["llama"])
+    tokenizer = transformers.AutoTokenizer.from_pretrained(model_dirs["llama"])
+    plain = Engine(model, tokenizer)
+    plain.eos = frozenset()
+    sampling = [SamplingParams(max_tokens=40, seed=i) for i in range(6)]
+    tokens = [r.tokens for r in plain.generate(["the quick"] * 6, None, sampling)]
+    ends = [tokens[0][12], tokens[1][5], tokens[2][20]]
+    assert model.config.eos_token_id not in ends
+    model.generation_config.eos_token_id = ends
+    engine = Engine(model, tokenizer)
+    assert engine.eos == set(ends)
+    for result, drawn in zip(engine.generate(["the quick"] * 6, None, sampling), tokens, strict=True):
+        first = next((i for i, token in enumerate(drawn) if token in ends), None)
+        assert result.tokens == (drawn if first is None else drawn[: first + 1])
+        assert result.finish_reason == ("length" if first is None else "stop")
+    model.generation_config.eos_token_id = ends[1]
+    assert Engine(model, tokenizer).eos == {ends[1]}
+    model.generation_config.eos_token_id = None
+    assert Engine(model, tokenizer).eos == {model.config.eos_token_id}
+    model.generation_config.eos_token_id = ["0"]
+    with pytest.raises(InputError, match="eos_token_id of the model's config must be a whole number"):
+        Engine(model, tokenizer)
+
+
+def test_defaults_of_the_checkpoint_that_are_not_applied_are_named(model_dirs, caplog):
+    model = transformers.AutoModelForCausalLM.from_pretrained(model_dirs["llama"])
+    tokenizer = transformers.AutoTokenizer.from_pretrained(model_dirs["llama"])
+    Engine(model, tokenizer)
+    assert not caplog.text
+    given = model.generation_config
+    given.repetition_penalty, given.suppress_tokens, given.min_new_tokens = 1.3, [5, 6], 4
+    given.temperature, given.top_p = 0.6, 0.9
+    Engine(model, tokenizer)
+    assert caplog.text.count("is not applied") == 1
+    for words in ("repetition_penalty=1.3 (nothing here sets it)", "suppress_tokens=[5, 6]", "min_new_tokens=4"):
+        assert words in caplog.text
+    assert "temperature" not in caplog.text  # `generate` reads it where it samples
+    given.do_sample = True
+    Engine(model, tokenizer)
+    assert "temperature=0.6 (SamplingParams(temperature=0.6))" in caplog.text
+    assert "top_p=0.9 (SamplingParams(top_p=0.9))" in caplog.text
+
+
+def test_a_soft_choice_is_drawn_anew_for_every_block_and_prompt(engine):
+    """Equal utilities: the choices of a prompt's blocks, and of two prompts' first blocks, are not one draw."""
+    engine.set_scorer(lambda prompts, completions: [0.0] * len(completions))
+    strategy = Blockwise(8, 4, "softmax", 1.0)
+    results = engine.generate(reviews.prompts(12), strategy, SamplingParams(max_tokens=64, seed=5))
+    first = [r.blocks[0].chosen for r in results]
+    assert len(set(first)) > 3, "equal seeds, other prompts"
+    for result in results:
+        chosen = [b.chosen for b in result.blocks]
+        assert len(chosen) < 6 or len(set(chosen)) > 2, "one prompt, other blocks"
+    every = [b.chosen for r in results for b in r.blocks]
+    assert all(0.04 < every.count(i) / len(every) < 0.25 for i in range(8))
+
+
+def test_branches_of_a_prompt_are_all_different(engine):
+    """The first token aside, eight branches of 24 tokens never agree by chance."""
+    engine.set_scorer(reviews.sentiment)
+    sampling = SamplingParams(max_tokens=24, temperature=3.0, seed=3)
+    for result in engine.generate(reviews.prompts(4), BestOfK(8), sampling):
+        assert len({tuple(c.tokens) for c in result.blocks[0].candidates}) == 8
 
 
 @torch.inference_mode()
@@ -179,6 +252,24 @@ def test_probe_scores_the_hidden_state_at_the_last_token_of_every_candidate(engi
         for candidate in block.candidates:
             ids = head + result.tokens[: block.start] + candidate.tokens
             hidden = engine.model(input_ids=torch.tensor([ids]), output_hidden_states=True).hidden_states[1][:, -1]
+            assert candidate.utility == pytest.approx(probe.head(hidden).item(), abs=1e-4)
+
+
+@pytest.mark.parametrize("waits", [False, True])
+def test_a_row_without_room_is_scored_at_its_own_last_token(engine, monkeypatch, waits):
+    """While others in the block go on."""
+    torch.manual_seed(0)
+    probe = Probe(engine.policy.hidden_size, layer=1)
+    engine.set_scorer(probe)
+    monkeypatch.setattr(engine, "eos", frozenset())
+    monkeypatch.setattr(engine._decoder, "waits", waits)
+    sampling = [SamplingParams(max_tokens=n, seed=n) for n in (3, 12, 7)]
+    for result, params in zip(engine.generate(reviews.prompts(3), BestOfK(3), sampling), sampling, strict=True):
+        for candidate in result.blocks[0].candidates:
+            assert len(candidate.tokens) == params.max_tokens
+            ids = torch.tensor([result.prompt_ids + candidate.tokens])
+            with torch.inference_mode():
+                hidden = engine.model(input_ids=ids, output_hidden_states=True).hidden_states[1][:, -1]
             assert candidate.utility == pytest.approx(probe.head(hidden).item(), abs=1e-4)
 
 
@@ -310,7 +401,7 @@ def test_branches_differ_and_repeat_with_the_seed(engine):
     assert run[0] == run[1]
     assert run[0] != run[2]
     texts = {c.text for c in run[0][0].blocks[0].candidates}
-    assert len(texts) > 4  # vllm#10980: a copied seed makes identical children
+    assert len(texts) == 8  # vllm#10980: a copied seed makes identical children
     fresh = {engine.generate(reviews.prompts(1))[0].text for _ in range(4)}
     assert len(fresh) > 1
 
@@ -421,9 +512,23 @@ def test_bfloat16_model(model_dirs):
 
 
 class TestBadInput:
+    @pytest.mark.parametrize("max_rows", [0, 1.5, "4", True, -3])
+    def test_rows_that_are_no_number(self, model_dirs, max_rows):
+        with pytest.raises(InputError, match="Engine: max_rows must be a whole number of at least 1"):
+            Engine.from_pretrained(model_dirs["llama"], max_rows=max_rows)
+
+    def test_a_model_in_double_precision(self, model_dirs):
+        with pytest.raises(InputError, match=r"this model is torch\.float64"):
+            Engine.from_pretrained(model_dirs["llama"], dtype=torch.float64)
+
     @pytest.mark.parametrize(
         ("cache_gb", "message"),
-        [(math.nan, "cache_gb must be a finite number"), (1e-6, "too small: one page and tail")],
+        [
+            (math.nan, "cache_gb must be a finite number"),
+            (1e-6, "too small: one page and tail"),
+            (0, "too small: one page and tail"),
+            (1e6, r"a cache of 1e\+06 GB \(cache_gb\): .* GB of memory are free"),
+        ],
     )
     def test_a_cache_that_cannot_be_is_refused(self, model_dirs, cache_gb, message):
         with pytest.raises(InputError, match=message):
@@ -530,8 +635,9 @@ class TestBadInput:
 
     @pytest.mark.parametrize("device", ["cuda:77", "abacus"])
     def test_device_that_is_not_there(self, device):
-        with pytest.raises(InputError, match=f"device '{device}'"):
+        with pytest.raises(InputError, match=f"device '{device}'") as error:
             Engine.from_pretrained(pyengine.embedded("policy"), device=device)
+        assert len(str(error.value)) < 150  # torch names twenty
 
     @pytest.mark.parametrize(
         "make",
@@ -544,6 +650,11 @@ class TestBadInput:
             lambda: BestOfK(0),
             lambda: BestOfK(2, "softmax"),
             lambda: BestOfK(2, "softmax", 0.0),
+            lambda: BestOfK(2, "softmax", 1e-300),
+            lambda: BestOfK(2, "softmax", 1e300),
+            lambda: Tokenwise(1e300),
+            lambda: Tokenwise(1e-300),
+            lambda: Tokenwise(kl_budget=1e-300),
             lambda: BestOfK(2, beta=1.0),
             lambda: BestOfK(2, "best"),
         ],
@@ -564,6 +675,8 @@ class TestBadInput:
         [
             {"max_tokens": 0},
             {"temperature": -1.0},
+            {"temperature": 1e-300},
+            {"temperature": 1e300},
             {"temperature": math.nan},
             {"top_k": -1},
             {"top_p": 0.0},

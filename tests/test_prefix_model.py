@@ -122,6 +122,8 @@ def test_heads_may_pad_the_vocabulary_otherwise(engine, rows):
     scorer.model.resize_token_embeddings(vocab + rows, mean_resizing=False)
     torch.manual_seed(1)
     scorer.head = PrefixScorer(48, vocab + rows, 32).eval()
+    with torch.no_grad():
+        scorer.head.head.bias += 3  # a mean that is not 0
     engine.set_scorer(scorer)
     (result,) = engine.generate(PROMPTS[0], Tokenwise(1.5), SamplingParams(10, seed=2))
     ids = engine.encode(result.prompt)
@@ -135,7 +137,7 @@ def test_heads_may_pad_the_vocabulary_otherwise(engine, rows):
     torch.testing.assert_close(torch.tensor(result.logp_policy), want, atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("strategy", [Blockwise(3, 6), BestOfK(3)])
+@pytest.mark.parametrize("strategy", [Blockwise(3, 6), Blockwise(3, 5), BestOfK(3)])
 def test_a_block_may_be_read_in_several_passes(engine, monkeypatch, strategy):
     scorer = prefix_model(engine)
     engine.set_scorer(scorer)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 
 import pytest
 import torch
@@ -59,6 +60,31 @@ class TestRejection:
         with pytest.warns(RuntimeWarning, match=r"bound 0.1 \(up to [\d.]+\) at \d of 4 prompts, first at prompt \d"):
             found = rejection_sample(engine, reviews.prompts(4), 0.1, 0.5, sampling=SamplingParams(1, seed=0))
         assert any(not a.exact and a.highest > 0.1 for a in found)
+
+    @pytest.mark.parametrize(("over", "exact"), [(1e-7, True), (0.01, False), (0.2, False)])
+    def test_the_bound_holds_to_a_rounding(self, engine, over, exact):
+        engine.set_scorer(lambda prompts, completions: [1.0 + over] * len(prompts))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            (found,) = rejection_sample(engine, "The", 1.0, 1.0, sampling=SamplingParams(2, seed=0))
+        assert found.exact == exact
+        assert found.highest == pytest.approx(1.0 + over, abs=1e-6)
+
+    def test_the_highest_utility_is_that_of_all_draws(self, engine):
+        """Those that were decoded beside the accepted one count: a bound that they pass does not hold."""
+        seen = []
+
+        def rising(prompts, completions):
+            seen.extend(completions)
+            return [float(len(seen) - len(completions) + i) for i in range(len(completions))]
+
+        engine.set_scorer(rising)
+        with pytest.warns(RuntimeWarning, match="passed the bound"):
+            (found,) = rejection_sample(engine, "The", 0.0, 1.0, batch=6, sampling=SamplingParams(2, seed=0))
+        assert found.draws == 1
+        assert found.result.reward < 5
+        assert found.highest == 5.0
+        assert not found.exact
 
     def test_running_out_of_draws_names_the_prompt(self, engine):
         prompts = ["The", "My"]

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 import pyengine._C as _C
-from pyengine.errors import InputError
+from pyengine.errors import SMALLEST, InputError
 
 DTYPE_CODE = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # csrc/algebra.h DType
 
@@ -115,9 +115,6 @@ def gpu_backend(op: str, stem: str) -> str:
     if not there(FORCED_GPU):
         fail(op, f"PYENGINE_GPU_BACKEND={FORCED_GPU}, but that backend is not available here")
     return FORCED_GPU
-
-
-SMALLEST = 2.0**-126  # of fp32's normal numbers: less would become 0 in the kernels
 
 
 def number(op: str, value: float, name: str) -> float:
