@@ -25,7 +25,9 @@ def load_checkpoint(auto: Any, kind: str, path: str | Path, trust_remote_code: b
         )
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
     except Exception as error:
-        raise InputError(f"{kind} {path}: {_of_adapter(Path(path))}{first_line(error)}") from error
+        raise InputError(
+            f"{kind} {path}: {_of_adapter(Path(path))}{_pickled(Path(path))}{first_line(error)}"
+        ) from error
     if not tokenizer("a", add_special_tokens=False).input_ids:
         raise InputError(f"{kind} {path}: its tokenizer knows no text; are the tokenizer files there?")
     missing = sorted(found["missing_keys"])
@@ -103,9 +105,20 @@ def _of_adapter(path: Path) -> str:
     file = path / "adapter_config.json"
     try:
         base = json.loads(file.read_bytes())["base_model_name_or_path"]
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return ""
+    if not isinstance(base, str) or not base:
+        return (
+            "an adapter that does not name its base (base_model_name_or_path): load the base and merge it with peft: "
+        )
     return f"an adapter on {base}{'' if Path(base).is_dir() else ', which is no directory here'}: "
+
+
+def _pickled(path: Path) -> str:
+    """What to do about a directory whose weights lie in pickles alone."""
+    if not path.is_dir() or any(path.glob("*.safetensors")) or not any(path.glob("*.bin")):
+        return ""
+    return "its weights are pickles (*.bin), which are not loaded: save it as safetensors with transformers first: "
 
 
 def same_tokenizer(one: Any, other: Any) -> bool:

@@ -362,6 +362,8 @@ ClickException: Any = typer.BadParameter.__mro__[2]
 
 def main() -> None:
     """Entry point: bad input is one line on stderr and exit code 2."""
+    if hasattr(sys.stdout, "reconfigure"):  # what a terminal's encoding lacks is escaped, as on stderr
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         code = app(sys.argv[1:] or ["--help"], standalone_mode=False)
     except InputError as error:

@@ -57,9 +57,9 @@ def real(value: Any, name: str, least: float = -math.inf, most: float = math.inf
 SMALLEST, LARGEST = 2.0**-126, 3.4028234663852886e38  # of fp32's normal numbers, in which the kernels take parameters
 
 
-def single(value: Any, name: str, least: float = -LARGEST, most: float = LARGEST) -> float:
-    """`real` for a number that the kernels take in fp32: 0, or large enough not to become it."""
-    number = real(value, name, least, min(most, LARGEST))
-    if 0 < abs(number) < SMALLEST:
-        raise InputError(f"{name} is {number:g}, which fp32 rounds to 0: give 0 or at least {SMALLEST:.3g}")
+def single(value: Any, name: str, least: float = -math.inf, most: float = math.inf) -> float:
+    """`real` for a number that the kernels take in fp32, where it must stay what it is: not become 0 or infinite."""
+    number = real(value, name, least, most)
+    if 0 < abs(number) < SMALLEST or abs(number) > LARGEST:
+        raise InputError(f"{name} is {number:g}: fp32 holds 0 and {SMALLEST:.3g} to {LARGEST:.3g}")
     return number

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import json
+import os
+import shutil
 import subprocess
 import sys
 
@@ -238,6 +240,65 @@ def test_demo_shows_every_strategy_and_writes_the_picture(run, tmp_path):
     for word in ("base", "tokenwise", "blockwise", "best-of-8", "Q-Probe", "KL", "What to see"):
         assert word in out
     assert (tmp_path / "demo.svg").read_text().startswith("<svg")
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "utf-8"])
+def test_a_terminal_of_any_encoding_gets_all_of_it(encoding):
+    done = subprocess.run(
+        [sys.executable, "-m", "pyengine", "generate", "Grüße – 写", "--seed", "1", "--max-tokens", "4"],
+        capture_output=True,
+        env=os.environ | {"PYTHONIOENCODING": encoding, "PYTHONUTF8": "0"},
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    shown = "Grüße – 写".encode(encoding, errors="backslashreplace")
+    assert done.stdout.startswith(shown)
+
+
+def test_stdin_of_another_system(run):
+    code, out, err = run("generate", "--json", "--max-tokens", 2, stdin=f"\ufeff{PROMPT}\r\nSecond line\r\n\r\n")
+    assert (code, err) == (0, "")
+    assert [json.loads(line)["prompt"] for line in out.splitlines()] == [PROMPT, "Second line"]
+
+
+def test_a_line_keeps_what_else_it_holds(run, tmp_path):
+    file = tmp_path / "prompts.jsonl"
+    rows = [{"prompt": PROMPT, "id": "a", "meta": {"x": 1}}, {"prompt_ids": [5, 6], "id": 7}]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    code, out, err = run("generate", "--input", file, "--json", "--max-tokens", 3, "--seed", 1)
+    assert (code, err) == (0, "")
+    found = sorted((json.loads(line) for line in out.splitlines()), key=lambda r: str(r["id"]))
+    assert [r["id"] for r in found] == [7, "a"]
+    assert found[1]["meta"] == {"x": 1}
+    assert found[0]["prompt_ids"] == [5, 6]
+
+
+TEMPLATE = (
+    "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}{% if add_generation_prompt %}<me>{% endif %}"
+)
+
+
+def test_a_chat_model_is_asked_by_its_template(run, model_dirs, tmp_path):
+    """A text is what the user says; --raw is the text itself."""
+    shutil.copytree(model_dirs["llama"], tmp_path, dirs_exist_ok=True)
+    (tmp_path / "chat_template.jinja").write_text(TEMPLATE)
+    options = ("--model", tmp_path, "--max-tokens", 3, "--seed", 1, "--json")
+    asked = json.loads(run("generate", "the fox", *options)[1])
+    assert asked["prompt"] == "<user>the fox<me>"
+    assert json.loads(run("generate", "the fox", "--raw", *options)[1])["prompt"] == "the fox"
+    file = tmp_path / "chats.jsonl"
+    file.write_text(json.dumps({"messages": [{"role": "user", "content": "the fox"}]}) + "\n")
+    assert json.loads(run("generate", "--input", file, *options)[1])["tokens"] == asked["tokens"]
+    code, out, _ = run("generate", "the fox", "--model", tmp_path, "--max-tokens", 3, "--seed", 1)
+    assert code == 0
+    assert out.startswith("the fox\n")
+
+
+@pytest.mark.parametrize("base", [None, "", 3, "/no/such/base"])
+def test_an_adapter_without_its_base(run, tmp_path, base):
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "base_model_name_or_path": base}))
+    said = refused(run("generate", PROMPT, "--model", tmp_path))
+    assert ("does not name its base" if base != "/no/such/base" else "an adapter on /no/such/base, which is no") in said
 
 
 def test_info_names_versions_and_what_is_missing(run):

@@ -270,7 +270,8 @@ def test_a_row_without_room_is_scored_at_its_own_last_token(engine, monkeypatch,
             ids = torch.tensor([result.prompt_ids + candidate.tokens])
             with torch.inference_mode():
                 hidden = engine.model(input_ids=ids, output_hidden_states=True).hidden_states[1][:, -1]
-            assert candidate.utility == pytest.approx(probe.head(hidden).item(), abs=1e-4)
+                want = probe.head(hidden).item()
+            assert candidate.utility == pytest.approx(want, abs=1e-4)
 
 
 def test_candidates_that_end_early_stop_at_their_eos(engine):
