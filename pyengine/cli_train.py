@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 import pyengine
+from pyengine.cli_load import check_out
 from pyengine.errors import InputError, real, whole
 
 if TYPE_CHECKING:
@@ -113,6 +114,7 @@ def scorer(
         raise InputError(f"--rollouts needs --reward: a scorer's directory, or {', '.join(REWARDS)}")
     if model is not None and rollouts is not None and prompts is None:
         raise InputError("--rollouts of another model need --prompts FILE.jsonl")
+    check_out(out, resume)
     if device == "cuda" and "LOCAL_RANK" in os.environ:  # one of several processes
         device = f"cuda:{os.environ['LOCAL_RANK']}"
     path: Any = pyengine.embedded("policy") if model is None else model

@@ -6,10 +6,12 @@ import json
 import logging
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile, ZipFile
 
 from accelerate import PartialState
+from safetensors import SafetensorError, safe_open
 
-from pyengine.errors import InputError
+from pyengine.errors import InputError, first_line
 
 log = logging.getLogger("pyengine")
 
@@ -34,9 +36,12 @@ def checkpoint_of(out: Path, run: dict[str, Any], resume: bool, free: tuple[str,
     whole_ones = []
     for file in directory.glob("checkpoint-*/trainer_state.json"):  # Trainer writes it last
         try:
-            whole_ones.append((json.loads(file.read_bytes())["global_step"], str(file.parent)))
-        except (ValueError, KeyError):
-            log.warning("%s is damaged: taking an earlier checkpoint", file.parent)
+            step = json.loads(file.read_bytes())["global_step"]
+            _check_files(file.parent)
+        except (OSError, ValueError, KeyError, SafetensorError, BadZipFile) as error:
+            log.warning("%s is damaged (%s): taking an earlier checkpoint", file.parent, first_line(error))
+        else:
+            whole_ones.append((step, str(file.parent)))
     if whole_ones and not resume:
         raise InputError(f"{directory} holds checkpoints of an earlier run: resume it, or remove them")
     if resume and not whole_ones:
@@ -56,3 +61,18 @@ def checkpoint_of(out: Path, run: dict[str, Any], resume: bool, free: tuple[str,
         directory.mkdir(parents=True, exist_ok=True)
         (directory / "run.json").write_text(json.dumps(run, indent=2) + "\n")
     return max(whole_ones)[1] if whole_ones else None
+
+
+def _check_files(directory: Path) -> None:
+    """Raise where a file of weights or of an optimizer's state is cut short or holds other bytes than were written.
+
+    Nothing is unpickled: torch's files are zip archives with a checksum for each part.
+    """
+    for file in directory.glob("*.safetensors"):
+        with safe_open(file, "pt") as tensors:
+            tensors.keys()
+    for file in directory.glob("*.pt"):
+        with ZipFile(file) as archive:
+            part = archive.testzip()
+        if part is not None:
+            raise ValueError(f"{file.name}: {part}")
