@@ -214,12 +214,12 @@ void logit_gradient(int64_t rows, int64_t cols, int64_t start, py::handle tile, 
 }
 
 // x, weight, bias (or None) and out fp32 and contiguous.
-void linear(int64_t rows, int64_t outputs, int64_t width, py::handle x, py::handle weight, py::handle bias,
-            py::handle out, int threads, const char* isa) {
+void linear(int64_t rows, int64_t outputs, int64_t width, py::handle x, py::handle weight, int type,
+            py::handle bias, py::handle out, int threads, const char* isa) {
   pyengine::LinearArgs args{};
   args.rows = rows, args.outputs = outputs, args.width = width;
   args.x = static_cast<const float*>(address(x));
-  args.weight = static_cast<const float*>(address(weight));
+  args.weight = address(weight), args.type = DType(type);
   args.bias = bias.is_none() ? nullptr : static_cast<const float*>(address(bias));
   args.out = static_cast<float*>(address(out));
   const DotKernels& kernels = available(pyengine::dot_kernels, isa);

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from contextlib import nullcontext
 from contextvars import ContextVar
 from typing import Any, NamedTuple, Protocol, TypeVar
 
@@ -18,7 +19,7 @@ from transformers import AttentionInterface
 
 from pyengine import ops
 from pyengine.cache import PAGE, BranchingCache, Sequence
-from pyengine.ops.linear import Forwards, patch, served, unpatch
+from pyengine.ops.linear import Forwards, hold_threads, patch, release_threads, served, unpatch
 from pyengine.ops.tree_attention import masked_attention, run_prepared
 from pyengine.reference import Tree
 
@@ -75,13 +76,14 @@ class Loan:
 
     What a pass changes is noted before, and given back when it ends, however it ends: between passes the model is its
     owner's, who may call it, train it, or lend it to another engine. ValueError where attention cannot be ours.
+    steady: all forwards are needed, torch's own operators run on one thread, and nothing is autocast.
     """
 
-    def __init__(self, model: Any) -> None:
-        self.model = model
+    def __init__(self, model: Any, steady: bool = False) -> None:
+        self.model, self.steady = model, steady
         self._modules: list[Any] = []
         self._forwards: Forwards = []
-        self._noted: tuple[list[tuple[Any, str]], list[Any]] | None = None
+        self._noted: tuple[list[tuple[Any, str]], list[Any], int] | None = None
         self._configs = [config for config in _configs(model) if hasattr(config, "_attn_implementation")]
         with _PASSING:
             own = [(config, config._attn_implementation) for config in self._configs]
@@ -100,7 +102,8 @@ class Loan:
     def renew(self, forwards: Forwards) -> None:
         """Look at the model anew, as whoever owns it may have changed it; forwards: those of its quick layers."""
         with _PASSING:  # in a pass of another loan its layers would look hooked
-            self._modules, self._forwards = list(self.model.modules()), served(forwards)
+            self._modules = list(self.model.modules())
+            self._forwards = forwards if self.steady else served(forwards)
 
     def run(self, work: Pass, call: Callable[[], T]) -> T:
         """call(), a forward pass of the model in which attention layers do this work."""
@@ -111,13 +114,17 @@ class Loan:
                     self._noted = (
                         [(config, config._attn_implementation) for config in self._configs],
                         [module for module in self._modules if module.training],
+                        torch.get_num_threads(),
                     )
                     _attend([(config, NAME) for config in self._configs])
                     for module in self._noted[1]:
                         module.training = False
+                    if self.steady:
+                        hold_threads()
                     patch(self._forwards)
                     _PASS.set(work)
-                    return call()
+                    with torch.autocast("cpu", enabled=False) if self.steady else nullcontext():
+                        return call()
                 finally:
                     self._give_back()
             except BaseException:
@@ -128,6 +135,8 @@ class Loan:
         if self._noted is not None:
             _PASS.set(None)
             unpatch(self._forwards)
+            if self.steady:
+                release_threads(self._noted[2])
             for module in self._noted[1]:
                 module.training = True
             _attend(self._noted[0])
@@ -190,6 +199,43 @@ class Extend:
                 own, of_own = (x[pages].transpose(0, 1).flatten(1, 2)[:, : span.stop] for x in (keys, values))
             out[new] = _causal(query[:, new], own, of_own, options).transpose(0, 1)
         return out.to(given)
+
+
+class ExtendByPage(Extend):
+    """As Extend, page by page through the CPU kernel of tree_attention; spans begin at pages.
+
+    So the bits of a token depend on the tokens before it alone: not on what is read beside it, and not on how much of
+    its prompt was there already. A page is a row whose prefix are the pages before it and whose tail it is itself.
+    """
+
+    def __init__(self, cache: BranchingCache, spans: list[Span]) -> None:
+        super().__init__(cache, spans)
+        pages, lengths, index, back, first = list[list[int]](), list[int](), list[list[int]](), list[int](), 0
+        longest = max(len(span.sequence.pages) for span in spans)
+        for sequence, start, stop in spans:
+            last = first + stop - start - 1
+            for at in range(start, stop, PAGE):
+                own = first + at - start
+                back += [len(index) * PAGE + i for i in range(min(PAGE, stop - at))]
+                index.append([min(own + i, last) for i in range(PAGE)])  # nobody looks at what follows the last
+                pages.append(sequence.pages + [0] * (longest - len(sequence.pages)))
+                lengths.append(at)
+            first = last + 1
+        rows = list(range(len(index) + 1))
+        self._tree = Tree(*(torch.tensor(x, dtype=torch.int32) for x in (pages, lengths, rows, rows[:-1], PAGE)))
+        self._index, self._back = torch.tensor(index), torch.tensor(back)
+
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, options: Options) -> Tensor:
+        keys, values = self.cache.layers[layer][:2]
+        keys[self._page, :, self._offset] = key.transpose(0, 1)
+        values[self._page, :, self._offset] = value.transpose(0, 1)
+        query, key, value = (x.transpose(0, 1)[self._index] for x in (query, key, value))
+        heads, width = key.shape[2:]
+        tail_key = key.new_empty(len(key), heads, width, PAGE).transpose(-1, -2)
+        tail_value = value.new_empty(len(value), heads, PAGE, width)
+        stores = (keys, values, tail_key, tail_value)
+        mixed = ops.tree_attention(query, *stores, tree=self._tree, key=key, value=value, **options._asdict())
+        return mixed.flatten(0, 1)[self._back]
 
 
 def _causal(query: Tensor, key: Tensor, value: Tensor, options: Options) -> Tensor:

@@ -145,6 +145,9 @@ def generate(
     cache_gb: Annotated[
         float | None, typer.Option(help="GB for keys and values (default: a share of what is free).")
     ] = None,
+    batch_invariant: Annotated[
+        bool, typer.Option("--batch-invariant", help="A prompt's bits are the same whatever is beside it; slower.")
+    ] = False,
     stream: Annotated[bool, typer.Option("--stream", help="Print each token or block as it is committed.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object a line, with what its row holds.")] = False,
     raw: Annotated[
@@ -166,7 +169,7 @@ def generate(
     if not found:
         raise InputError(f"no usable prompt in {input}" if input else "no prompt on stdin")
     asking = conditioned(model, score)
-    engine = load_engine(model, scorer, device, cache_gb, trust_remote_code)
+    engine = load_engine(model, scorer, device, cache_gb, trust_remote_code, batch_invariant)
     usable: list[Row] = []
     for row in found:
         prompt = asking(row.prompt)

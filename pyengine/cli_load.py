@@ -63,7 +63,12 @@ def quiet_loading() -> None:
 
 
 def load_engine(
-    model: str | None, scorer: str | None, device: str, cache_gb: float | None, trust_remote_code: bool
+    model: str | None,
+    scorer: str | None,
+    device: str,
+    cache_gb: float | None,
+    trust_remote_code: bool,
+    batch_invariant: bool = False,
 ) -> Engine:
     from pyengine.engine import Engine
 
@@ -71,7 +76,12 @@ def load_engine(
     path: Any = pyengine.embedded("policy") if model is None else model
     picked = None if scorer is None else make_scorer(scorer)
     return Engine.from_pretrained(
-        path, scorer=picked, device=device, cache_gb=cache_gb, trust_remote_code=trust_remote_code
+        path,
+        scorer=picked,
+        device=device,
+        cache_gb=cache_gb,
+        trust_remote_code=trust_remote_code,
+        batch_invariant=batch_invariant,
     )
 
 

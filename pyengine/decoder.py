@@ -21,12 +21,12 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from pyengine.attention import Decode, Extend, Loan, Options, Pass, Span
+from pyengine.attention import Decode, Extend, ExtendByPage, Loan, Options, Pass, Span
 from pyengine.cache import BranchingCache, Sequence, budget_for, bytes_of, in_gb
 from pyengine.checkpoint import context_of
 from pyengine.errors import InputError
-from pyengine.ops.linear import quick_forwards
-from pyengine.ops.tree_attention import prepare
+from pyengine.ops.linear import Forwards, quick_forwards, steady_forwards
+from pyengine.ops.tree_attention import kernel_serves, prepare
 from pyengine.reference import Tree
 from pyengine.scorers.base import Hidden
 
@@ -93,22 +93,30 @@ class BranchingDecoder:
 
     layers: the hidden states that every frontier carries. max_rows: most branches at once. budget: bytes of keys and
     values; None is a share of the memory that is free. frozen: nothing about the model changes while this lives, so
-    that the pages of prompts and captured graphs outlive a call.
+    that the pages of prompts and captured graphs outlive a call. steady: a row's bits depend on its own tokens alone,
+    as far as `invariance.why_not` finds nothing; on a CPU.
     """
 
     def __init__(
-        self, model: Any, layers: tuple[int, ...], max_rows: int, budget: float | None = None, frozen: bool = False
+        self,
+        model: Any,
+        layers: tuple[int, ...],
+        max_rows: int,
+        budget: float | None = None,
+        frozen: bool = False,
+        steady: bool = False,
     ) -> None:
         if len({parameter.device for parameter in model.parameters()}) > 1:
             raise ValueError("its layers are on several devices")
         self.model, self.layers, self.max_rows, self.frozen = model, layers, max_rows, frozen
-        self._loan = Loan(model)
+        self.steady, self._modules = steady, list(model.modules())
+        self._loan = Loan(model, steady)
         self._shapes = _layer_shapes(self._loan)
         self.cache = BranchingCache(self._shapes, bytes_of(budget, model.device), model.dtype, model.device)
         self.waits = model.device.type != "cpu"
-        self._last_position = (context_of(model.config) or 2**31) - 1
+        self.context = context_of(model.config) or 2**31
         self._keep_some = "logits_to_keep" in inspect.signature(model.forward).parameters
-        self._quick = quick_forwards(model)
+        self._quick = [] if steady else quick_forwards(model)
         self._k = 1
         self._sequences: list[Sequence] = []
         self._at = Frontier(torch.empty(0), {})  # of the sequences
@@ -139,21 +147,29 @@ class BranchingDecoder:
         if before != (k, self.cache.slots, self.cache.room):  # other tensors than were captured
             self.captured.clear()
             self._buckets.clear()
-        self._loan.renew(self._quick)
+        self._loan.renew(self._steady_forwards() if self.steady else self._quick)
+
+    def _steady_forwards(self) -> Forwards:
+        """Of every layer that the model has now; InputError where those are not the layers that were tried."""
+        if list(self.model.modules()) != self._modules:
+            raise InputError("batch_invariant: the model has other modules than when it was tried: make another engine")
+        if not kernel_serves(*self.cache.layers[0]):
+            raise InputError("batch_invariant: the width of its heads is no multiple of 16")
+        return steady_forwards(self.model)
 
     @contextmanager
-    def on_trial(self, tokens: int) -> Iterator[None]:
-        """Inside, a small cache stands in for the decoder's own: four branches of two prompts of so many tokens.
+    def on_trial(self, tokens: int, prompts: int = 2, rows: int = 4) -> Iterator[None]:
+        """Inside, a small cache stands in for the decoder's own: some branches of prompts of so many tokens.
 
         So a trial asks nothing of the memory and the rows that the engine was given.
         """
-        own, rows = self.cache, self.max_rows
-        budget = budget_for(own.token_bytes, 2 * own.pages_for(tokens), 4 * own.room_for(1))
-        self.cache, self.max_rows = BranchingCache(self._shapes, budget, self.model.dtype, self.model.device), 4
+        own, most = self.cache, self.max_rows
+        budget = budget_for(own.token_bytes, prompts * own.pages_for(tokens), rows * own.room_for(1))
+        self.cache, self.max_rows = BranchingCache(self._shapes, budget, self.model.dtype, self.model.device), rows
         try:
             yield
         finally:
-            self.cache, self.max_rows = own, rows
+            self.cache, self.max_rows = own, most
 
     def close(self, whole: bool = True) -> None:
         """All prompts leave. whole: nothing was cut short, so that the books balance and pages hold what they are named
@@ -220,7 +236,7 @@ class BranchingDecoder:
         return self._read_spans(spans, ids)
 
     def _read_spans(self, spans: list[Span], ids: list[list[int]]) -> Frontier:
-        work = Extend(self.cache, spans)
+        work = (ExtendByPage if self.steady else Extend)(self.cache, spans)
         tokens = [token for (_, start, stop), own in zip(spans, ids, strict=True) for token in own[start:stop]]
         last, end = [], 0
         for span in spans:
@@ -287,7 +303,7 @@ class BranchingDecoder:
     def step(self, tokens: Tensor, planted: Planted) -> Frontier:
         """One token for each row of a bucket, on the device alone: it may be captured and replayed. Then `settle`."""
         planted.tree.tail_len.add_(1)
-        positions = planted.positions.clamp(max=self._last_position)
+        positions = planted.positions.clamp(max=self.context - 1)
         frontier = self._forward(Decode(self.cache, planted.tree), tokens, positions)
         planted.positions.add_(1)
         return frontier
@@ -311,7 +327,7 @@ class BranchingDecoder:
         if new > 1:
             where = torch.arange(0, rows * new, new, device=tokens.device) + (new - 1 if last is None else last)
         # Only rows that have ended can come to the end of the context.
-        positions = (self._positions[:, None] + step).flatten().clamp(max=self._last_position)
+        positions = (self._positions[:, None] + step).flatten().clamp(max=self.context - 1)
         work = Decode(self.cache, self._tree, new, self._calls, self._tail_len)
         self._branches = self._forward(work, tokens.flatten(), positions, where)
         self._positions = self._positions + new

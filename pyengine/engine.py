@@ -42,6 +42,11 @@ class Engine(Loop):
     a cache of its own takes as much again, or that share of what is left. frozen: you vouch that nothing about the
     model and the scorers' models changes while the engine lives (no training, adapters, hooks): then what was read of a
     prompt, and a GPU's captured graphs, serve later calls too; after a change all the same, call `forget`.
+    batch_invariant: what is drawn for a prompt and a seed, its log-probabilities, KL and scores are the same to the bit
+    whatever else is decoded beside it, in whatever order, also in bf16 and fp16; what is drawn is the same for any
+    number of threads, too. It costs time (docs/benchmarks.md), is for a CPU, and is refused with the reason for a model
+    that has products outside of linear layers, a mixture of experts say. Without it a product sums as the number of its
+    rows has it: in fp32 the last bits of a logit move, in bf16 a token may.
 
     Between the passes of a call the model is yours: a reward may call it, another engine decode with it. Each pass runs
     in evaluation mode, and one at a time whatever the threads. An engine serves one call at a time.
@@ -57,6 +62,7 @@ class Engine(Loop):
         max_rows: int = 256,
         cache_gb: float | None = None,
         frozen: bool = False,
+        batch_invariant: bool = False,
     ) -> None:
         if model.dtype not in (torch.float32, torch.bfloat16, torch.float16):
             raise InputError(
@@ -83,8 +89,9 @@ class Engine(Loop):
         unapplied = unapplied_defaults(model)
         if unapplied:
             log.warning("%s: its generation_config is not applied: %s", self.name, ", ".join(unapplied))
-        self._decoder = choose_decoder(model, (), max_rows, budget, frozen)
-        self._judge = Judge(self.policy, self.codec, self.eos, max_rows, budget, frozen)
+        self.batch_invariant = batch_invariant
+        self._decoder = choose_decoder(model, (), max_rows, budget, frozen, batch_invariant)
+        self._judge = Judge(self.policy, self.codec, self.eos, max_rows, budget, frozen, batch_invariant)
         self.set_scorer(scorer)
 
     @classmethod
@@ -98,6 +105,7 @@ class Engine(Loop):
         cache_gb: float | None = None,
         frozen: bool = False,
         trust_remote_code: bool = False,
+        batch_invariant: bool = False,
     ) -> Engine:
         """Load a causal language model from a directory or hub id; safetensors only.
 
@@ -117,7 +125,7 @@ class Engine(Loop):
             model = model.to(device)
         except (RuntimeError, AssertionError) as error:
             raise InputError(f"device {device!r}: {first_line(error)}") from error
-        return cls(model, tokenizer, scorer, max_rows, cache_gb, frozen)
+        return cls(model, tokenizer, scorer, max_rows, cache_gb, frozen, batch_invariant)
 
     def set_scorer(self, scorer: ScorerLike | None) -> None:
         """Follow another scorer from now on; None follows none."""

@@ -18,6 +18,7 @@ from torch import Tensor
 from pyengine.checkpoint import context_of
 from pyengine.decoder import BranchingDecoder, Decoder, Frontier, Prompt
 from pyengine.errors import InputError, first_line
+from pyengine.invariance import why_not
 from pyengine.modes import evaluating
 from pyengine.scorers.base import Hidden
 
@@ -181,12 +182,20 @@ class RecomputeDecoder(_Grouped):
 
 
 def choose_decoder(
-    model: Any, layers: tuple[int, ...], max_rows: int, budget: float | None = None, frozen: bool = False
+    model: Any,
+    layers: tuple[int, ...],
+    max_rows: int,
+    budget: float | None = None,
+    frozen: bool = False,
+    steady: bool = False,
 ) -> Decoder:
     """The fastest decoder that is right for this model: unknown architectures are tried against a recompute.
 
-    Raises InputError for a model that is no decoder, and for a cache that there is no memory for.
+    steady: a row's bits depend on its own tokens alone. Raises InputError where no decoder can promise that, for a
+    model that is no decoder, and for a cache that there is no memory for.
     """
+    if steady and model.device.type != "cpu":
+        raise InputError(f"batch_invariant: not yet on {model.device.type}, whose products sum as the batch has it")
     config = model.config.get_text_config(decoder=True)
     known = config.model_type in TESTED
     if not known and _looks_ahead(model):
@@ -197,6 +206,7 @@ def choose_decoder(
     recompute = RecomputeDecoder(model, layers, max_rows)
     reason = _uncachable(config)
     if reason:
+        _refuse(steady, config, reason)
         log.warning(
             "%s: %s, so no cache can be kept; every step re-reads the whole sequence, which is right but slow",
             config.model_type,
@@ -206,16 +216,18 @@ def choose_decoder(
     try:
         reason = _refused(config)
         if reason is None:
-            branching = BranchingDecoder(model, layers, max_rows, budget, frozen)
+            branching = BranchingDecoder(model, layers, max_rows, budget, frozen, steady)
             if not known:
                 with branching.on_trial(_trial_tokens(config) + TRIAL_GROWTH):
                     reason = _mismatch(branching, recompute)
             if reason is None:
+                _refuse(steady, config, why_not(branching) if steady else None)
                 return branching
     except InputError:
         raise
     except Exception as error:  # noqa: BLE001 - whatever a foreign model raises, a slower decoder serves it
         reason = first_line(error)
+    _refuse(steady, config, reason)
     replicated = ReplicatedDecoder(model, layers, max_rows)
     log.warning("%s: prefixes are copied for each branch instead of shared (%s)", config.model_type, reason)
     try:
@@ -230,6 +242,12 @@ def choose_decoder(
         reason,
     )
     return recompute
+
+
+def _refuse(steady: bool, config: Any, reason: str | None) -> None:
+    """InputError where a decoder that was to be steady cannot be, for this reason."""
+    if steady and reason is not None:
+        raise InputError(f"batch_invariant: not with {config.model_type}: {reason}")
 
 
 def _uncachable(config: Any) -> str | None:

@@ -34,6 +34,7 @@ class Loop:
     codec: Codec
     eos: frozenset[int]
     max_rows: int
+    batch_invariant: bool
     _decoder: Decoder
     _judge: Judge
     _guard: threading.Lock
@@ -198,6 +199,7 @@ class Loop:
             [(strategy.weight * part.weight, part) for _, part in followed],
             strategy.kl_budget if followed else None,
             {j: readers[i] for j, (i, _) in enumerate(followed) if i in readers},
+            self.batch_invariant,
         )
 
     def _commit(self, request: Request, tail: Tail, row: int, strategy: Strategy) -> Commit:

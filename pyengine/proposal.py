@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
@@ -18,8 +19,9 @@ from pyengine import ledger, ops
 from pyengine.decoder import BranchingDecoder, Decoder, Frontier, Planted, power_of_two
 from pyengine.errors import first_line
 from pyengine.ops import TiltSample
+from pyengine.ops.linear import steady as held_steady
 from pyengine.results import FinishReason, SamplingParams
-from pyengine.scorers import Hidden, Part
+from pyengine.scorers import Hidden, Part, PrefixModel, PrefixScorer, Scorer
 
 log = logging.getLogger("pyengine")
 
@@ -33,6 +35,7 @@ class Tilt:
     parts: Sequence[tuple[float, Part]] = ()
     budget: float | None = None  # nats a token
     beside: Mapping[int, Decoder] = field(default_factory=dict)  # of the parts that are models of their own
+    steady: bool = False  # what a row is tilted by depends on that row alone, to the bit
 
     def read(self, move: Callable[[Decoder], Frontier], hidden: Hidden) -> list[Hidden]:
         """What each part reads: the base policy's hidden states or, after a `move`, those of its own model."""
@@ -41,12 +44,21 @@ class Tilt:
 
     def values(self, read: Sequence[Hidden], vocab: int) -> Tensor | None:
         """V of every next token, [R, N, vocab]; what pads a vocabulary in one model and not in another has the mean."""
-        found = [part.scorer.values(hidden)[:, :vocab] for (_, part), hidden in zip(self.parts, read, strict=True)]
-        for i, values in enumerate(found):
-            if values.shape[1] < vocab:
-                rest = values.mean(1, keepdim=True).expand(-1, vocab - values.shape[1])
-                found[i] = torch.cat([values, rest], 1)
-        return torch.stack(found) if found else None
+        if not self.parts:
+            return None
+        found = []
+        for (_, part), hidden in zip(self.parts, read, strict=True):
+            with held_steady(*_heads(part.scorer)) if self.steady else nullcontext():
+                if self.steady and not _heads(part.scorer):  # whatever it does, a row at a time
+                    rows = [{layer: h[i : i + 1] for layer, h in hidden.items()} for i in range(_rows(hidden))]
+                    values = torch.cat([part.scorer.values(row) for row in rows])[:, :vocab]
+                else:
+                    values = part.scorer.values(hidden)[:, :vocab]
+                if values.shape[1] < vocab:
+                    rest = values.mean(1, keepdim=True).expand(-1, vocab - values.shape[1])
+                    values = torch.cat([values, rest], 1)
+                found.append(values)
+        return torch.stack(found)
 
     def weights(
         self, logits: Tensor, values: Tensor | None, given: Tensor | None, temperature: Tensor
@@ -54,8 +66,25 @@ class Tilt:
         """λ as `tilt_sample` takes it, from the `given` weights [R]: those, or a row for each of the logits'."""
         if self.budget is None or values is None or given is None:
             return given
-        total = torch.einsum("r,rnv->nv", given, values.float())
-        return ledger.solve_weight(logits, total, self.budget, temperature)[:, None] * given
+        total = given[0] * values[0].float()
+        for weight, more in zip(given[1:], values[1:], strict=True):
+            total = total + weight * more.float()
+        if not self.steady:
+            return ledger.solve_weight(logits, total, self.budget, temperature)[:, None] * given
+        with held_steady():
+            each = zip(logits.split(1), total.split(1), temperature.split(1), strict=True)
+            solved = [ledger.solve_weight(z, v, self.budget, t) for z, v, t in each]
+        return torch.cat(solved)[:, None] * given
+
+
+def _heads(scorer: Scorer) -> list[PrefixScorer]:
+    """The head of a scorer that consists of one, whose layers can be held steady."""
+    head = scorer.head if type(scorer) is PrefixModel else scorer
+    return [head] if type(head) is PrefixScorer else []
+
+
+def _rows(hidden: Hidden) -> int:
+    return len(next(iter(hidden.values())))
 
 
 class Row(NamedTuple):

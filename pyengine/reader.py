@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Collection, Iterator
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from pyengine.cache import STEP, BranchingCache
 from pyengine.checkpoint import same_tokenizer
 from pyengine.decoder import PREFILL_TOKENS, BranchingDecoder, Frontier, Prompt
 from pyengine.errors import InputError, first_line
+from pyengine.invariance import why_not
+from pyengine.ops.linear import steady as held_steady
 from pyengine.scorers import PrefixModel, RewardModel, Scorer
 
 log = logging.getLogger("pyengine")
@@ -28,8 +32,9 @@ class Reader(BranchingDecoder):
         max_rows: int,
         budget: float | None,
         frozen: bool,
+        steady: bool = False,
     ) -> None:
-        super().__init__(scorer.model, layers, max_rows, budget, frozen)
+        super().__init__(scorer.model, layers, max_rows, budget, frozen, steady)
         self.name, self.longest = scorer.name, scorer.longest
 
     def refuses(self, tokens: int, growth: int) -> str | None:
@@ -63,25 +68,30 @@ class Reader(BranchingDecoder):
 
     def _extend_by(self, tails: list[list[int]]) -> Iterator[tuple[Tensor, Tensor, Frontier]]:
         """The new tokens in passes of so many columns: (index in it of each row's last token, whether that is in
-        this pass, the frontier there). Short tails are padded; nobody looks at what follows their end."""
+        this pass, the frontier there). Short tails are padded; nobody looks at what follows their end. Where a row is
+        not to depend on the others its pass has the same columns whatever their length."""
         longest = max(map(len, tails))
+        columns = BranchingCache.room_for(longest) if self.steady else longest
         device = self.model.device
-        padded = torch.tensor([tail + [0] * (longest - len(tail)) for tail in tails], dtype=torch.long, device=device)
+        padded = torch.tensor([tail + [0] * (columns - len(tail)) for tail in tails], dtype=torch.long, device=device)
         last = torch.tensor([len(tail) - 1 for tail in tails], device=device)
-        some = max(1, PREFILL_TOKENS // len(tails))
-        for start in range(0, longest, some):
+        some = STEP if self.steady else max(1, PREFILL_TOKENS // len(tails))
+        for start in range(0, columns, some):
             tokens = padded[:, start : start + some]
             at = last - start
             here = (at >= 0) & (at < tokens.shape[1])
             at = at.clamp(0, tokens.shape[1] - 1)
             yield at, here, self.extend(tokens, at)
+        self._tail_len = longest  # what a commit moves
 
 
 class RewardReader(Reader):
     """A causal sequence classifier; its "logits" are those of its head [N, labels] at each prefix."""
 
-    def __init__(self, scorer: RewardModel, max_rows: int, budget: float | None, frozen: bool) -> None:
-        super().__init__(scorer, (), max_rows, budget, frozen)
+    def __init__(
+        self, scorer: RewardModel, max_rows: int, budget: float | None, frozen: bool, steady: bool = False
+    ) -> None:
+        super().__init__(scorer, (), max_rows, budget, frozen, steady)
         self.scorer, self._embedded = scorer, scorer.model.get_input_embeddings().weight.shape[0]
 
     def _read(self, ids: Tensor, positions: Tensor, rows: Tensor | None) -> Frontier:
@@ -107,8 +117,10 @@ class RewardReader(Reader):
 class PrefixReader(Reader):
     """A prefix model: its frontier carries the hidden states that the head reads, and no logits."""
 
-    def __init__(self, scorer: PrefixModel, max_rows: int, budget: float | None, frozen: bool) -> None:
-        super().__init__(scorer, (scorer.head.layer,), max_rows, budget, frozen)
+    def __init__(
+        self, scorer: PrefixModel, max_rows: int, budget: float | None, frozen: bool, steady: bool = False
+    ) -> None:
+        super().__init__(scorer, (scorer.head.layer,), max_rows, budget, frozen, steady)
         self.scorer, self.head, self._states = scorer, scorer.head, torch.empty(0)
 
     def _read(self, ids: Tensor, positions: Tensor, rows: Tensor | None) -> Frontier:
@@ -130,7 +142,8 @@ class PrefixReader(Reader):
             found = torch.where(here[:, None], torch.cat([before[:, None], states], 1)[row, at], found)
             before = states[:, -1]
         token = torch.tensor([tail[-1] for tail in tails], device=before.device).clamp(max=self.head.vocab_size - 1)
-        return self.head.values_at(found, token).float()
+        with held_steady(self.head) if self.steady else nullcontext():
+            return self.head.values_at(found, token).float()
 
     def recompute(self, ids: list[int]) -> float:
         token = torch.tensor(ids[-1:], device=self.model.device)
@@ -138,7 +151,12 @@ class PrefixReader(Reader):
 
 
 def reader_of(
-    scorer: Scorer, tokenizer: Any, max_rows: int, budget: float | None, frozen: bool = False
+    scorer: Scorer,
+    tokenizer: Any,
+    max_rows: int,
+    budget: float | None,
+    frozen: bool = False,
+    steady: bool = False,
 ) -> Reader | None:
     """A reader for a scorer whose causal model shares the base model's tokenizer; None where text must be read.
 
@@ -147,13 +165,15 @@ def reader_of(
     try:
         reader: Reader
         if isinstance(scorer, PrefixModel):
-            reader = PrefixReader(scorer, max_rows, budget, frozen)
+            reader = PrefixReader(scorer, max_rows, budget, frozen, steady)
         elif isinstance(scorer, RewardModel) and scorer.reads_tokens and same_tokenizer(scorer.tokenizer, tokenizer):
-            reader = RewardReader(scorer, max_rows, budget, frozen)
+            reader = RewardReader(scorer, max_rows, budget, frozen, steady)
         else:
             return None
         with reader.on_trial(20):
             reason = _mismatch(reader)
+        if steady and reason is None:
+            reason = why_not(reader)
     except InputError:
         raise
     except Exception as error:  # noqa: BLE001 - whatever a foreign model raises, its text can still be read

@@ -56,10 +56,17 @@ class Judge:
     """What an engine follows: the weighted parts of its scorer, and readers for those with a cache of their own."""
 
     def __init__(
-        self, policy: Policy, codec: Codec, eos: frozenset[int], max_rows: int, budget: float | None, frozen: bool
+        self,
+        policy: Policy,
+        codec: Codec,
+        eos: frozenset[int],
+        max_rows: int,
+        budget: float | None,
+        frozen: bool,
+        steady: bool = False,
     ) -> None:
-        self._policy, self._codec, self._eos = policy, codec, eos
-        self._memory = (max_rows, budget, frozen)
+        self._policy, self._codec, self._eos, self._steady = policy, codec, eos, steady
+        self._readers_get = (max_rows, budget, frozen, steady)
         self.parts: list[Part] = []
         self.readers: dict[int, Reader] = {}  # of the parts whose scorers have one
         self._reader_of: dict[Scorer, Reader | None] = {}
@@ -75,7 +82,7 @@ class Judge:
         self.parts, self.readers, self._reader_of = [], {}, kept
         for part in parts:
             if part.scorer not in kept:
-                kept[part.scorer] = reader_of(part.scorer, self._codec.tokenizer, *self._memory)
+                kept[part.scorer] = reader_of(part.scorer, self._codec.tokenizer, *self._readers_get)
         found = {i: kept[part.scorer] for i, part in enumerate(parts)}
         self.parts, self.readers = parts, {i: reader for i, reader in found.items() if reader is not None}
 
@@ -140,11 +147,13 @@ class Judge:
     def _each(self, score: Callable[[list[int]], Tensor], name: str, owners: Sequence[Request]) -> Tensor:
         """score(places) of all places whose requests are sound, fp32 [len(owners)] with NaN for the others.
 
-        Where it raises for all together each request is asked for alone, so that only the one at fault fails.
+        Where it raises for all together each request is asked for alone, so that only the one at fault fails; always
+        where a request is not to depend on the others.
         """
         out = torch.full((len(owners),), torch.nan, device=self._policy.device)
         sound = [i for i, request in enumerate(owners) if request.error is None]
-        waiting = [sound] if sound else []
+        alone = [list(own) for _, own in groupby(sound, key=lambda i: owners[i].index)]
+        waiting = alone if self._steady else [sound] if sound else []
         while waiting:
             places = waiting.pop()
             try:

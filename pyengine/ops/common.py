@@ -7,6 +7,7 @@ import importlib
 import importlib.util
 import os
 import sys
+import threading
 from collections import Counter
 from types import ModuleType
 from typing import NoReturn
@@ -74,6 +75,18 @@ def launched(op: str, kernel: str) -> None:
 def instruction_set() -> str:
     """What the CPU kernels run with."""
     return FORCED_ISA or BEST_ISA
+
+
+class _Team(threading.local):
+    size: int | None = None
+
+
+TEAM = _Team()  # set while torch's own operators are held to one thread, and ours are not
+
+
+def threads() -> int:
+    """How many threads our CPU kernels take: torch's number."""
+    return TEAM.size or torch.get_num_threads()
 
 
 _PLAIN = (Tensor, torch.nn.Parameter)

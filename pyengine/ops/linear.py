@@ -1,4 +1,8 @@
-"""The linear layers of a decode step on a CPU, the few rows of a batch times a large fp32 weight, and their norms."""
+"""The linear layers of a decode step on a CPU, the few rows of a batch times a large fp32 weight, and their norms.
+
+`quick_forwards` are what a model's modules do by default, `steady_forwards` what they do where no bit of a row may
+depend on the other rows.
+"""
 
 from __future__ import annotations
 
@@ -10,13 +14,17 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers.pytorch_utils import Conv1D
 
 import pyengine._C as _C
-from pyengine.ops.common import instruction_set, launched, traced
+from pyengine.errors import InputError
+from pyengine.ops.common import DTYPE_CODE, TEAM, instruction_set, launched, threads, traced
 
 OP = "linear"
 FEW = 32  # rows: at 48 oneDNN is as quick
 SMALL = 2**15  # numbers that one thread normalises: as many as torch gives to one
+VECTORS = 64  # numbers that the longest of torch's vectorised loops takes at once: two vectors of 32 bf16
+MIXING = {"GLU", "LogSoftmax", "MultiheadAttention", "Softmax", "Softmax2d", "Softmin"}  # act on more than each number
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -39,9 +47,21 @@ def _few(x: Tensor, weight: Tensor) -> bool:
 def _streamed(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     outputs, width = weight.shape
     out = x.new_empty(*x.shape[:-1], outputs)
-    rows, threads = x.numel() // width, torch.get_num_threads()
-    _C.linear(rows, outputs, width, x, weight, bias, out, threads, instruction_set())
+    code, rows = DTYPE_CODE[weight.dtype], x.numel() // width
+    _C.linear(rows, outputs, width, x, weight, code, bias, out, threads(), instruction_set())
     return out
+
+
+def steady_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x W^T + b, without a gradient, whose row's bits depend on that row and the weights alone, not on the threads.
+
+    x [..., D], weight [N, D] and bias [N] on a CPU, fp32, bf16 or fp16 -> [..., N], summed in fp32 and rounded to the
+    type of x. Any number of rows.
+    """
+    if x.shape[-1] != weight.shape[1]:
+        raise RuntimeError(f"{OP}: x has a width of {x.shape[-1]}, the weight of {weight.shape[1]}")
+    bias = None if bias is None else bias.float()
+    return _streamed(x.float().contiguous(), weight.contiguous(), bias).to(x.dtype)
 
 
 def product(x: Tensor, weight: Tensor) -> Tensor:
@@ -79,6 +99,92 @@ def quick_forwards(model: Any) -> Forwards:
         elif _is_rms_norm(module):
             found.append((module, partial(_norm, module, type(module).forward)))
     return found
+
+
+def steady_forwards(model: Any) -> Forwards:
+    """What a model's linear layers, fp32 RMS norms and activations do where a row's bits may depend on that row alone.
+
+    torch's products sum in another order for another number of rows. Its vectorised activations take another exp for
+    the numbers that are left at the end of a tensor, which are another row's where the width is no multiple of a
+    vector: they get a width that is. (They do so at the end of a thread's share, too, hence `hold_threads`.)
+    InputError for one of them that cannot be served.
+    """
+    found: Forwards = []
+    for name, module in model.named_modules():
+        forward = type(module).forward
+        if forward is torch.nn.Linear.forward:
+            ours: Callable[[Tensor], Tensor] = partial(_steady_product, module)
+        elif forward is Conv1D.forward:
+            ours = partial(_steady_transposed, module)
+        elif _is_activation(module):
+            ours = partial(_whole_vectors, forward.__get__(module))
+        elif _serves(module) and _is_rms_norm(module):
+            ours = partial(_steady_norm, module)
+        else:
+            continue
+        parameters = list(module.parameters(recurse=False))
+        if "forward" in vars(module) or any(x.dtype not in DTYPE_CODE or x.device.type != "cpu" for x in parameters):
+            raise InputError(f"batch_invariant: {name} has a forward, dtype or device that ours cannot stand in for")
+        found.append((module, ours))
+    return found
+
+
+def _steady_product(layer: torch.nn.Linear, x: Tensor) -> Tensor:
+    return steady_linear(x, layer.weight, layer.bias)
+
+
+def _steady_transposed(layer: Any, x: Tensor) -> Tensor:
+    return steady_linear(x, layer.weight.t(), layer.bias)
+
+
+def _steady_norm(module: Any, x: Tensor) -> Tensor:
+    return rms_norm(x.contiguous(), module.weight, module.variance_epsilon)
+
+
+def _whole_vectors(activation: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    width = x.shape[-1]
+    if width % VECTORS == 0:
+        return activation(x.contiguous())
+    return activation(torch.nn.functional.pad(x, (0, -width % VECTORS)))[..., :width]
+
+
+def _is_activation(module: Any) -> bool:
+    """Whether it is an activation of torch's or transformers' that acts on each number alone."""
+    home, name = type(module).__module__, type(module).__name__
+    at_home = home in ("torch.nn.modules.activation", "transformers.activations")
+    return at_home and name not in MIXING and not list(module.children())
+
+
+@contextmanager
+def steady(*models: Any) -> Iterator[None]:
+    """Inside, the layers of these modules are steady, and torch's operators run on one thread."""
+    forwards = [found for model in models for found in steady_forwards(model)]
+    before = torch.get_num_threads()
+    # Given back once more where an interrupt cuts the first time short.
+    try:
+        try:
+            hold_threads()
+            patch(forwards)
+            yield
+        finally:
+            unpatch(forwards)
+            release_threads(before)
+    except BaseException:
+        unpatch(forwards)
+        release_threads(before)
+        raise
+
+
+def hold_threads() -> None:
+    """torch's operators run on one thread from now on, our kernels on as many as torch has had."""
+    TEAM.size = threads()
+    torch.set_num_threads(1)
+
+
+def release_threads(before: int) -> None:
+    """torch has so many threads again, and our kernels with it."""
+    torch.set_num_threads(before)
+    TEAM.size = None
 
 
 def served(forwards: Forwards) -> Forwards:

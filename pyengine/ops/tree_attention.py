@@ -20,6 +20,7 @@ from pyengine.ops.common import (
     instruction_set,
     launched,
     library,
+    threads,
     traced,
     triton_kernels,
     unit_strides,
@@ -214,7 +215,7 @@ def _tree_attention_cpu(
     new = unit_strides(query, key, value)
     call = _prepare(stores, tree, isa)
     numbers = (int(tail_len), scale, softcap, window)
-    if not call.run(*new, False, heads, tokens, *numbers, sinks, out, torch.get_num_threads()):
+    if not call.run(*new, False, heads, tokens, *numbers, sinks, out, threads()):
         fail(OP, f"query {list(query.shape)} does not fit the stores and the tree")
     return out
 
@@ -262,7 +263,7 @@ def run_prepared(
         sinks = sinks.float().contiguous()
     out = query.new_empty(packed, heads, width)
     numbers = (width**-0.5 if scale is None else scale, softcap or 0.0, window or 0)
-    served = call.run(query, key, value, True, heads, tokens, tail_len, *numbers, sinks, out, torch.get_num_threads())
+    served = call.run(query, key, value, True, heads, tokens, tail_len, *numbers, sinks, out, threads())
     if not served:
         return None
     launched(OP, instruction_set())

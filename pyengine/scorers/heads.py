@@ -71,6 +71,7 @@ class PrefixScorer(_HeadScorer):
         self.vocab_size = whole(vocab_size, f"scorer {name!r}: vocab_size", 1)
         self.width = whole(width, f"scorer {name!r}: width", 1)
         self.trunk = nn.Linear(hidden_size, width)
+        self.activation = nn.SiLU()
         self.head = nn.Linear(width, vocab_size)
 
     def config(self) -> dict[str, Any]:
@@ -85,7 +86,7 @@ class PrefixScorer(_HeadScorer):
         super().check(policy)
 
     def features(self, hidden: Tensor) -> Tensor:
-        return nn.functional.silu(self.trunk(hidden.to(self.trunk.weight.dtype)))
+        return self.activation(self.trunk(hidden.to(self.trunk.weight.dtype)))
 
     def values(self, hidden: Hidden) -> Tensor:
         return self.head(self.features(hidden[self.layer])).float()
