@@ -69,10 +69,6 @@ def test_products_of_any_number_of_rows(isa, dtype, two_threads):
 @torch.inference_mode()
 @pytest.mark.parametrize("dtype", TYPES, ids=str)
 def test_layers_are_steady_inside_and_their_own_again_outside(dtype, two_threads):
-    class Own(nn.Linear):
-        def forward(self, x):
-            return super().forward(x)
-
     torch.manual_seed(0)
     layers = nn.Sequential(nn.Linear(40, 72), nn.SiLU(), Conv1D(30, 72), nn.GELU(approximate="tanh"), nn.Linear(30, 9))
     layers = layers.to(dtype)
@@ -90,8 +86,6 @@ def test_layers_are_steady_inside_and_their_own_again_outside(dtype, two_threads
     assert torch.get_num_threads() == 2
     layers[0].forward = lambda x: x
     with pytest.raises(InputError, match="0 has a forward"), steady(layers):
-        pass
-    with steady(Own(3, 3)) as _:
         pass
 
 
@@ -207,7 +201,7 @@ def test_a_prompt_is_the_same_to_the_bit_alone_and_among_others(dtype, two_threa
     torch.manual_seed(1)
     shared = torch.randint(1, 321, (100,)).tolist()
     prompts = [torch.randint(1, 321, (1 + 31 * i % 230,)).tolist() for i in range(36)]
-    prompts += [shared + [i] for i in range(3)] + [shared[:64]]
+    prompts += [[*shared, i] for i in range(3)] + [shared[:64]]
     tokenizer = transformers.AutoTokenizer.from_pretrained(pyengine.embedded("policy"))
     engine = Engine(llama(dtype), tokenizer, batch_invariant=True, cache_gb=0.1)
     sampling = [SamplingParams(max_tokens=5 + i % 4, seed=i) for i in range(40)]
