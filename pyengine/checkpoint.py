@@ -6,9 +6,18 @@ import json
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import AutoTokenizer
 
 from pyengine.errors import InputError, first_line, whole
+
+
+def device_of(name: Any) -> torch.device:
+    """The device of this name; torch's own error lists twenty kinds, nearly all of machines that nobody has."""
+    try:
+        return torch.device(name)
+    except (RuntimeError, TypeError) as error:
+        raise InputError(f"device {name!r} is none that torch knows: use cpu, cuda, cuda:1 or mps") from error
 
 
 def load_checkpoint(auto: Any, kind: str, path: str | Path, trust_remote_code: bool, **arguments: Any) -> Any:
