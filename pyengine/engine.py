@@ -77,7 +77,7 @@ class Engine(Loop):
         )
         self.codec = Codec(tokenizer, self.policy.name, embedding.weight.shape[0], context_of(model.config))
         self.eos = ends_of(model)
-        self._guard = threading.Lock()
+        self._guard = threading.RLock()  # a scorer may ask the engine while it is being set
         self._holder = None
         budget = None if cache_gb is None else 1e9 * real(cache_gb, "Engine: cache_gb", 0)
         unapplied = unapplied_defaults(model)

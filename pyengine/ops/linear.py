@@ -87,9 +87,12 @@ def served(forwards: Forwards) -> Forwards:
 
 
 def patch(forwards: Forwards) -> None:
-    """The modules have these forwards until `unpatch`; past nn.Module's setter, which takes twenty times as long."""
+    """The modules have these forwards until `unpatch`; past nn.Module's setter, which takes twenty times as long.
+
+    One that its owner has given since `served` looked, as a scorer may between two passes, stays.
+    """
     for module, forward in forwards:
-        module.__dict__["forward"] = forward
+        module.__dict__.setdefault("forward", forward)
 
 
 def unpatch(forwards: Forwards) -> None:
