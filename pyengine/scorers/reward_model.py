@@ -56,7 +56,7 @@ class RewardModel(Scorer):
         if self.final_eos and tokenizer.eos_token_id is None:
             raise InputError(f"reward model {name!r}: final_eos, but its tokenizer has no EOS token")
         self.label = self._label(label)
-        self.codec = Codec(tokenizer, f"reward model {name!r}", model.get_input_embeddings().weight.shape[0])
+        self.codec = Codec(tokenizer, "the reward model", model.get_input_embeddings().weight.shape[0])
         self.longest = context_of(model.config) or math.inf
         for part, module in model.named_modules():  # RoBERTa counts positions from its padding index + 1
             if part.endswith("position_embeddings") and getattr(module, "padding_idx", None) is not None:
