@@ -19,7 +19,17 @@ from transformers import AttentionInterface
 
 from pyengine import ops
 from pyengine.cache import PAGE, BranchingCache, Sequence
-from pyengine.ops.linear import Forwards, hold_threads, patch, release_threads, served, unpatch
+from pyengine.ops.linear import (
+    Forwards,
+    Threads,
+    check_patched,
+    hold_threads,
+    patch,
+    release_threads,
+    served,
+    threads_held,
+    unpatch,
+)
 from pyengine.ops.tree_attention import masked_attention, run_prepared
 from pyengine.reference import Tree
 
@@ -83,7 +93,7 @@ class Loan:
         self.model, self.steady = model, steady
         self._modules: list[Any] = []
         self._forwards: Forwards = []
-        self._noted: tuple[list[tuple[Any, str]], list[Any], int] | None = None
+        self._noted: tuple[list[tuple[Any, str]], list[Any], Pass | None, Threads] | None = None
         self._configs = [config for config in _configs(model) if hasattr(config, "_attn_implementation")]
         with _PASSING:
             own = [(config, config._attn_implementation) for config in self._configs]
@@ -114,14 +124,16 @@ class Loan:
                     self._noted = (
                         [(config, config._attn_implementation) for config in self._configs],
                         [module for module in self._modules if module.training],
-                        torch.get_num_threads(),
+                        _PASS.get(),
+                        threads_held(),
                     )
                     _attend([(config, NAME) for config in self._configs])
                     for module in self._noted[1]:
                         module.training = False
-                    if self.steady:
-                        hold_threads()
                     patch(self._forwards)
+                    if self.steady:
+                        check_patched(self._forwards)
+                        hold_threads()
                     _PASS.set(work)
                     with torch.autocast("cpu", enabled=False) if self.steady else nullcontext():
                         return call()
@@ -133,10 +145,10 @@ class Loan:
 
     def _give_back(self) -> None:
         if self._noted is not None:
-            _PASS.set(None)
+            _PASS.set(self._noted[2])
             unpatch(self._forwards)
             if self.steady:
-                release_threads(self._noted[2])
+                release_threads(self._noted[3])
             for module in self._noted[1]:
                 module.training = True
             _attend(self._noted[0])

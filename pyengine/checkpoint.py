@@ -6,9 +6,18 @@ import json
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import AutoTokenizer
 
 from pyengine.errors import InputError, first_line, whole
+
+
+def device_of(name: Any) -> torch.device:
+    """The device of this name; torch's own error lists twenty kinds, nearly all of machines that nobody has."""
+    try:
+        return torch.device(name)
+    except (RuntimeError, TypeError) as error:
+        raise InputError(f"device {name!r} is none that torch knows: use cpu, cuda, cuda:1 or mps") from error
 
 
 def load_checkpoint(auto: Any, kind: str, path: str | Path, trust_remote_code: bool, **arguments: Any) -> Any:
@@ -18,7 +27,8 @@ def load_checkpoint(auto: Any, kind: str, path: str | Path, trust_remote_code: b
     be loaded whole: transformers would fill missing weights with random numbers and go on.
     """
     if (Path(path).is_absolute() or str(path).startswith(".")) and not Path(path).is_dir():
-        raise InputError(f"{kind} {path}: no such directory")
+        is_file = " (that is a file)" if Path(path).is_file() else ""
+        raise InputError(f"{kind} {path}: no such directory{is_file}; give one with config.json and safetensors")
     try:
         model, found = auto.from_pretrained(
             path, use_safetensors=True, trust_remote_code=trust_remote_code, output_loading_info=True, **arguments
@@ -26,7 +36,7 @@ def load_checkpoint(auto: Any, kind: str, path: str | Path, trust_remote_code: b
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
     except Exception as error:
         raise InputError(
-            f"{kind} {path}: {_of_adapter(Path(path))}{_pickled(Path(path))}{first_line(error)}"
+            f"{kind} {path}: {_of_adapter(Path(path), error)}{_other_files(Path(path))}{first_line(error)}"
         ) from error
     if not tokenizer("a", add_special_tokens=False).input_ids:
         raise InputError(f"{kind} {path}: its tokenizer knows no text; are the tokenizer files there?")
@@ -100,7 +110,7 @@ def unapplied_defaults(model: Any) -> list[str]:
     return found
 
 
-def _of_adapter(path: Path) -> str:
+def _of_adapter(path: Path, error: Exception) -> str:
     """Which base an adapter in this directory is of; transformers' errors name the base's files alone."""
     file = path / "adapter_config.json"
     try:
@@ -111,14 +121,25 @@ def _of_adapter(path: Path) -> str:
         return (
             "an adapter that does not name its base (base_model_name_or_path): load the base and merge it with peft: "
         )
-    return f"an adapter on {base}{'' if Path(base).is_dir() else ', which is no directory here'}: "
+    on = f"an adapter on {base}"
+    if not Path(base).is_dir():
+        return f"{on}, which is no directory here: "
+    if "ignore_mismatched_sizes" in str(error):
+        return f"{on}, of other sizes than it (tokens of its own?): resize the base and merge it with peft: "
+    if not any(path.glob("tokenizer*")):
+        return f"{on}, without tokenizer files: copy the base's beside it: "
+    return f"{on}: "
 
 
-def _pickled(path: Path) -> str:
-    """What to do about a directory whose weights lie in pickles alone."""
-    if not path.is_dir() or any(path.glob("*.safetensors")) or not any(path.glob("*.bin")):
+def _other_files(path: Path) -> str:
+    """What to do about a directory without safetensors whose weights lie in files of another kind."""
+    if not path.is_dir() or any(path.glob("*.safetensors")):
         return ""
-    return "its weights are pickles (*.bin), which are not loaded: save it as safetensors with transformers first: "
+    if any(path.glob("*.bin")):
+        return "its weights are pickles (*.bin), which are not loaded: save it as safetensors with transformers first: "
+    if any(path.glob("*.gguf")):
+        return "its weights are GGUF, which is not loaded: save it as safetensors with transformers first: "
+    return ""
 
 
 def same_tokenizer(one: Any, other: Any) -> bool:

@@ -267,6 +267,7 @@ def curve(
     from pyengine import curve as curves
     from pyengine.results import SamplingParams
     from pyengine.strategies import BestOfK, Blockwise, Tokenwise
+    from pyengine.training.shards import room_in
 
     try:
         import matplotlib  # noqa: F401
@@ -275,6 +276,7 @@ def curve(
     whole(prompts, "curve: --prompts", 1)
     if not out.absolute().parent.is_dir():
         raise InputError(f"curve: --out {out}: no such directory")
+    room_in(out.parent, out)
     complain = Complaints()
     followed, measured = make_scorer(scorer), None if reward is None else make_scorer(reward)
     plans: list[Any] = [(Tokenwise(w), followed) for (w,) in settings(tokenwise, "--tokenwise", float)]

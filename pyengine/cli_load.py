@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -83,22 +82,3 @@ def load_engine(
         trust_remote_code=trust_remote_code,
         batch_invariant=batch_invariant,
     )
-
-
-def check_out(out: Path, resume: bool) -> None:
-    """InputError, before anything is computed, where a training cannot leave its results in this directory.
-
-    One that holds a finished scorer or checkpoints is for --resume alone.
-    """
-    if out.exists() and not out.is_dir():
-        raise InputError(f"--out {out} is a file: give a directory")
-    if not resume:
-        kept = [name for name in ("report.json", "model.safetensors", "checkpoints") if (out / name).exists()]
-        if kept:
-            raise InputError(f"--out {out} holds {kept[0]} of an earlier run: give another directory, or --resume")
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=out):
-            pass
-    except OSError as error:
-        raise InputError(f"--out {out}: {error.strerror}") from error

@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 import pyengine
-from pyengine.cli_load import check_out
 from pyengine.errors import InputError, real, whole
 
 if TYPE_CHECKING:
@@ -80,6 +79,7 @@ def scorer(
     from pyengine.training.data import read_examples
 
     with packages():
+        from pyengine.training.checkpoints import fresh
         from pyengine.training.prefix import PrefixTraining, train_prefix_scorer
     if not sys.stderr.isatty():
         from transformers.utils import logging
@@ -114,7 +114,11 @@ def scorer(
         raise InputError(f"--rollouts needs --reward: a scorer's directory, or {', '.join(REWARDS)}")
     if model is not None and rollouts is not None and prompts is None:
         raise InputError("--rollouts of another model need --prompts FILE.jsonl")
-    check_out(out, resume)
+    fresh(out, resume)
+    main = int(os.environ.get("RANK", "0")) == 0
+    kept = out / "rollouts.jsonl"
+    if main and rollouts is not None and not resume and kept.exists():  # the other processes may come after the first
+        raise InputError(f"{kept} is of an earlier run: resume it, give it as --data, or remove it")
     if device == "cuda" and "LOCAL_RANK" in os.environ:  # one of several processes
         device = f"cuda:{os.environ['LOCAL_RANK']}"
     path: Any = pyengine.embedded("policy") if model is None else model
@@ -126,7 +130,7 @@ def scorer(
         assert reward is not None
         examples = _rollouts(engine, out, rollouts, reward, prompts, max_tokens or 160, seed, resume, model)
     report = train_prefix_scorer(engine, examples, out, settings, resume)
-    if int(os.environ.get("RANK", "0")) == 0:
+    if main:
         _show(report, out)
 
 
@@ -247,6 +251,7 @@ def probe(
     from pyengine.training.embeddings import embed_examples, load_embeddings
     from pyengine.training.examples import Pair, read_preferences
     from pyengine.training.probe import probe_settings, train_probe
+    from pyengine.training.shards import unused
 
     settings: dict[str, Any] = {
         "lr": lr,
@@ -261,6 +266,7 @@ def probe(
     probe_settings(loss, loss == "qp", **settings)  # type: ignore[arg-type]
     for width in hidden or ():
         whole(width, "--hidden", 1)
+    unused(out)
     if data.suffix == ".safetensors":
         found = load_embeddings(data)
     else:

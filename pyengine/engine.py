@@ -16,7 +16,7 @@ import torch
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM
 
-from pyengine.checkpoint import context_of, ends_of, load_checkpoint, unapplied_defaults
+from pyengine.checkpoint import context_of, device_of, ends_of, load_checkpoint, unapplied_defaults
 from pyengine.codec import Codec, PromptLike, as_prompts
 from pyengine.errors import InputError, RequestError, first_line, real, whole
 from pyengine.fallback import choose_decoder
@@ -83,7 +83,7 @@ class Engine(Loop):
         )
         self.codec = Codec(tokenizer, self.policy.name, embedding.weight.shape[0], context_of(model.config))
         self.eos = ends_of(model)
-        self._guard = threading.Lock()
+        self._guard = threading.RLock()  # a scorer may ask the engine while it is being set
         self._holder = None
         budget = None if cache_gb is None else 1e9 * real(cache_gb, "Engine: cache_gb", 0)
         unapplied = unapplied_defaults(model)
@@ -112,10 +112,7 @@ class Engine(Loop):
         dtype: fp32 on a CPU and the checkpoint's own elsewhere, unless given. trust_remote_code: run code
         that comes with the checkpoint; never unless asked for.
         """
-        try:
-            torch.device(device)
-        except RuntimeError as error:
-            raise InputError(f"device {device!r} is none that torch knows: use cpu, cuda or cuda:1") from error
+        device_of(device)
         if dtype is None and str(device).startswith("cpu"):
             dtype = torch.float32
         model, tokenizer = load_checkpoint(

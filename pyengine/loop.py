@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
-import threading
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import islice
+from typing import Any
 
 import torch
 
@@ -37,7 +37,7 @@ class Loop:
     batch_invariant: bool
     _decoder: Decoder
     _judge: Judge
-    _guard: threading.Lock
+    _guard: Any  # a threading.RLock
     _holder: object  # the call that decodes
 
     @property

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import statistics
 
 import pytest
+from matplotlib.figure import Figure
 
 import pyengine
 from pyengine import (
@@ -18,6 +21,7 @@ from pyengine import (
     curve,
     load_scorer,
 )
+from pyengine.strategies import BASE
 from pyengine.worlds import reviews
 
 
@@ -56,6 +60,69 @@ def test_a_reward_may_be_a_weighted_sum_and_a_budget_is_calibrated_first(embedde
     want = sum(3 * reviews.sentiment_of(r.text) + 2 * reviews.length_of(r.text) for r in results) / 12
     assert points[3].reward == pytest.approx(want, abs=1e-5)
     assert points[2].win + points[2].tie < 1, "the base draws from seeds of its own"
+
+
+def test_a_point_by_hand(embedded_engine):
+    """Every number from the responses themselves; the base's seeds are those of no strategy."""
+    prompts = reviews.prompts(7)
+    sampling = [SamplingParams(max_tokens=20, seed=60 + i) for i in range(7)]
+    base, point = curve.measure(embedded_engine, prompts, [(BestOfK(2), reviews.sentiment)], None, sampling)
+    with embedded_engine.following(reviews.sentiment):
+        found = embedded_engine.generate(prompts, BestOfK(2), sampling)
+        apart = [dataclasses.replace(p, seed=p.seed ^ 1 << 40) for p in sampling]
+        before = embedded_engine.generate(prompts, BASE, apart)
+    r, b = ([reviews.sentiment_of(result.text) for result in results] for results in (found, before))
+    gains = [x - y for x, y in zip(r, b, strict=True)]
+    assert base.reward == pytest.approx(statistics.mean(b), abs=1e-6)
+    assert point.reward == pytest.approx(statistics.mean(r), abs=1e-6)
+    assert point.gain == pytest.approx(statistics.mean(gains), abs=1e-6)
+    assert point.error == pytest.approx(statistics.stdev(gains) / 7**0.5, abs=1e-6)
+    assert point.normalised == pytest.approx(statistics.mean(gains) / statistics.stdev(b), abs=1e-5)
+    assert point.win == sum(g > 0 for g in gains) / 7
+    assert point.tie == sum(g == 0 for g in gains) / 7
+    assert min(point.win, point.tie, 1 - point.win - point.tie) > 0.1
+    assert point.kl == pytest.approx(statistics.mean(result.kl for result in found))
+    assert point.tokens_per_second > 0
+
+
+def test_the_picture_and_the_table_are_of_the_points(tmp_path, monkeypatch, capsys):
+    shown = []
+    save = Figure.savefig
+    monkeypatch.setattr(Figure, "savefig", lambda figure, path: (shown.append(figure.axes[0]), save(figure, path)))
+    numbers = {"normalised": 0.3, "tie": 0.1, "tokens_per_second": 1234.0}
+    points = [
+        curve.Point("base", "", 0.5, 0.0, 0.0, win=0.0, kl=0.0, kl_kind="exact", **numbers),
+        curve.Point("tokenwise", "λ=4", 1.5, 1.0, 0.2, win=0.7, kl=3.0, kl_kind="exact", **numbers),
+        curve.Point("tokenwise", "λ=2", 1.0, 0.5, 0.1, win=0.6, kl=1.0, kl_kind="exact", **numbers),
+        curve.Point("best-of-K", "K=4", 2.0, 1.5, 0.4, win=0.8, kl=0.7, kl_kind="bound", **numbers),
+    ]
+    curve.draw(points, tmp_path / "c.png", "title", "sentiment")
+    (axis,) = shown
+    bars = {bar.get_label(): bar for bar in axis.containers}
+    assert list(bars) == ["base", "tokenwise", "best-of-K (KL: upper bound)"]
+    dots, _, (spread,) = bars["tokenwise"]
+    assert dots.get_xydata().tolist() == [[1.0, 1.0], [3.0, 1.5]]
+    assert [segment[:, 1].tolist() for segment in spread.get_segments()] == [
+        pytest.approx([0.9, 1.1]),
+        pytest.approx([1.3, 1.7]),
+    ]
+    assert dots.get_markerfacecolor() == curve.COLOURS["tokenwise"]
+    assert bars["best-of-K (KL: upper bound)"][0].get_markerfacecolor() == "white"
+    lines = [line.get_xydata().tolist() for line in axis.lines if line.get_linestyle() == "-"]
+    assert [[0.0, 0.5], [1.0, 1.0], [3.0, 1.5]] in lines, "from the base, by KL"
+    assert axis.get_ylabel() == "sentiment"
+    curve.report(points)
+    rows = [line.split() for line in capsys.readouterr().out.splitlines()[3:] if line.strip()]
+    assert rows[0] == ["base", "+0.50", "0.00", "1,234"]
+    assert rows[1] == ["tokenwise", "λ=4", "+1.50", "+1.00", "±", "0.20", "+0.30", "70%", "3.00", "1,234"]
+    assert rows[3] == ["best-of-K", "K=4", "+2.00", "+1.50", "±", "0.40", "+0.30", "80%", "≤", "0.70", "1,234"]
+
+
+def test_settings_have_the_names_of_their_numbers():
+    assert curve.label(Tokenwise(2.5)) == ("tokenwise", "λ=2.5")
+    assert curve.label(Tokenwise(kl_budget=0.2)) == ("tokenwise", "0.2 nats a token")
+    assert curve.label(Blockwise(3, 5, "softmax", 0.7)) == ("blockwise", "K=3, M=5, β=0.7")
+    assert curve.label(BestOfK(9, "softmax", 2.0)) == ("best-of-K", "K=9, β=2")
 
 
 def test_a_scorer_that_fails_is_named_and_the_engines_own_is_back(embedded_engine, tmp_path):

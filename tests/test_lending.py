@@ -17,7 +17,7 @@ from pyengine import BestOfK, Blockwise, Engine, InputError, PrefixScorer, Reque
 from pyengine.attention import NAME
 from pyengine.scorers import RewardModel
 
-LONG = "the quick brown fox " * 9  # more than a page of 64 tokens
+LONG = "the quick brown fox " * 18  # more than a page of 64 tokens
 SAMPLING = SamplingParams(max_tokens=9, seed=3)
 
 
@@ -107,16 +107,32 @@ def test_a_model_that_has_changed_reads_a_prompt_anew(model_dirs, change):
     assert frozen.generate(LONG, None, SAMPLING)[0] == want
 
 
-@pytest.mark.parametrize("change", ["a write through .data", "a forward hook"])
+@pytest.mark.parametrize("change", CHANGES)
 def test_a_reward_model_that_has_changed_reads_a_prompt_anew(model_dirs, change):
     engine = Engine.from_pretrained(model_dirs["llama"], cache_gb=0.01)
     judge = judge_of(engine.tokenizer)
+    if "adapter" in change or "scaling" in change:
+        adapters(judge.model)
     engine.set_scorer(judge)
     assert engine._judge.readers
     before = engine.generate(LONG, Blockwise(2, 4), SAMPLING)[0]
     CHANGES[change](judge.model)
     found = engine.generate(LONG, Blockwise(2, 4), SAMPLING)[0]
     assert found.reward != pytest.approx(before.reward, abs=1e-3)
+    fresh = Engine.from_pretrained(model_dirs["llama"], judge, cache_gb=0.01)
+    assert fresh.generate(LONG, Blockwise(2, 4), SAMPLING)[0] == found
+
+
+def test_a_frozen_engine_forgets_what_its_readers_have_read_too(model_dirs):
+    engine = Engine.from_pretrained(model_dirs["llama"], cache_gb=0.01, frozen=True)
+    assert len(engine.encode(LONG)) > 64
+    judge = judge_of(engine.tokenizer)
+    engine.set_scorer(judge)
+    assert engine._judge.readers
+    engine.generate(LONG, Blockwise(2, 4), SAMPLING)
+    moving_average(judge.model)
+    engine.forget()
+    found = engine.generate(LONG, Blockwise(2, 4), SAMPLING)[0]
     fresh = Engine.from_pretrained(model_dirs["llama"], judge, cache_gb=0.01)
     assert fresh.generate(LONG, Blockwise(2, 4), SAMPLING)[0] == found
 
@@ -265,6 +281,20 @@ class TestThreads:
         thread.join()
         assert len(done) == 1
         assert engine.generate("sphinx", None, SAMPLING)
+
+    def test_a_scorer_may_ask_the_engine_while_it_is_being_set(self, model_dirs):
+        engine, found = Engine.from_pretrained(model_dirs["llama"], cache_gb=0.01), []
+
+        class Asking(PrefixScorer):
+            def check(self, policy):
+                found.extend(engine.generate("sphinx", None, SAMPLING))
+
+        thread = threading.Thread(target=engine.set_scorer, args=(Asking(64, 320),), daemon=True)
+        thread.start()
+        thread.join(30)
+        assert not thread.is_alive(), "it waits for itself"
+        assert found == Engine.from_pretrained(model_dirs["llama"], cache_gb=0.01).generate("sphinx", None, SAMPLING)
+        assert len(engine.parts) == 1
 
     def test_two_engines_on_one_model_queue_for_each_pass(self, model_dirs):
         model, tokenizer = load(model_dirs["llama"]), tokenizer_of(model_dirs["llama"])

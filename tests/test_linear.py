@@ -12,7 +12,7 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 import pyengine.ops.linear as linear_module
 from pyengine.ops import LAUNCHES
-from pyengine.ops.linear import FEW, SMALL, lent, linear, quick_forwards, rms_norm
+from pyengine.ops.linear import FEW, SMALL, lent, linear, patch, quick_forwards, rms_norm, served, unpatch
 
 
 def launches():
@@ -117,6 +117,19 @@ def test_a_model_is_lent_its_linear_layers(any_cpu):
     layer.bfloat16()
     with lent(forwards):
         assert "forward" not in vars(layer[0])
+
+
+def test_a_forward_that_its_owner_gives_between_two_passes_stays(any_cpu):
+    layer = torch.nn.Sequential(torch.nn.Linear(48, 33), torch.nn.Linear(33, 20))
+    forwards = served(quick_forwards(layer))
+    assert len(forwards) == 2
+    layer[0].forward = own = lambda x: x[..., :33]
+    patch(forwards)
+    assert vars(layer[0])["forward"] is own
+    assert "forward" in vars(layer[1])
+    unpatch(forwards)
+    assert vars(layer[0])["forward"] is own
+    assert "forward" not in vars(layer[1])
 
 
 @torch.inference_mode()

@@ -7,7 +7,18 @@ import torch
 import transformers
 
 import pyengine.reader as reader_module
-from pyengine import BestOfK, Blockwise, Engine, InputError, RewardModel, SamplingParams, Tokenwise
+from pyengine import (
+    BestOfK,
+    Blockwise,
+    Engine,
+    InputError,
+    PrefixModel,
+    PrefixScorer,
+    RewardModel,
+    SamplingParams,
+    Tokenwise,
+)
+from pyengine.decoder import Prompt
 from pyengine.reader import reader_of
 from pyengine.scorers import Scorer
 
@@ -116,6 +127,58 @@ def test_long_tails_are_read_in_pieces(engine, monkeypatch):
     for found, result in zip(engine.generate(PROMPTS, BestOfK(3), sampling), want, strict=True):
         assert found.tokens == result.tokens
         assert found.reward == pytest.approx(result.reward, abs=1e-4)
+
+
+def prefix_model(tokenizer):
+    judge = reward_model(tokenizer)
+    torch.manual_seed(4)
+    return PrefixModel(judge.model.model, tokenizer, PrefixScorer(64, 320, 32))
+
+
+@pytest.mark.parametrize("columns", [1, 2, 3, 64])
+@pytest.mark.parametrize("make", [reward_model, prefix_model])
+def test_each_branch_is_read_at_its_own_last_token(engine, monkeypatch, make, columns):
+    """Over passes of so many columns: tails end in each of them, and at the last column of one."""
+    reader = reader_of(make(engine.tokenizer), engine.tokenizer, 8, BUDGET)
+    draw = torch.Generator().manual_seed(7)
+
+    def tokens(count):
+        return torch.randint(1, 320, (count,), generator=draw).tolist()
+
+    prompts, rows = [tokens(9), tokens(5)], []
+    monkeypatch.setattr(reader_module, "PREFILL_TOKENS", 8 * columns)
+    reader.open(4, 8)
+    reader.join([Prompt(prompt, 24) for prompt in prompts])
+    try:
+        for lengths in ((1, 2, 8, 4, 6, 5, 8, 3), (3, 1, 8, 6, 2, 4, 8, 7)):  # whole ones are committed
+            tails = [tokens(length) for length in lengths]
+            rows += [
+                (prompts[i // 4] + tail, score)
+                for i, (tail, score) in enumerate(zip(tails, reader.score(tails).tolist(), strict=True))
+            ]
+            prompts = [prompts[0] + tails[2], prompts[1] + tails[6]]
+            reader.commit(torch.tensor([2, 6]))
+    finally:
+        reader.close()
+    wanted = [reader.recompute(ids) for ids, _ in rows]
+    assert [score for _, score in rows] == pytest.approx(wanted, abs=1e-4)
+
+
+def test_a_branch_that_only_ends_has_the_score_of_what_was_there(engine):
+    reader = reader_of(reward_model(engine.tokenizer), engine.tokenizer, 8, BUDGET)
+    prompts = [[5, 9, 31, 7], [12, 8, 40]]
+    reader.open(2, 4)
+    reader.join([Prompt(prompt, 8) for prompt in prompts])
+    try:
+        some = reader.score([[0], [17, 0], [0], [21, 22]], {0}).tolist()
+        reader.fork()
+        none = reader.score([[0]] * 4, {0}).tolist()
+    finally:
+        reader.close()
+    empty = [reader.recompute(prompt) for prompt in prompts]
+    assert some[::2] == pytest.approx(empty, abs=1e-4)
+    assert some[1] == pytest.approx(reader.recompute([*prompts[0], 17]), abs=1e-4)
+    assert none == pytest.approx([empty[0]] * 2 + [empty[1]] * 2, abs=1e-4)
 
 
 def test_one_branch_is_scored_as_text_at_its_end(engine):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 
+import peft
 import pytest
 import torch
 import transformers
@@ -26,6 +27,34 @@ ENCODERS = {
     "roberta": lambda: transformers.RobertaConfig(**SIZES, intermediate_size=96, pad_token_id=1),
     "deberta": lambda: transformers.DebertaV2Config(**SIZES, intermediate_size=96),
 }
+T5GEMMA = {name: SIZES[name] for name in SIZES if name != "num_labels"}
+T5GEMMA |= {"intermediate_size": 96, "num_key_value_heads": 2, "head_dim": 16}
+TIED = {"pad_token_id": 0, "bos_token_id": 0, "eos_token_id": 0}
+OTHERS = {
+    "ctrl": lambda: transformers.CTRLConfig(
+        n_embd=64, n_layer=2, n_head=4, dff=96, vocab_size=320, num_labels=1, pad_token_id=0
+    ),
+    "modernbert-decoder": lambda: transformers.ModernBertDecoderConfig(
+        **SIZES, **TIED, intermediate_size=96, cls_token_id=0, sep_token_id=0
+    ),
+    "xlnet": lambda: transformers.XLNetConfig(
+        d_model=64, n_layer=2, n_head=4, d_inner=96, vocab_size=320, num_labels=1
+    ),
+    "t5": lambda: transformers.T5Config(
+        d_model=64, d_kv=16, d_ff=96, num_layers=1, num_heads=4, vocab_size=320, num_labels=1, pad_token_id=1,
+        eos_token_id=0, decoder_start_token_id=1,
+    ),
+    "bart": lambda: transformers.BartConfig(
+        d_model=64, encoder_layers=1, decoder_layers=1, encoder_attention_heads=4, decoder_attention_heads=4,
+        encoder_ffn_dim=96, decoder_ffn_dim=96, vocab_size=320, num_labels=1, pad_token_id=1, bos_token_id=0,
+        eos_token_id=0, decoder_start_token_id=0,
+    ),
+    "t5gemma": lambda: transformers.T5GemmaConfig(
+        **{side: transformers.T5GemmaModuleConfig(**T5GEMMA) for side in ("encoder", "decoder")},
+        vocab_size=320,
+        num_labels=1,
+    ),
+}  # fmt: skip
 TEMPLATE = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{{ eos_token }}{% endfor %}"
 TEXTS = [("the quick", " brown fox"), ("pack my box", " with five"), ("sphinx", ""), ("a", " dog" * 12)]
 
@@ -96,6 +125,95 @@ def test_an_encoder_is_read_by_its_own_head_whatever_the_batch(tokenizer, name):
     for (prompt, completion), score in zip(TEXTS, scorer.score(given(TEXTS)), strict=True):
         alone = model(torch.tensor([tokenizer(prompt + completion).input_ids])).logits[0, 0]
         assert score.item() == pytest.approx(alone.item(), abs=1e-4)
+
+
+@pytest.mark.parametrize("name", OTHERS)
+@torch.inference_mode()
+def test_a_head_that_looks_for_its_token_itself_reads_texts_one_by_one(tokenizer, name):
+    """Decoders whose head is not called `score`, one that reads the last column, encoder-decoders that count EOS."""
+    model = built(OTHERS[name](), 3.0)
+    given_pad = model.config.pad_token_id
+    scorer = RewardModel(model, tokenizer, final_eos=True if name in ("t5", "bart") else None)
+    assert model.config.pad_token_id == given_pad
+    assert not scorer.reads_tokens
+    texts = [*TEXTS, ("ends with", "<eos>"), ("holds <eos>", " twice<eos><eos>")]
+    found = scorer.score(given(texts))
+    assert model.config.pad_token_id == given_pad
+    model.eval()
+    for config in (model.config, model.config.get_text_config(decoder=True)):
+        config.pad_token_id = -1  # one row without padding: each of its tokens counts
+    for (prompt, completion), score in zip(texts, found, strict=True):
+        ids, _ = scorer.read(prompt, completion)
+        row = torch.tensor([ids])
+        want = model(row, attention_mask=torch.ones_like(row)).logits[0, 0]
+        assert score.item() == pytest.approx(want.item(), abs=1e-5)
+    assert found.std() > 1e-2
+
+
+@torch.inference_mode()
+def test_an_encoder_is_read_in_batches(tokenizer):
+    assert all(RewardModel(built(make(), 2.0), tokenizer)._pads for make in ENCODERS.values())
+
+
+def test_text_that_the_model_cannot_read_is_named(tokenizer):
+    tokenizer.add_tokens([f"<more{i}>" for i in range(30)])
+    scorer = RewardModel(built(DECODERS["llama"]()), tokenizer, "judge")
+    with pytest.raises(InputError, match=r"'judge' embeds 320 tokens, a candidate to prompt 'a' has token"):
+        scorer.score(given([("b", "c"), ("a", "<more29>")]))
+    with pytest.raises(InputError, match="'judge': a candidate to prompt '' has no tokens"):
+        scorer.score(given([("a", "b"), ("", "")]))
+
+
+class TestAdapters:
+    @pytest.fixture
+    def adapted(self, tokenizer, tmp_path):
+        """(a directory with an adapter on a reward model in another, the wrapped model)."""
+        built(DECODERS["llama"]()).save_pretrained(tmp_path / "base")
+        tokenizer.save_pretrained(tmp_path / "base")
+        model = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "base")
+        lora = peft.LoraConfig(task_type="SEQ_CLS", r=4, target_modules=["q_proj"], init_lora_weights=False)
+        wrapped = peft.get_peft_model(model, lora)
+        with torch.no_grad():
+            wrapped.get_base_model().score.modules_to_save["default"].weight.mul_(3)
+        wrapped.save_pretrained(tmp_path / "adapter")
+        tokenizer.save_pretrained(tmp_path / "adapter")
+        return tmp_path / "adapter", wrapped
+
+    @torch.inference_mode()
+    def test_in_a_directory_and_wrapped(self, tokenizer, adapted):
+        directory, wrapped = adapted
+        wrapped.eval()
+        want = wrapped(torch.tensor([tokenizer("the quick brown").input_ids])).logits.item()
+        for scorer in (load_scorer(directory), RewardModel(wrapped, tokenizer)):
+            assert scorer.score(given([("the quick", " brown")])).item() == pytest.approx(want, abs=1e-5)
+
+    def test_without_its_tokenizer(self, adapted):
+        directory, _ = adapted
+        for file in directory.glob("tokenizer*"):
+            file.unlink()
+        with pytest.raises(InputError, match=r"an adapter on .*base, without tokenizer files: copy the base's beside"):
+            load_scorer(directory)
+
+    def test_of_other_sizes(self, tokenizer, adapted):
+        directory, _ = adapted
+        model = transformers.AutoModelForSequenceClassification.from_pretrained(directory.parent / "base")
+        model.resize_token_embeddings(340)
+        peft.get_peft_model(model, peft.LoraConfig(task_type="SEQ_CLS", target_modules=["q_proj"])).save_pretrained(
+            directory, save_embedding_layers=True
+        )
+        with pytest.raises(InputError, match=r"of other sizes than it .*: resize the base and merge it with peft"):
+            load_scorer(directory)
+
+
+@pytest.mark.parametrize(("file", "what"), [("pytorch_model.bin", "are pickles"), ("model.gguf", "are GGUF")])
+def test_weights_of_another_kind(tokenizer, tmp_path, file, what):
+    built(DECODERS["llama"]()).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").rename(tmp_path / file)
+    with pytest.raises(InputError, match=f"its weights {what}.*: save it as safetensors with transformers first"):
+        load_scorer(tmp_path)
+    with pytest.raises(InputError, match=r"no such directory \(that is a file\)"):
+        RewardModel.from_pretrained(tmp_path / file)
 
 
 class TestForms:
@@ -180,6 +298,15 @@ class TestLabels:
             scorer = RewardModel(model, tokenizer, label=label)
             assert scorer.score(given([("the quick", " brown")])).item() == pytest.approx(want[at].item(), abs=1e-4)
             assert reader_of(scorer, tokenizer, 8, 8e6) is not None
+
+    def test_the_label_of_one_output_is_that_output(self, tokenizer):
+        """And not its log-probability among one, which is 0."""
+        model = built(DECODERS["llama"]())
+        scores = [RewardModel(model, tokenizer, label=label).score(given(TEXTS)) for label in (None, "LABEL_0", 0)]
+        assert torch.equal(scores[0], scores[1])
+        assert torch.equal(scores[0], scores[2])
+        with pytest.raises(InputError, match="it has no 'good'"):
+            RewardModel(model, tokenizer, label="good")
 
     def test_a_head_for_every_step_is_refused(self, tokenizer, tmp_path):
         built(DECODERS["llama"]()).save_pretrained(tmp_path)

@@ -8,18 +8,16 @@ import random
 import statistics
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 import pyengine
 from pyengine import Blockwise, Engine, InputError, PrefixScorer, SamplingParams, Tokenwise, cli, load_scorer
 from pyengine.training import prefix
-from pyengine.training.checkpoints import checkpoint_of
-from pyengine.training.data import Example, encode_all, read_examples, roll_out, split, write_examples
+from pyengine.training.data import Example, encode_all, read_examples, roll_out, write_examples
 from pyengine.training.prefix import PrefixTraining, Shuffled, held_apart, train_prefix_scorer
 from pyengine.training.values import Batch, Student, collate, read_prefixes, regression_loss, targets
 from pyengine.worlds import reviews
@@ -229,46 +227,6 @@ def test_a_killed_run_resumes_to_the_same_bits(small, model_dirs, tmp_path):
     train_prefix_scorer(engine, examples, tmp_path / "whole", settings)
     assert_same(weights(out), weights(tmp_path / "whole"))
     assert not (out / "checkpoints").exists()
-
-
-@pytest.mark.parametrize("damage", ["truncated", "flipped", "empty"])
-def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(tmp_path, caplog, damage):
-    """Weights cut short, and an optimizer's state of other bytes than were written; nothing is unpickled."""
-    run = {"settings": {}}
-    for step in (3, 6):
-        directory = tmp_path / "checkpoints" / f"checkpoint-{step}"
-        directory.mkdir(parents=True)
-        save_file({"w": torch.randn(64)}, directory / "model.safetensors")
-        torch.save({"state": torch.randn(64)}, directory / "optimizer.pt")
-        (directory / "trainer_state.json").write_text(json.dumps({"global_step": step}))
-    (tmp_path / "checkpoints" / "run.json").write_text(json.dumps(run))
-    assert checkpoint_of(tmp_path, run, True).endswith("checkpoint-6")
-    file = tmp_path / "checkpoints" / "checkpoint-6" / ("optimizer.pt" if damage == "flipped" else "model.safetensors")
-    data = bytearray(file.read_bytes())
-    if damage == "flipped":
-        data[len(data) // 2] ^= 255
-    file.write_bytes(data[: {"truncated": -7, "flipped": None, "empty": 0}[damage]])
-    assert checkpoint_of(tmp_path, run, True).endswith("checkpoint-3")
-    assert "checkpoint-6 is damaged (" in caplog.text
-    assert "taking an earlier checkpoint" in caplog.text
-
-
-@pytest.mark.parametrize("method", ["fudge", "cd-q"])
-def test_held_out_rewards_reach_neither_weights_nor_the_start(small, tmp_path, method):
-    """Other rewards for the responses to prompts that are held out: the same scorer to the bit."""
-    engine, examples = small
-    settings = PrefixTraining(method, epochs=2, batch=8, width=16, held_out=0.3)
-    keys = [example.prompt for example in examples]
-    _, away = split(keys, 0.3, settings.seed)
-    assert 0 < len(away) < len(examples)
-    others = [replace(e, reward=e.reward + 50.0) if i in away else e for i, e in enumerate(examples)]
-    reports = [train_prefix_scorer(engine, e, tmp_path / f"{i}", settings) for i, e in enumerate((examples, others))]
-    one, other = weights(tmp_path / "0"), weights(tmp_path / "1")
-    assert all(torch.equal(one[name], other[name]) for name in one)
-    assert reports[0] != reports[1], "the report is of the held-out responses"
-    more = [replace(e, reward=e.reward + 50.0) if i not in away else e for i, e in enumerate(examples)]
-    train_prefix_scorer(engine, more, tmp_path / "2", settings)
-    assert any(not torch.equal(one[name], x) for name, x in weights(tmp_path / "2").items())
 
 
 def test_two_processes_give_what_one_gives(small, model_dirs, tmp_path, in_two_processes):

@@ -470,8 +470,10 @@ class TestCommand:
         both = zip(prompts, texts, strict=True)
         rows = [{"prompt": p, "response": c, "reward": reviews.sentiment_of(c)} for p, c in both]
         (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
-        options = ("--out", tmp_path / "probe", "--lr", 0.01, "--epochs", 20)
-        found = self.run(tmp_path / "rows.jsonl", "--loss", "pg", "--hidden", 16, "--layer", 2, *options)
+        options = ("--lr", 0.01, "--epochs", 20, "--out")
+        found = self.run(
+            tmp_path / "rows.jsonl", "--loss", "pg", "--hidden", 16, "--layer", 2, *options, tmp_path / "probe"
+        )
         assert found["epoch"] == 20
         assert found["held_out"]["rows"] == 6
         engine.set_scorer(tmp_path / "probe")
@@ -480,12 +482,12 @@ class TestCommand:
         assert len(report["train_loss"]) == len(report["held_out_loss"]) == 20
         _, pairs = teacher()
         pairs.save(tmp_path / "pairs.safetensors")
-        found = self.run(tmp_path / "pairs.safetensors", "--loss", "qp", *options, "--epochs", 90)
+        found = self.run(tmp_path / "pairs.safetensors", "--loss", "qp", *options, tmp_path / "qp", "--epochs", 90)
         assert found["held_out"]["accuracy"] > 0.8
         with pytest.raises(InputError, match="the embeddings are of layer -1, not of layer 2"):
-            self.run(tmp_path / "pairs.safetensors", "--loss", "qp", "--layer", 2, *options)
+            self.run(tmp_path / "pairs.safetensors", "--loss", "qp", "--layer", 2, *options, tmp_path / "no")
         with pytest.raises(InputError, match="loss must be one of q, ce, pg, qp, got 'mse'"):
-            self.run(tmp_path / "pairs.safetensors", "--loss", "mse", *options)
+            self.run(tmp_path / "pairs.safetensors", "--loss", "mse", *options, tmp_path / "no")
 
     def test_roll_outs_are_read_as_they_were_drawn(self, tmp_path, engine):
         """The file that `train scorer` keeps: the same tokens, and no EOS behind a response that was cut off."""

@@ -262,6 +262,8 @@ def test_pairs_with_equal_tokens_are_left_out(policy, tmp_path, caplog):
         ({"beta": -1.0}, "dpo_loss: beta must be above 0"),
         ({"label_smoothing": 0.7}, r"label_smoothing must be a finite number in 0 .. 0.5"),
         ({"padding_free": True}, "padding_free=True: TRL's DPO trainer would fall back"),
+        ({"train_sampling_strategy": "group_by_length"}, "'group_by_length': a pair has two lengths"),
+        ({"train_sampling_strategy": "batch_rebalance"}, "'batch_rebalance': a pair has two lengths"),
         ({"use_liger_kernel": True}, "use_liger_kernel=True: Liger rewrites"),
         ({"label_smoothing_factor": 0.1}, "label_smoothing_factor is not read"),
     ],

@@ -17,7 +17,6 @@ from pyengine.integrations.trl import runs
 from pyengine.integrations.trl.runs import PolicyTraining, train_offline, train_preference
 from pyengine.rewards import Statistics
 from pyengine.rewards.conditioning import Conditioning
-from pyengine.training.data import split
 
 WORDS = ("quick", "brown", "fox", "jumps", "over", "lazy", "dog", "box", "five", "jugs")
 
@@ -222,23 +221,6 @@ def test_offline(model_dirs, tmp_path, method):
         prompt = Conditioning.load(out / "conditioning.json").prompt("pack my", 5.0)
         assert prompt == "User:pack my Assistant: <rm_score> 5.0"
         assert Engine.from_pretrained(out).generate(prompt, sampling=SamplingParams(max_tokens=2, seed=0))
-
-
-@pytest.mark.parametrize("method", ["rwr", "ca", "fa"])
-def test_held_out_rewards_reach_neither_weights_nor_statistics(model_dirs, tmp_path, method):
-    """z is taken of the rewards that are trained on alone."""
-    rows = [row | {"prompt": f"{row['prompt']} {i % 6}"} for i, row in enumerate(rewarded())]
-    _, away = split([row["prompt"] for row in rows], 0.3, 0)
-    assert 0 < len(away) < len(rows)
-    found = []
-    for i in range(2):
-        given = [row | {"reward": row["reward"] + 9.0 * i} if j in away else row for j, row in enumerate(rows)]
-        data, out = write(tmp_path / f"{i}.jsonl", given), tmp_path / f"out{i}"
-        options = ("--model", model_dirs["llama"], "--out", out, "--method", method, "--held-out", 0.3)
-        command("offline", data, *options, "--seed", 0, *QUICK)
-        found.append((weights(out), (out / "reward_statistics.json").read_text()))
-    assert found[0][1] == found[1][1]
-    assert all(torch.equal(found[0][0][name], found[1][0][name]) for name in found[0][0])
 
 
 @pytest.mark.parametrize("reduction", ["sum", "token_mean"])

@@ -34,7 +34,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     to oneDNN.
     """
     if not _few(x, weight) or traced(x):
-        return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+        return torch.ops.mkldnn._linear_pointwise(x, _describable(weight), bias, "none", [], "")
     launched(OP, instruction_set())
     return _streamed(x, weight, bias)
 
@@ -42,6 +42,14 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 def _few(x: Tensor, weight: Tensor) -> bool:
     width = weight.shape[1]
     return x.shape[-1] == width and 0 < x.numel() <= FEW * width and x.is_contiguous() and weight.is_contiguous()
+
+
+def _describable(weight: Tensor) -> Tensor:
+    """The weight, or a copy where its rows share or interleave their numbers: oneDNN refuses those."""
+    rows, width = weight.shape
+    row, number = weight.stride()
+    apart = (number == 1 and row >= width) or (row == 1 and number >= rows)
+    return weight if apart else weight.contiguous()
 
 
 def _streamed(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -159,7 +167,7 @@ def _is_activation(module: Any) -> bool:
 def steady(*models: Any) -> Iterator[None]:
     """Inside, the layers of these modules are steady, and torch's operators run on one thread."""
     forwards = [found for model in models for found in steady_forwards(model)]
-    before = torch.get_num_threads()
+    before = threads_held()
     # Given back once more where an interrupt cuts the first time short.
     try:
         try:
@@ -175,16 +183,30 @@ def steady(*models: Any) -> Iterator[None]:
         raise
 
 
+def check_patched(forwards: Forwards) -> None:
+    """InputError where a module that was patched has a forward of its owner's."""
+    for module, forward in forwards:
+        if module.__dict__["forward"] is not forward:
+            raise InputError(f"batch_invariant: a {type(module).__name__} has been given a forward while it decodes")
+
+
+Threads = tuple[int, int | None]  # torch's, and what our kernels take where that is another number
+
+
+def threads_held() -> Threads:
+    return torch.get_num_threads(), TEAM.size
+
+
 def hold_threads() -> None:
     """torch's operators run on one thread from now on, our kernels on as many as torch has had."""
     TEAM.size = threads()
     torch.set_num_threads(1)
 
 
-def release_threads(before: int) -> None:
-    """torch has so many threads again, and our kernels with it."""
-    torch.set_num_threads(before)
-    TEAM.size = None
+def release_threads(before: Threads) -> None:
+    """As `threads_held` found them."""
+    torch.set_num_threads(before[0])
+    TEAM.size = before[1]
 
 
 def served(forwards: Forwards) -> Forwards:
@@ -193,9 +215,12 @@ def served(forwards: Forwards) -> Forwards:
 
 
 def patch(forwards: Forwards) -> None:
-    """The modules have these forwards until `unpatch`; past nn.Module's setter, which takes twenty times as long."""
+    """The modules have these forwards until `unpatch`; past nn.Module's setter, which takes twenty times as long.
+
+    One that its owner has given since `served` looked, as a scorer may between two passes, stays.
+    """
     for module, forward in forwards:
-        module.__dict__["forward"] = forward
+        module.__dict__.setdefault("forward", forward)
 
 
 def unpatch(forwards: Forwards) -> None:

@@ -65,6 +65,8 @@ def load_scorer(path: str | Path, trust_remote_code: bool = False) -> Scorer:
             return PrefixModel.from_pretrained(directory, trust_remote_code)
         if FORMAT in config:
             return load_head(directory, config)
+    elif (directory / "adapter_config.json").is_file():
+        pass  # on a reward model
     elif directory.is_dir() or directory.is_absolute() or str(path).startswith("."):
         raise InputError(f"scorer {path}: no such directory with a config.json")
     return RewardModel.from_pretrained(path, trust_remote_code)

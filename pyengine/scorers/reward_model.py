@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -32,7 +33,9 @@ class RewardModel(Scorer):
     final_eos: whether an EOS ends what it reads; None is what the checkpoint says, else what the form gives.
     label: of a classifier with several labels, the one whose log-probability is the score, by name or number.
 
-    The score is the head's at the last token, found by length: a text may hold the padding token or end with it.
+    The score is the head's at the last token, found by length: a text may hold the padding token or end with it. A
+    head that cannot be told that length (a head of its own that looks for padding, an encoder-decoder) gets its texts
+    one by one.
     """
 
     def __init__(
@@ -44,6 +47,8 @@ class RewardModel(Scorer):
         final_eos: bool | None = None,
         label: str | int | None = None,
     ) -> None:
+        if hasattr(model, "get_base_model"):  # PEFT's wrapper; the adapter stays
+            model = model.get_base_model()
         self.model, self.tokenizer, self.name = model, tokenizer, name
         says = getattr(model.config, FORM, None) or {}
         usual = "chat" if getattr(tokenizer, "chat_template", None) else "text"
@@ -56,11 +61,16 @@ class RewardModel(Scorer):
         if self.final_eos and tokenizer.eos_token_id is None:
             raise InputError(f"reward model {name!r}: final_eos, but its tokenizer has no EOS token")
         self.label = self._label(label)
-        self.codec = Codec(tokenizer, f"reward model {name!r}", model.get_input_embeddings().weight.shape[0])
-        self.longest = context_of(model.config) or math.inf
+        self.codec = Codec(tokenizer, "the reward model", model.get_input_embeddings().weight.shape[0])
+        longest = context_of(model.config) or math.inf
+        self.longest = longest if longest > 0 else math.inf  # XLNet says -1
         for part, module in model.named_modules():  # RoBERTa counts positions from its padding index + 1
             if part.endswith("position_embeddings") and getattr(module, "padding_idx", None) is not None:
                 self.longest -= module.padding_idx + 1
+        # A linear head on a decoder, as nearly all have it; what any other head reads is found out.
+        whole = model.config.is_encoder_decoder
+        self._head = None if whole else getattr(model, "score", None)
+        self._pads = self._head is not None or (not whole and self._survives_padding())
 
     @classmethod
     def from_pretrained(
@@ -88,7 +98,7 @@ class RewardModel(Scorer):
     @property
     def reads_tokens(self) -> bool:
         """Whether it can read the base policy's tokens one after the other, as plain text without an EOS of its own."""
-        return self.form == "text" and not self.final_eos and hasattr(self.model, "score")
+        return self.form == "text" and not self.final_eos and self._head is not None
 
     def value(self, logits: Tensor) -> Tensor:
         """The score, fp32 [N], of a head's output [N, labels]."""
@@ -102,12 +112,8 @@ class RewardModel(Scorer):
                 candidates.prompts, candidates.completions, candidates.conversations, strict=True
             )
         ]
-        for i, tokens in enumerate(ids):
-            if len(tokens[0]) > self.longest:
-                raise InputError(
-                    f"reward model {self.name!r} reads {self.longest} tokens, a candidate has {len(tokens[0])}: "
-                    f"{candidates.prompts[i][:40]!r}...; shorten max_tokens or take another reward model"
-                )
+        for prompt, (tokens, _) in zip(candidates.prompts, ids, strict=True):
+            self._refuse(prompt, tokens)
         return torch.cat([self._batch(ids[start : start + BATCH]) for start in range(0, len(ids), BATCH)])
 
     def read(self, prompt: str, completion: str, messages: Sequence[Any] | None = None) -> tuple[list[int], list[int]]:
@@ -135,12 +141,28 @@ class RewardModel(Scorer):
             ids += [eos] * self.final_eos
         return ids, segments
 
+    def _refuse(self, prompt: str, tokens: Sequence[int]) -> None:
+        """InputError for what the model cannot read."""
+        name, rows = f"reward model {self.name!r}", self.codec.rows
+        if not tokens:
+            raise InputError(f"{name}: a candidate to prompt {prompt[:40]!r} has no tokens")
+        if max(tokens) >= rows:
+            raise InputError(
+                f"{name} embeds {rows} tokens, a candidate to prompt {prompt[:40]!r} has token {max(tokens)}: "
+                "its tokenizer is another's, or its embedding was not resized"
+            )
+        if len(tokens) > self.longest:
+            raise InputError(
+                f"{name} reads {self.longest} tokens, a candidate has {len(tokens)}: "
+                f"{prompt[:40]!r}...; shorten max_tokens or take another reward model"
+            )
+
     def _batch(self, ids: Sequence[tuple[list[int], list[int]]]) -> Tensor:
         """Scores [N] of so many token sequences in one pass, padded on the right."""
-        device, rows = self.model.device, self.codec.rows
+        device = self.model.device
         lengths = torch.tensor([len(tokens) for tokens, _ in ids])
         pad = self.tokenizer.pad_token_id
-        pad = 0 if pad is None or pad >= rows else pad
+        pad = 0 if pad is None or pad >= self.codec.rows else pad
         padded = torch.full((len(ids), int(lengths.max())), pad)
         segments = torch.zeros_like(padded)
         for row, (tokens, own) in enumerate(ids):
@@ -151,18 +173,55 @@ class RewardModel(Scorer):
         if any(own for _, own in ids):
             given["token_type_ids"] = segments.to(device)
         with evaluating(self.model):
-            if not hasattr(self.model, "score"):  # an encoder's head, which reads its own token
+            if self._head is not None:
+                # transformers would look for the last token that is no padding, by its id.
+                hidden = self.model.base_model(**given, use_cache=False).last_hidden_state
+                return self.value(self._head(hidden[torch.arange(len(ids)), (lengths - 1).to(device)]))
+            if self._pads:
                 return self.value(self.model(**given).logits)
-            # transformers would look for the last token that is no padding, by its id.
-            hidden = self.model.base_model(**given, use_cache=False).last_hidden_state
-            return self.value(self.model.score(hidden[torch.arange(len(ids)), (lengths - 1).to(device)]))
+            rows = [{key: x[row : row + 1, :n] for key, x in given.items()} for row, n in enumerate(lengths.tolist())]
+            with self._padding(-1):
+                return self.value(torch.cat([self.model(**row).logits for row in rows]))
+
+    @contextmanager
+    def _padding(self, token: int) -> Iterator[None]:
+        """The model takes this id for padding inside, and no token for it where that is -1."""
+        own = self.model.config
+        configs = {id(config): config for config in (own, own.get_text_config(decoder=True))}.values()
+        before = [config.pad_token_id for config in configs]
+        try:
+            for config in configs:
+                config.pad_token_id = token
+            yield
+        finally:
+            for config, pad in zip(configs, before, strict=True):
+                config.pad_token_id = pad
+
+    @torch.inference_mode()
+    def _survives_padding(self) -> bool:
+        """Whether a row that is padded with the id of its last token is read as it is alone.
+
+        Not where the head looks for padding by its id, or takes the last column (XLNet).
+        """
+        rows = self.codec.rows
+        ids = torch.tensor([[3 % rows, 10 % rows, 17 % rows, 17 % rows]], device=self.model.device)
+        mask = torch.tensor([[1, 1, 1, 0]], device=ids.device)
+        try:
+            with evaluating(self.model):
+                with self._padding(-1):
+                    alone = self.model(input_ids=ids[:, :3], attention_mask=mask[:, :3]).logits
+                with self._padding(int(ids[0, 3])):
+                    padded = self.model(input_ids=ids, attention_mask=mask).logits
+        except Exception:  # noqa: BLE001 - whatever it raises, its texts can be read one by one
+            return False
+        return torch.allclose(alone, padded, atol=1e-5, rtol=1e-4)
 
     def _label(self, label: str | int | None) -> int | None:
         names = {int(i): str(name) for i, name in (self.model.config.id2label or {}).items()}
         count = self.model.config.num_labels
-        if label is None and count == 1:
-            return None
         known = {name: i for i, name in names.items()} | {i: i for i in range(count)}
+        if count == 1 and (label is None or label in known):  # of one label the log-probability is 0
+            return None
         if label not in known:
             shown = ", ".join(names.get(i, str(i)) for i in range(min(count, 8)))
             has = "" if label is None else f"; it has no {label!r}"

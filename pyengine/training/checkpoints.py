@@ -1,17 +1,20 @@
-"""Checkpoints of a run: which one it goes on from, and that it is the same run."""
+"""A run's directory: that it is free, which checkpoint the run goes on from, and that it is the same run."""
 
 from __future__ import annotations
 
 import json
 import logging
+import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
-from zipfile import BadZipFile, ZipFile
 
 from accelerate import PartialState
 from safetensors import SafetensorError, safe_open
 
-from pyengine.errors import InputError, first_line
+from pyengine.errors import InputError
+from pyengine.training.shards import room_in, unused
 
 log = logging.getLogger("pyengine")
 
@@ -26,6 +29,83 @@ def changed(before: dict[str, Any], run: dict[str, Any], free: tuple[str, ...] =
     return sorted(k for k in new if k not in free and new[k] != old.get(k))
 
 
+def whole_checkpoints(out: Path) -> list[tuple[int, Path]]:
+    """(step, directory) of the checkpoints in `out` that a run can go on from; a warning names those that are damaged.
+
+    Trainer writes trainer_state.json last: a directory without it is of a run that was killed there, and is passed over
+    without a word.
+    """
+    found = []
+    for file in (out / "checkpoints").glob("checkpoint-*/trainer_state.json"):
+        try:
+            step = int(json.loads(file.read_bytes())["global_step"])
+            _read_through(file.parent)
+        except (OSError, ValueError, KeyError, TypeError, SafetensorError, zipfile.BadZipFile):
+            log.warning("%s is damaged: taking an earlier checkpoint", file.parent)
+        else:
+            found.append((step, file.parent))
+    return sorted(found)
+
+
+def _read_through(checkpoint: Path) -> None:
+    """Any of the errors of reading, if a file of weights or of the optimizer is missing, cut short or altered."""
+    for kind in ("*model*", "optimizer*"):
+        if not any(checkpoint.glob(kind)):
+            raise FileNotFoundError(kind)  # Trainer would start it anew without a word
+    for file in checkpoint.iterdir():
+        if file.suffix == ".safetensors":
+            with safe_open(file, "pt"):  # its header states the size of the file
+                pass
+        elif file.suffix in (".pt", ".pth"):  # torch writes zip files, with check sums
+            with zipfile.ZipFile(file) as archive:
+                if archive.testzip() is not None:
+                    raise zipfile.BadZipFile(file)
+
+
+def fresh(out: Path, resume: bool) -> bool:
+    """Whether no run has ended in `out` yet. Called before anything is loaded, drawn or trained.
+
+    Raises InputError where nothing can be written, for checkpoints that `resume` does not ask for, and for what an
+    earlier run has left: with `resume`, only its report tells whether that was this run.
+    """
+    if any(out.glob("checkpoints/checkpoint-*/trainer_state.json")):
+        if not resume:
+            raise InputError(f"{out / 'checkpoints'} holds checkpoints of an earlier run: resume it, or remove them")
+        room_in(out, out)
+        return True
+    if resume and (out / "report.json").is_file():
+        return False
+    unused(out)
+    return True
+
+
+def finished(out: Path, run: dict[str, Any]) -> dict[str, Any]:
+    """The report of this very run, which has ended in `out`; InputError if that was another."""
+    try:
+        report: dict[str, Any] = json.loads((out / "report.json").read_bytes())
+        others = changed(report, run)
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{out / 'report.json'} is no report of such a run") from error
+    if others:
+        raise InputError(f"{out} holds a finished run with another {' and '.join(others)}")
+    log.warning("%s: this run is finished", out)
+    return report
+
+
+@contextmanager
+def interruptible(out: Path) -> Iterator[None]:
+    """Whoever interrupts the training inside is told what is kept of it."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        kept = whole_checkpoints(out)
+        if kept:
+            log.warning("interrupted: %s holds step %d, from which the same run goes on with resume", *kept[-1][::-1])
+        else:
+            log.warning("interrupted before the first checkpoint in %s: nothing is kept", out / "checkpoints")
+        raise
+
+
 def checkpoint_of(out: Path, run: dict[str, Any], resume: bool, free: tuple[str, ...] = FREE) -> str | None:
     """The checkpoint in `out`/checkpoints to go on from, if any; notes what is being run beside it.
 
@@ -33,17 +113,8 @@ def checkpoint_of(out: Path, run: dict[str, Any], resume: bool, free: tuple[str,
     process calls this. Raises InputError for checkpoints of another run, or of one that `resume` does not ask for.
     """
     directory = out / "checkpoints"
-    whole_ones = []
-    for file in directory.glob("checkpoint-*/trainer_state.json"):  # Trainer writes it last
-        try:
-            step = json.loads(file.read_bytes())["global_step"]
-            _check_files(file.parent)
-        except (OSError, ValueError, KeyError, SafetensorError, BadZipFile) as error:
-            log.warning("%s is damaged (%s): taking an earlier checkpoint", file.parent, first_line(error))
-        else:
-            whole_ones.append((step, str(file.parent)))
-    if whole_ones and not resume:
-        raise InputError(f"{directory} holds checkpoints of an earlier run: resume it, or remove them")
+    fresh(out, resume)
+    whole_ones = whole_checkpoints(out)
     if resume and not whole_ones:
         log.warning("no checkpoint in %s: starting from the first step", directory)
     if whole_ones:
@@ -60,19 +131,4 @@ def checkpoint_of(out: Path, run: dict[str, Any], resume: bool, free: tuple[str,
     if PartialState().is_main_process:
         directory.mkdir(parents=True, exist_ok=True)
         (directory / "run.json").write_text(json.dumps(run, indent=2) + "\n")
-    return max(whole_ones)[1] if whole_ones else None
-
-
-def _check_files(directory: Path) -> None:
-    """Raise where a file of weights or of an optimizer's state is cut short or holds other bytes than were written.
-
-    Nothing is unpickled: torch's files are zip archives with a checksum for each part.
-    """
-    for file in directory.glob("*.safetensors"):
-        with safe_open(file, "pt") as tensors:
-            tensors.keys()
-    for file in directory.glob("*.pt"):
-        with ZipFile(file) as archive:
-            part = archive.testzip()
-        if part is not None:
-            raise ValueError(f"{file.name}: {part}")
+    return str(whole_ones[-1][1]) if whole_ones else None

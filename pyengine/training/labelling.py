@@ -15,9 +15,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
 from tqdm import tqdm
 
+from pyengine.checkpoint import device_of
 from pyengine.errors import InputError, first_line
 from pyengine.jsonl import SHOWN, json_object, raise_all
 from pyengine.rewards.references import Statistics
@@ -166,9 +166,10 @@ def ready(scorer: ScorerLike, device: str) -> list[Part]:
     parts = parts_of(scorer)
     if not parts:
         raise InputError("labelling needs a scorer")
+    place = device_of(device)
     try:
         for part in parts:
-            part.scorer.move(torch.device(device))
+            part.scorer.move(place)
     except (RuntimeError, AssertionError) as error:
         raise InputError(f"device {device!r}: {first_line(error)}") from error
     return parts

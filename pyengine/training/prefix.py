@@ -26,7 +26,7 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArgu
 from pyengine.engine import Engine
 from pyengine.errors import InputError, real, whole
 from pyengine.scorers import PrefixModel, PrefixScorer
-from pyengine.training.checkpoints import checkpoint_of
+from pyengine.training.checkpoints import checkpoint_of, finished, fresh, interruptible
 from pyengine.training.data import Encoded, Example, encode_all, split
 from pyengine.training.trunk import TrunkStudent, grouped, load_trunk
 from pyengine.training.values import Batch, Method, Student, collate, read_prefixes, regression_loss, targets
@@ -154,14 +154,26 @@ def train_prefix_scorer(
     `out` is a `PrefixScorer`, or with a trunk of its own a `PrefixModel` (config.json, head/ and model/).
     Beside it lies report.json: what was trained on what, and on held-out responses R^2, correlation and calibration
     (see `prefix_report`). Until it is finished, `out`/checkpoints holds what `resume` goes on from, to the same
-    weights. Under `accelerate launch` every process calls this with the same arguments.
+    weights; of a finished run it returns the report. Under `accelerate launch` every process calls this with the same
+    arguments.
 
-    Raises InputError for examples or a trunk that cannot be used, a layer that is not there, a batch that the processes
-    cannot share, checkpoints of an earlier run where `resume` is not asked for, and the other way round.
+    Raises InputError for examples or a trunk that cannot be used, responses that were all cut off, a layer that is not
+    there, a batch that the processes cannot share, and an `out` that cannot be written or holds a scorer or checkpoints
+    of an earlier run that `resume` does not ask for.
     """
     out = Path(out)
     started = time.perf_counter()
+    new = fresh(out, resume)
     training, held_out, by = held_apart(encode_all(engine, examples), settings.held_out, settings.seed)
+    run = {"model": engine.name, "settings": asdict(settings), "examples": len(examples), "data": _digest(training)}
+    if not new:
+        return finished(out, run)
+    known = [item.reward for item in training if item.ended]
+    if not known:
+        raise InputError(
+            f"all {len(training)} responses to train on were cut off, and a reward counts where a response ends: let "
+            "them be longer (--max-tokens), or give some that ended"
+        )
     trunk, read = engine.model, engine.policy
     if settings.trunk != "frozen":
         trunk, read = load_trunk(engine, settings.trunk, [*training, *held_out])
@@ -170,10 +182,8 @@ def train_prefix_scorer(
         sizes = (read.hidden_size, read.vocab_size, settings.width, settings.layer)
         scorer = PrefixScorer(*sizes, name=out.absolute().name)
         scorer.check(read)
-        known = [item.reward for item in training if item.ended]
-        student = Student(scorer, sum(known) / len(known) if known else 0.0)
+        student = Student(scorer, sum(known) / len(known))
     arguments = _arguments(engine, settings, out / "checkpoints")
-    run = {"model": engine.name, "settings": asdict(settings), "examples": len(examples), "data": _digest(training)}
     checkpoint = checkpoint_of(out, run, resume)
     trainer = PrefixTrainer(
         engine.model,
@@ -185,7 +195,8 @@ def train_prefix_scorer(
         callbacks=list(callbacks),
     )
     trainer.remove_callback(PrinterCallback)  # stdout is for results
-    outcome = trainer.train(resume_from_checkpoint=checkpoint)
+    with interruptible(out):
+        outcome = trainer.train(resume_from_checkpoint=checkpoint)
     scorer = student.finished()
     report = run | {
         "cut_off": sum(not item.ended for item in training),

@@ -24,6 +24,7 @@ from pyengine.scorers import Candidates, RewardModel
 from pyengine.scorers.reward_model import FORM
 from pyengine.training.data import split
 from pyengine.training.examples import Labelled, Pair, read_preferences
+from pyengine.training.shards import unused
 
 REPORT = "reward_model.json"
 BINS = 10
@@ -77,8 +78,10 @@ def train_reward_model(
     Returns the report that is also written to reward_model.json: accuracy, margin, loss and calibration on the
     held-out prompts, of the checkpoint as it was saved.
     Raises InputError, naming the example, for examples that cannot be used or are longer than the model or
-    args.max_length allows, and where `out` holds reward-model-checkpoints of an earlier run.
+    args.max_length allows, and where `out` cannot be written, or holds a model or reward-model-checkpoints of an
+    earlier run.
     """
+    unused(Path(out))
     examples: Sequence[Any] = read_preferences(data) if isinstance(data, (str, Path)) else list(data)
     if not examples:
         raise InputError("train_reward_model: no examples")

@@ -16,6 +16,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any, NoReturn, Protocol, TextIO
 from uuid import uuid4
 
@@ -91,10 +92,33 @@ def refuse(path: Path, error: OSError) -> NoReturn:
     raise InputError(f"{path}: {error.strerror or error}") from error
 
 
+def room_in(directory: Path, out: Path) -> None:
+    """InputError, naming `out`, unless files can be written in `directory`, or where it would be made.
+
+    Nothing is left of the try.
+    """
+    there = next(p for p in (directory.absolute(), *directory.absolute().parents) if os.path.lexists(p))
+    try:
+        with TemporaryFile(dir=there) as file:
+            file.write(bytes(4096))
+    except OSError as error:
+        reason = error.strerror or error
+        raise InputError(f"{out}: nothing can be written there ({reason}); give another output") from error
+
+
+def unused(out: Path) -> None:
+    """InputError where a model or the report of an earlier run lies in `out`, or nothing can be written."""
+    left = sorted(file.name for pattern in ("report.json", "*.safetensors") for file in out.glob(pattern))
+    if left:
+        raise InputError(f"{out} holds {left[0]} of an earlier run: give another directory, or empty it")
+    room_in(out, out)
+
+
 def vacant(out: Path, resume: bool) -> None:
     """InputError where something lies at `out` and nobody wants to resume."""
     if not resume and os.path.lexists(out):
         raise InputError(f"{out} exists already; choose another output, or resume the run that made it")
+    room_in(out.parent, out)
 
 
 @contextmanager

@@ -33,6 +33,7 @@ READ_WHERE = {
     "f_alpha_divergence_coef": ("f_divergence_type", "alpha_divergence"),
 }
 NO_ROOM = "every prompt fills max_length; nothing is left"  # what an empty data set may be due to
+BY_LENGTH = ("group_by_length", "batch_rebalance")
 REFERENCE_OPTIONS = ("precompute_ref_log_probs", "sync_ref_model")
 
 
@@ -78,6 +79,9 @@ def paired_loss(args: Any) -> PairedLoss | None:
         raise InputError(f"{unread[0]}: loss_type {kind!r} has no reference policy")
     if args.padding_free:
         raise InputError("padding_free=True: TRL's DPO trainer would fall back to padding; leave it out")
+    order = getattr(args, "train_sampling_strategy", "random")  # transformers 5.10 has it not
+    if order in BY_LENGTH:
+        raise InputError(f"train_sampling_strategy={order!r}: a pair has two lengths; leave it out")
     return _built(args, kind) if ours else None
 
 

@@ -29,7 +29,7 @@ from pyengine.jsonl import raise_all, read_file
 from pyengine.losses import Clamp, Variant
 from pyengine.rewards import Statistics
 from pyengine.rewards.conditioning import OPENRLHF, Conditioning
-from pyengine.training.checkpoints import FREE, changed, checkpoint_of
+from pyengine.training.checkpoints import FREE, checkpoint_of, finished, fresh, interruptible
 from pyengine.training.data import Example, encode, read_examples, split
 from pyengine.training.examples import Labelled, Pair, read_preferences
 from pyengine.training.prefix import Shuffled
@@ -351,20 +351,7 @@ class _Run:
         """The report of this very run, if `out` holds it whole; InputError for what training there would overwrite."""
         if self.out.resolve() == self.model:
             raise InputError(f"{self.out} is the model that is trained: give another directory for the result")
-        left = sorted(file.name for pattern in ("report.json", "*.safetensors") for file in self.out.glob(pattern))
-        if not left or any(self.out.glob("checkpoints/checkpoint-*")):
-            return None
-        if not (self.resume and "report.json" in left):
-            raise InputError(f"{self.out} holds {left[0]} of an earlier run: give another directory, or empty it")
-        try:
-            report: dict[str, Any] = json.loads((self.out / "report.json").read_bytes())
-            others = changed(report, self.about)
-        except (ValueError, KeyError, TypeError) as error:
-            raise InputError(f"{self.out / 'report.json'} is no report of such a run") from error
-        if others:
-            raise InputError(f"{self.out} holds a finished run with another {' and '.join(others)}")
-        log.warning("%s: this run is finished", self.out)
-        return report
+        return None if fresh(self.out, self.resume) else finished(self.out, self.about)
 
     def load(self) -> tuple[Any, Any]:
         """In fp32: an update at these rates is lost in bf16, whose steps near 0.1 are 5e-4. Adapters are merged."""
@@ -447,7 +434,8 @@ class _Run:
         """Train, evaluate, save and report; free: settings with which a run may go on."""
         trainer.remove_callback(PrinterCallback)  # stdout is for results
         checkpoint = checkpoint_of(self.out, self.about, self.resume, free)
-        outcome = trainer.train(resume_from_checkpoint=checkpoint)
+        with interruptible(self.out):
+            outcome = trainer.train(resume_from_checkpoint=checkpoint)
         held_out = trainer.evaluate() if trainer.eval_dataset is not None else {}
         trainer.save_model(str(self.out))
         speeds = ("runtime", "samples_per_second", "steps_per_second")
