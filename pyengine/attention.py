@@ -81,7 +81,7 @@ class Loan:
         self.model = model
         self._modules: list[Any] = []
         self._forwards: Forwards = []
-        self._noted: tuple[list[tuple[Any, str]], list[Any]] | None = None
+        self._noted: tuple[list[tuple[Any, str]], list[Any], Pass | None] | None = None
         self._configs = [config for config in _configs(model) if hasattr(config, "_attn_implementation")]
         with _PASSING:
             own = [(config, config._attn_implementation) for config in self._configs]
@@ -111,6 +111,7 @@ class Loan:
                     self._noted = (
                         [(config, config._attn_implementation) for config in self._configs],
                         [module for module in self._modules if module.training],
+                        _PASS.get(),
                     )
                     _attend([(config, NAME) for config in self._configs])
                     for module in self._noted[1]:
@@ -126,7 +127,7 @@ class Loan:
 
     def _give_back(self) -> None:
         if self._noted is not None:
-            _PASS.set(None)
+            _PASS.set(self._noted[2])
             unpatch(self._forwards)
             for module in self._noted[1]:
                 module.training = True

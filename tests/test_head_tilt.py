@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 
+import pyengine.ops.linear as linear_module
 from pyengine import ops, reference
 
 module = ops.head_tilt
@@ -100,6 +101,24 @@ def test_draws_do_not_depend_on_the_batch_or_the_path(monkeypatch):
     assert torch.equal(ops.head_tilt_sample(**some, seed=seed[10:15]).token, everything.token[10:15])
     monkeypatch.setattr(module, "fuses", lambda batch, on_gpu: False)
     assert torch.equal(ops.head_tilt_sample(**given, seed=seed).token, everything.token)
+
+
+SHARED = {"overlapping": (3, 1), "interleaving": (2, 101), "repeated": (0, 1)}  # strides of [50, 8] weights
+
+
+@pytest.mark.parametrize("batch", [4, 80])
+@pytest.mark.parametrize("strides", SHARED.values(), ids=SHARED)
+def test_rows_may_share_their_numbers(isa, monkeypatch, batch, strides):
+    torch.manual_seed(0)
+    monkeypatch.setattr(linear_module, "quicker", lambda: True)
+    hidden = torch.randn(3 * batch + 8).as_strided((batch, 8), (3, 1))
+    weight = torch.randn(1000).as_strided((50, 8), strides)
+    value_weight = torch.randn(300).as_strided((2, 50, 8), (5, 3, 1))
+    found = ops.head_tilt_sample(hidden, weight, value_weight, 0.5, seed=3)
+    want = ops.head_tilt_sample(hidden.contiguous(), weight.contiguous(), value_weight.contiguous(), 0.5, seed=3)
+    assert found.valid.all()
+    assert torch.equal(found.token, want.token)
+    torch.testing.assert_close(found.kl, want.kl, atol=1e-5, rtol=1e-5)
 
 
 def test_which_form_ran(isa):

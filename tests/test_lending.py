@@ -17,7 +17,7 @@ from pyengine import BestOfK, Blockwise, Engine, InputError, PrefixScorer, Reque
 from pyengine.attention import NAME
 from pyengine.scorers import RewardModel
 
-LONG = "the quick brown fox " * 9  # more than a page of 64 tokens
+LONG = "the quick brown fox " * 18  # more than a page of 64 tokens
 SAMPLING = SamplingParams(max_tokens=9, seed=3)
 
 
@@ -119,6 +119,20 @@ def test_a_reward_model_that_has_changed_reads_a_prompt_anew(model_dirs, change)
     CHANGES[change](judge.model)
     found = engine.generate(LONG, Blockwise(2, 4), SAMPLING)[0]
     assert found.reward != pytest.approx(before.reward, abs=1e-3)
+    fresh = Engine.from_pretrained(model_dirs["llama"], judge, cache_gb=0.01)
+    assert fresh.generate(LONG, Blockwise(2, 4), SAMPLING)[0] == found
+
+
+def test_a_frozen_engine_forgets_what_its_readers_have_read_too(model_dirs):
+    engine = Engine.from_pretrained(model_dirs["llama"], cache_gb=0.01, frozen=True)
+    assert len(engine.encode(LONG)) > 64
+    judge = judge_of(engine.tokenizer)
+    engine.set_scorer(judge)
+    assert engine._judge.readers
+    engine.generate(LONG, Blockwise(2, 4), SAMPLING)
+    moving_average(judge.model)
+    engine.forget()
+    found = engine.generate(LONG, Blockwise(2, 4), SAMPLING)[0]
     fresh = Engine.from_pretrained(model_dirs["llama"], judge, cache_gb=0.01)
     assert fresh.generate(LONG, Blockwise(2, 4), SAMPLING)[0] == found
 

@@ -26,7 +26,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     to oneDNN.
     """
     if not _few(x, weight) or traced(x):
-        return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+        return torch.ops.mkldnn._linear_pointwise(x, _describable(weight), bias, "none", [], "")
     launched(OP, instruction_set())
     return _streamed(x, weight, bias)
 
@@ -34,6 +34,14 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 def _few(x: Tensor, weight: Tensor) -> bool:
     width = weight.shape[1]
     return x.shape[-1] == width and 0 < x.numel() <= FEW * width and x.is_contiguous() and weight.is_contiguous()
+
+
+def _describable(weight: Tensor) -> Tensor:
+    """The weight, or a copy where its rows share or interleave their numbers: oneDNN refuses those."""
+    rows, width = weight.shape
+    row, number = weight.stride()
+    apart = (number == 1 and row >= width) or (row == 1 and number >= rows)
+    return weight if apart else weight.contiguous()
 
 
 def _streamed(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
