@@ -39,6 +39,33 @@ class PromptKey(str):
         return key
 
 
+def form_of(record: Mapping[str, Any], where: str) -> Any:
+    """The prompt that an object gives: a text or messages under "prompt", "prompt_ids" or "messages".
+
+    InputError, naming `where`, unless it gives one.
+    """
+    forms = [form for form in FORMS if form in record]
+    if len(forms) != 1:
+        has = f"has {' and '.join(map(repr, forms))}" if forms else "lacks them all"
+        raise InputError(f'{where}: needs one of "prompt", "prompt_ids" and "messages", {has}')
+    given = record[forms[0]]
+    if isinstance(given, str) and forms[0] == "prompt":
+        return given
+    several = isinstance(given, Sequence) and not isinstance(given, (str, bytes)) and len(given) > 0
+    kind = (lambda item: type(item) is int) if forms[0] == "prompt_ids" else (lambda item: isinstance(item, Mapping))
+    if not several or not all(map(kind, given)):
+        wanted = "token ids" if forms[0] == "prompt_ids" else 'messages, {"role", "content"} each,'
+        wanted = f"a string or {wanted}" if forms[0] == "prompt" else wanted
+        raise InputError(f'{where}: needs {wanted} under "{forms[0]}", got {given!r:.40}')
+    return given
+
+
+def key_of(prompt: PromptLike, where: str = "prompt") -> str:
+    """A prompt of any form as a key: a text is its own, anything else a `PromptKey`."""
+    form = form_of(prompt, where) if isinstance(prompt, Mapping) else prompt
+    return form if isinstance(form, str) else PromptKey(list(form))
+
+
 def as_prompts(prompts: Any) -> list[Any]:
     """The prompts of a call: one text, one list of token ids or one conversation is a single prompt."""
     if isinstance(prompts, (str, Mapping)):
@@ -84,12 +111,7 @@ class Codec:
         if isinstance(prompt, PromptKey):
             prompt = prompt.form
         if isinstance(prompt, Mapping):
-            forms = [form for form in FORMS if form in prompt]
-            if len(forms) != 1:
-                raise InputError(
-                    f'{label}: give one of "prompt", "prompt_ids" and "messages", got {sorted(prompt)!r:.80}'
-                )
-            prompt = prompt[forms[0]]
+            prompt = form_of(prompt, label)
         if isinstance(prompt, str):
             return Prompt(prompt, self.encode(prompt, label))
         if not isinstance(prompt, Sequence) or isinstance(prompt, (bytes, bytearray)):
@@ -247,7 +269,10 @@ def _byte_tokens(tokenizer: Any) -> dict[int, int]:
     """{id: byte} of tokens that stand for one byte each, where the tokenizer falls back to them."""
     byte = re.compile(r"<0x([0-9A-F]{2})>")
     found = ((i, byte.fullmatch(token)) for token, i in tokenizer.get_vocab().items())
-    return {i: int(match[1], 16) for i, match in found if match}
+    values = {i: int(match[1], 16) for i, match in found if match}
+    # A tokenizer that does not fall back may have such tokens all the same, which are their own text then.
+    letter = next((i for i, value in values.items() if value == ord("A")), None)
+    return {} if letter is None or tokenizer.decode([letter]).strip() != "A" else values
 
 
 def _runs(ids: Sequence[int], values: Mapping[int, int]) -> list[tuple[int, int, bytes]]:

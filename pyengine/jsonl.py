@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from pyengine.codec import FORMS, PromptKey
+from pyengine.codec import PromptKey, form_of, key_of
 from pyengine.errors import InputError
 
 SHOWN = 5  # faults that one message tells of
@@ -47,20 +47,14 @@ def prompt_of(record: dict[str, Any], where: str) -> str:
 
     Messages may also lie under "prompt", as TRL's conversational data have them.
     """
-    forms = [form for form in FORMS if form in record]
-    if len(forms) != 1:
-        has = f"has {' and '.join(map(repr, forms))}" if forms else "lacks them all"
-        raise InputError(f'{where}: needs one of "prompt", "prompt_ids" and "messages", {has}')
-    given = record[forms[0]]
-    if forms[0] == "prompt" and isinstance(given, str):
-        return given
-    ids = isinstance(given, list) and all(type(token) is int for token in given)
-    messages = isinstance(given, list) and all(isinstance(message, dict) for message in given)
-    if not given or not (ids if forms[0] == "prompt_ids" else messages):
-        kind = "token ids" if forms[0] == "prompt_ids" else 'messages, {"role", "content"} each,'
-        kind = f"a string or {kind}" if forms[0] == "prompt" else kind
-        raise InputError(f'{where}: needs {kind} under "{forms[0]}", got {given!r:.40}')
-    return PromptKey(given)
+    return key_of(form_of(record, where))
+
+
+def record_of(prompt: str) -> dict[str, Any]:
+    """The record that `prompt_of` reads this prompt from."""
+    if not isinstance(prompt, PromptKey):
+        return {"prompt": prompt}
+    return {"prompt_ids" if type(prompt.form[0]) is int else "messages": prompt.form}
 
 
 def response_of(record: dict[str, Any], key: str, where: str) -> str:

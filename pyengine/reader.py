@@ -51,10 +51,10 @@ class Reader(BranchingDecoder):
 
     def misfits(self, tails: list[list[int]], eos: Collection[int]) -> dict[int, str]:
         """The branches that are too long to be scored, and why."""
-        lengths = [self._sequences[i // self._k].length + len(t) for i, t in enumerate(self._given(tails, eos))]
+        lengths = [self._sequences[i // self._k].length + len(t) for i, t in enumerate(self.given(tails, eos))]
         return {row: reason for row, reason in enumerate(map(self.too_long, lengths)) if reason}
 
-    def _given(self, tails: list[list[int]], eos: Collection[int]) -> list[list[int]]:
+    def given(self, tails: list[list[int]], eos: Collection[int]) -> list[list[int]]:
         """What the model reads of the tails."""
         return tails
 
@@ -99,12 +99,12 @@ class RewardReader(Reader):
         hidden = self.model.base_model(input_ids=ids, position_ids=positions, use_cache=False).last_hidden_state[0]
         return Frontier(self.model.score(hidden if rows is None else hidden[rows]), {})
 
-    def _given(self, tails: list[list[int]], eos: Collection[int]) -> list[list[int]]:
+    def given(self, tails: list[list[int]], eos: Collection[int]) -> list[list[int]]:
         return [[token for token in tail if token not in eos] for tail in tails]  # as text, it is not there
 
     @torch.inference_mode()
     def score(self, tails: list[list[int]], eos: Collection[int] = ()) -> Tensor:
-        tails = self._given(tails, eos)
+        tails = self.given(tails, eos)
         scores = self.fork().logits  # of tails that add nothing
         for _, here, frontier in self._extend_by(tails):
             scores = torch.where(here[:, None], frontier.logits, scores)

@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from pyengine.codec import PromptLike, as_prompts
 from pyengine.engine import Engine
 from pyengine.errors import InputError, real, whole
 from pyengine.results import Result, SamplingParams, seeded
@@ -35,7 +36,7 @@ class _Search:
     """One prompt on its way to a draw that is accepted."""
 
     index: int
-    prompt: str
+    prompt: PromptLike
     sampling: SamplingParams
     rng: random.Random
     draws: int = 0
@@ -46,7 +47,7 @@ class _Search:
 
 def rejection_sample(
     engine: Engine,
-    prompts: str | Sequence[str],
+    prompts: PromptLike | Sequence[PromptLike],
     bound: float,
     beta: float,
     *,
@@ -66,7 +67,7 @@ def rejection_sample(
     each; its seed, with the prompt, fixes the response.
     Raises InputError, naming the prompt, where none of max_draws is accepted.
     """
-    prompts = [prompts] if isinstance(prompts, str) else list(prompts)
+    prompts = as_prompts(prompts)
     bound, beta = real(bound, "rejection_sample: bound"), real(beta, "rejection_sample: beta")
     batch, max_draws = whole(batch, "rejection_sample: batch", 1), whole(max_draws, "rejection_sample: max_draws", 1)
     if beta <= 0:

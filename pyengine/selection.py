@@ -18,7 +18,7 @@ from pyengine.errors import InputError, RequestError, first_line
 from pyengine.proposal import Tail
 from pyengine.reader import Reader, reader_of
 from pyengine.results import Block, Candidate, FinishReason, SamplingParams
-from pyengine.scorers import Candidates, Part, Policy, Scorer
+from pyengine.scorers import Candidates, Part, Policy, RewardModel, Scorer
 from pyengine.strategies import Strategy, Tokenwise
 
 
@@ -111,7 +111,7 @@ class Judge:
                     raw[part.scorer] = self._read(reader, tail, live, k)[rows]
                 else:
                     raw[part.scorer] = self._each(
-                        lambda at: self._score(part, tail, owners, rows, at), part.name, owners
+                        lambda at: self._score(part, reader, tail, owners, rows, at), part.name, owners
                     )
             found = raw[part.scorer]
             scores.append(
@@ -127,9 +127,19 @@ class Judge:
         tails = [tokens[:1] if live[row // k].error else tokens for row, tokens in enumerate(tail.tokens)]
         return reader.score(tails, self._eos).to(self._policy.device)
 
-    def _score(self, part: Part, tail: Tail, owners: list[Request], rows: list[int], at: list[int]) -> Tensor:
-        """Raw scores [len(at)] of some of the rows of these requests, by a scorer that reads text or hidden states."""
+    def _score(
+        self, part: Part, reader: Reader | None, tail: Tail, owners: list[Request], rows: list[int], at: list[int]
+    ) -> Tensor:
+        """Raw scores [len(at)] of some of the rows of these requests, each read from its start.
+
+        A reward model that has a reader for k > 1 reads the same tokens here: text leaves special tokens out, and need
+        not give the tokens that were drawn.
+        """
         some = [owners[i] for i in at]
+        if isinstance(part.scorer, RewardModel) and reader is not None:
+            drawn = [r.tokens + tail.tokens[rows[i]] for r, i in zip(some, at, strict=True)]
+            ids = [r.prompt_ids + own for r, own in zip(some, reader.given(drawn, self._eos), strict=True)]
+            return part.scorer.score_tokens([r.prompt for r in some], ids).to(self._policy.device)
         index = torch.tensor([rows[i] for i in at], device=self._policy.device)
         candidates = Candidates(
             prompts=[r.prompt for r in some],

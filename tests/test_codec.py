@@ -1,8 +1,7 @@
-"""Text of tokens piece by piece over every kind of tokenizer, and prompts of every form."""
+"""Text of tokens, whole and piece by piece, over every kind of tokenizer."""
 
 from __future__ import annotations
 
-import json
 import random
 
 import pytest
@@ -12,11 +11,7 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 
 import pyengine
 from pyengine import BestOfK, Blockwise, Engine, FunctionScorer, InputError, SamplingParams
-from pyengine.codec import BROKEN, Codec, PromptKey, as_prompts
-from pyengine.jsonl import prompt_of, read_file, read_prompts, response_of
-from pyengine.scorers import Candidates
-from pyengine.training.data import Example, encode, read_examples, roll_out, write_examples
-from pyengine.training.examples import read_preferences
+from pyengine.codec import BROKEN, Codec
 
 TEXTS = [
     "the quick brown fox jumps over the lazy dog",
@@ -258,189 +253,10 @@ def test_special_tokens_are_part_of_the_answer_where_they_are_asked_for(model_di
         SamplingParams(skip_special_tokens="no")
 
 
-TEMPLATE = (
-    "{{ bos_token }}{% for m in messages %}{% if m.role == 'judge' %}{{ raise_exception('no judges') }}{% endif %}"
-    "[{{ m.role }}] {{ m.content }}{% if not loop.last or add_generation_prompt %} / {% endif %}{% endfor %}"
-    "{% if add_generation_prompt %}[assistant] {% endif %}"
-)
-ASKED = [{"role": "user", "content": "the quick"}]
-
-
-@pytest.fixture
-def chat(model_dirs):
-    """An engine whose tokenizer has a BOS, which it puts before every text, and a chat template that writes one."""
-    from tokenizers.processors import TemplateProcessing
-
-    tokenizer = transformers.AutoTokenizer.from_pretrained(model_dirs["llama"])
-    bos = tokenizer.convert_ids_to_tokens(7)
-    tokenizer.bos_token = bos
-    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single=f"{bos} $A", special_tokens=[(bos, 7)])
-    tokenizer.chat_template = TEMPLATE
-    return Engine(transformers.AutoModelForCausalLM.from_pretrained(model_dirs["llama"]), tokenizer)
-
-
-class TestPrompts:
-    sampling = SamplingParams(max_tokens=6, seed=2)
-
-    def test_messages_go_through_the_template_with_one_bos(self, chat):
-        text = chat.tokenizer.apply_chat_template(ASKED, tokenize=False, add_generation_prompt=True)
-        ids = chat.tokenizer(text, add_special_tokens=False).input_ids
-        assert ids[0] == 7
-        assert ids[1] != 7
-        assert chat.encode("the quick")[:2] == [7, chat.tokenizer("the", add_special_tokens=False).input_ids[0]]
-        forms = [ASKED, {"messages": ASKED}, text, {"prompt": text}, ids, {"prompt_ids": ids}, PromptKey(ASKED)]
-        results = [chat.generate(form, None, self.sampling)[0] for form in forms]
-        for form, result in zip(forms, results, strict=True):
-            assert result.prompt_ids == ids, form
-            assert result.tokens == results[0].tokens
-            assert result.text == results[0].text
-        assert results[0].prompt == text
-        assert [r.tokens for r in chat.generate(forms, None, self.sampling)] == [results[0].tokens] * len(forms)
-        (event, *_) = chat.stream(ASKED, None, self.sampling)
-        assert event.tokens == results[0].tokens[:1]
-
-    def test_a_last_message_of_the_assistant_is_continued(self, chat):
-        given = [*ASKED, {"role": "assistant", "content": "brown"}]
-        (result,) = chat.generate(given, None, self.sampling)
-        assert result.prompt.endswith("[assistant] brown")
-
-    def test_one_prompt_or_several(self):
-        assert as_prompts("a") == ["a"]
-        assert as_prompts([1, 2]) == [[1, 2]]
-        assert as_prompts(ASKED) == [ASKED]
-        assert as_prompts({"messages": ASKED}) == [{"messages": ASKED}]
-        several = ["a", [1, 2], ASKED, {"prompt": "b"}]
-        assert as_prompts(several) == several
-        assert as_prompts([{"prompt": "a"}, {"prompt": "b"}]) == [{"prompt": "a"}, {"prompt": "b"}]
-        assert as_prompts(iter(["a", "b"])) == ["a", "b"]
-        assert as_prompts([]) == []
-
-    @pytest.mark.parametrize(
-        ("prompt", "message"),
-        [
-            ({"messages": ASKED, "prompt": "a"}, 'give one of "prompt", "prompt_ids" and "messages"'),
-            ({"text": "a"}, r'give one of .* got \["text"\]|\[\'text\'\]'),
-            ([1, 320], r"prompt 0 has token 320, model .* embeds 320 tokens"),
-            ([-1], "prompt 0 has token -1, "),
-            ([True], "a message is"),
-            ([["a"]], "a message is|not a string"),
-            ([{"role": "judge", "content": "a"}], "chat template of model .* refuses it: no judges"),
-            ([{"role": "user"}], "a message is"),
-            (b"bytes", "not a string, token ids or messages"),
-        ],
-    )
-    def test_a_prompt_that_is_none_is_named(self, chat, prompt, message):
-        with pytest.raises(InputError, match=message):
-            chat.generate([prompt], None, self.sampling)
-
-    def test_messages_without_a_template(self, model_dirs):
-        with pytest.raises(InputError, match="prompt 0: the tokenizer of model 'llama' has no chat template"):
-            Engine.from_pretrained(model_dirs["llama"]).generate(ASKED)
-
-    def test_a_token_that_the_model_does_not_embed_is_refused_where_it_is_used(self, model_dirs):
-        """As CodeLlama's tokenizer has one more than its 34b."""
-        tokenizer = transformers.AutoTokenizer.from_pretrained(model_dirs["llama"])
-        tokenizer.add_tokens([f"<more{i}>" for i in range(321 - len(tokenizer))])
-        engine = Engine(transformers.AutoModelForCausalLM.from_pretrained(model_dirs["llama"]), tokenizer)
-        assert len(tokenizer) == 321
-        assert engine.generate("the quick", None, self.sampling)
-        last = tokenizer.convert_ids_to_tokens(320)
-        with pytest.raises(InputError, match=rf"prompt 1 has token 320 '{last}', model 'llama' embeds 320 tokens"):
-            engine.generate(["the quick", f"the {last}"], None, self.sampling)
-
-    def test_white_space_is_a_prompt(self, chat):
-        for prompt in (" ", "\n\n", "\t"):
-            assert chat.generate(prompt, None, self.sampling)[0].tokens
-
-
-class TestFiles:
-    def jsonl(self, path, *records):
-        path.write_text("".join(json.dumps(record) + "\n" for record in records))
-        return path
-
-    def test_prompts_of_every_form(self, tmp_path, chat):
-        file = self.jsonl(
-            tmp_path / "p.jsonl", {"prompt": "a"}, {"prompt_ids": [5, 6]}, {"messages": ASKED}, {"prompt": ASKED}
-        )
-        found = read_prompts(file)
-        assert found[0] == "a"
-        assert [p.form for p in found[1:]] == [[5, 6], ASKED, ASKED]
-        assert chat.encode(found[1]) == [5, 6]
-        assert chat.encode(found[2]) == chat.encode(ASKED) == chat.encode(found[3])
-
-    @pytest.mark.parametrize(
-        ("record", "message"),
-        [
-            ({}, "lacks them all"),
-            ({"prompt": "a", "messages": ASKED}, "has 'prompt' and 'messages'"),
-            ({"prompt": 3}, "needs a string or messages"),
-            ({"prompt_ids": ["a"]}, "needs token ids under"),
-            ({"prompt_ids": []}, "needs token ids under"),
-            ({"messages": []}, "needs messages"),
-            ({"messages": "a"}, "needs messages"),
-        ],
-    )
-    def test_a_record_without_a_prompt(self, record, message):
-        with pytest.raises(InputError, match=f"x:1: .*{message}"):
-            prompt_of(record, "x:1")
-
-    def test_a_response_may_be_a_message(self):
-        assert response_of({"chosen": [{"role": "assistant", "content": "a"}]}, "chosen", "x:1") == "a"
-        for wrong in ([{"role": "user", "content": "a"}], [], 3, [{"role": "assistant", "content": 3}]):
-            with pytest.raises(InputError, match="x:1: 'chosen' must be a string or one message"):
-                response_of({"chosen": wrong}, "chosen", "x:1")
-
-    def test_byte_order_marks(self, tmp_path):
-        file = tmp_path / "p.jsonl"
-        file.write_bytes(b'\xef\xbb\xbf{"prompt": "a"}\r\n{"prompt": "b"}\r\n')
-        assert read_prompts(file) == ["a", "b"]
-        file.write_bytes('{"prompt": "a"}'.encode("utf-16"))
-        with pytest.raises(InputError, match="is UTF-16, JSONL is UTF-8"):
-            read_file(file)
-
-    def test_training_rows_as_conversations(self, chat, tmp_path):
-        answer = [{"role": "assistant", "content": "brown fox"}]
-        ids = chat.encode(ASKED)
-        rows = [
-            {"prompt": ASKED, "completion": answer, "reward": 1.0},
-            {"messages": ASKED, "response": "brown fox", "reward": 1.0},
-            {"prompt_ids": ids, "response": "brown fox", "reward": 1.0},
-        ]
-        found = read_examples(self.jsonl(tmp_path / "e.jsonl", *rows), chat)
-        encoded = [encode(chat, example) for example in found]
-        assert all(e.ids == encoded[0].ids for e in encoded)
-        assert encoded[0].ids[: encoded[0].start] == ids
-        assert encoded[0].ids[-1] == 0
-        assert chat.codec.between(ids, encoded[0].ids[len(ids) : -1]) == "brown fox"
-        write_examples(tmp_path / "again.jsonl", found)
-        assert [encode(chat, e).ids for e in read_examples(tmp_path / "again.jsonl", chat)] == [e.ids for e in encoded]
-        pairs = self.jsonl(
-            tmp_path / "pairs.jsonl",
-            {"prompt": ASKED, "chosen": answer, "rejected": [{"role": "assistant", "content": "dog"}]},
-            {"prompt": "a", "chosen": "b", "rejected": "c"},
-        )
-        first, second = read_preferences(pairs)
-        assert (first.prompt.form, first.chosen, first.rejected) == (ASKED, "brown fox", "dog")
-        assert second[:3] == ("a", "b", "c")
-
-    def test_roll_outs_keep_the_form_of_their_prompts(self, chat, tmp_path):
-        examples = roll_out(chat, [ASKED, "the lazy"], lambda p, c: [1.0] * len(c), 2, max_tokens=5, seed=1)
-        assert [getattr(e.prompt, "form", e.prompt) for e in examples] == [ASKED, ASKED, "the lazy", "the lazy"]
-        assert encode(chat, examples[0]).ids[: len(chat.encode(ASKED))] == chat.encode(ASKED)
-        write_examples(tmp_path / "r.jsonl", examples)
-        assert [encode(chat, e).ids for e in read_examples(tmp_path / "r.jsonl", chat)] == [
-            encode(chat, e).ids for e in examples
-        ]
-
-    def test_a_function_gets_messages_as_messages(self):
-        seen = []
-        scorer = FunctionScorer(lambda prompts, completions: seen.extend(prompts) or [0.0] * len(prompts))
-        scorer.score(Candidates([PromptKey(ASKED), "a"], [[1], [1]], {}, {}, lambda tokens: ["x", "y"]))
-        assert seen == [ASKED, "a"]
-
-
-def test_an_example_of_text_that_begins_with_the_bos_gets_no_second_one(chat):
-    text = chat.tokenizer.apply_chat_template(ASKED, tokenize=False, add_generation_prompt=True)
-    found = encode(chat, Example(text, "brown fox", 1.0))
-    assert found.ids[: found.start] == chat.encode(ASKED)
-    assert found.ids[:2].count(7) == 1
+def test_tokens_that_only_look_like_bytes_are_their_own_text():
+    """A vocabulary may hold them though its decoder does not fall back to them."""
+    tokenizer = unigram(False)
+    tokenizer.add_tokens(BYTES)
+    codec, ids = Codec(tokenizer, "a model", len(tokenizer)), tokenizer.convert_tokens_to_ids(["<0xE5>", "<0xA5>"])
+    assert codec.decode(ids) == spelled(codec, ids)
+    assert "<0xE5>" in codec.decode(ids)

@@ -92,7 +92,7 @@ def test_the_picture_and_the_table_are_of_the_points(tmp_path, monkeypatch, caps
     numbers = {"normalised": 0.3, "tie": 0.1, "tokens_per_second": 1234.0}
     points = [
         curve.Point("base", "", 0.5, 0.0, 0.0, win=0.0, kl=0.0, kl_kind="exact", **numbers),
-        curve.Point("tokenwise", "λ=4", 1.5, 1.0, 0.2, win=0.7, kl=3.0, kl_kind="exact", **numbers),
+        curve.Point("tokenwise", "λ=4", 0.8, 0.3, 0.2, win=0.7, kl=3.0, kl_kind="exact", **numbers),
         curve.Point("tokenwise", "λ=2", 1.0, 0.5, 0.1, win=0.6, kl=1.0, kl_kind="exact", **numbers),
         curve.Point("best-of-K", "K=4", 2.0, 1.5, 0.4, win=0.8, kl=0.7, kl_kind="bound", **numbers),
     ]
@@ -101,20 +101,20 @@ def test_the_picture_and_the_table_are_of_the_points(tmp_path, monkeypatch, caps
     bars = {bar.get_label(): bar for bar in axis.containers}
     assert list(bars) == ["base", "tokenwise", "best-of-K (KL: upper bound)"]
     dots, _, (spread,) = bars["tokenwise"]
-    assert dots.get_xydata().tolist() == [[1.0, 1.0], [3.0, 1.5]]
+    assert dots.get_xydata().tolist() == [[1.0, 1.0], [3.0, 0.8]]
     assert [segment[:, 1].tolist() for segment in spread.get_segments()] == [
         pytest.approx([0.9, 1.1]),
-        pytest.approx([1.3, 1.7]),
+        pytest.approx([0.6, 1.0]),
     ]
     assert dots.get_markerfacecolor() == curve.COLOURS["tokenwise"]
     assert bars["best-of-K (KL: upper bound)"][0].get_markerfacecolor() == "white"
     lines = [line.get_xydata().tolist() for line in axis.lines if line.get_linestyle() == "-"]
-    assert [[0.0, 0.5], [1.0, 1.0], [3.0, 1.5]] in lines, "from the base, by KL"
+    assert [[0.0, 0.5], [1.0, 1.0], [3.0, 0.8]] in lines, "from the base, by KL"
     assert axis.get_ylabel() == "sentiment"
     curve.report(points)
     rows = [line.split() for line in capsys.readouterr().out.splitlines()[3:] if line.strip()]
     assert rows[0] == ["base", "+0.50", "0.00", "1,234"]
-    assert rows[1] == ["tokenwise", "λ=4", "+1.50", "+1.00", "±", "0.20", "+0.30", "70%", "3.00", "1,234"]
+    assert rows[1] == ["tokenwise", "λ=4", "+0.80", "+0.30", "±", "0.20", "+0.30", "70%", "3.00", "1,234"]
     assert rows[3] == ["best-of-K", "K=4", "+2.00", "+1.50", "±", "0.40", "+0.30", "80%", "≤", "0.70", "1,234"]
 
 

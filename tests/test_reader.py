@@ -181,10 +181,15 @@ def test_a_branch_that_only_ends_has_the_score_of_what_was_there(engine):
     assert none == pytest.approx([empty[0]] * 2 + [empty[1]] * 2, abs=1e-4)
 
 
-def test_one_branch_is_scored_as_text_at_its_end(engine):
-    engine.set_scorer(reward_model(engine.tokenizer))
-    result = engine.generate("the quick", Tokenwise(0.0), SamplingParams(max_tokens=4, seed=1))[0]
-    assert result.reward is not None
+def test_one_branch_is_scored_on_the_tokens_that_more_would_be(engine):
+    """Text leaves special tokens out, and other tokens may spell it."""
+    judge = reward_model(engine.tokenizer)
+    engine.set_scorer(judge)
+    for strategy in (None, Tokenwise(0.0), Blockwise(2, 4)):
+        for result in engine.generate(PROMPTS, strategy, SamplingParams(max_tokens=9, seed=1)):
+            ids = result.prompt_ids + [token for token in result.tokens if token != 0]
+            assert result.reward == pytest.approx(judge._batch([(ids, [])]).item(), abs=1e-3)
+            assert engine.tokenizer(result.prompt + result.text).input_ids != ids
 
 
 def test_another_tokenizer_reads_text(engine):

@@ -331,6 +331,8 @@ def test_a_drawn_token_that_the_reward_model_does_not_embed(model_dirs, tokenize
         ["the quick"] * 3, Blockwise(3, 4), [SamplingParams(max_tokens=12, seed=i) for i in range(3)]
     )
     assert any(max(c.tokens) >= len(tokenizer) for r in results for b in r.blocks for c in b.candidates)
+    alone = engine.generate(["the quick"] * 9, None, [SamplingParams(max_tokens=12, seed=i) for i in range(9)])
+    assert any(max(r.tokens) >= len(tokenizer) and r.reward is not None for r in alone)
 
 
 class TestFunctions:

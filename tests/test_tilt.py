@@ -263,6 +263,31 @@ def test_a_denormal_top_logit(isa, top, min_p):
         assert found.token.item() == 700
 
 
+@pytest.mark.parametrize("vocab", [3, 70, 1024, 3000])
+@pytest.mark.parametrize("temperature", [1.0, 1e4])
+def test_a_top_p_of_zero_keeps_the_first_of_many_ties(isa, vocab, temperature):
+    """The sum of equal weights is rounded: what is kept must not be looked for above the maximum."""
+    for level in (0.0, -0.0, 3.7, -1e-3):
+        logits = torch.full((1, vocab), level)
+        found = ops.tilt_sample(logits, temperature=temperature, top_p=0.0, seed=3)
+        assert found.valid.item()
+        assert found.token.item() == 0
+        assert abs(found.logp_policy.item()) <= 2e-7  # one ulp of 1
+
+
+@pytest.mark.parametrize("temperature", [1e-28, 1e-31, 1e-35, 1e-37])
+@pytest.mark.parametrize("method", METHODS)
+def test_a_tiny_temperature_loses_no_tilt(isa, temperature, method):
+    """Logits that differ by little more than the temperature: T times a head's product is no normal float."""
+    torch.manual_seed(1)
+    logits = torch.randn(4, 1100).double() * temperature
+    logits[1] = 0
+    values, seed = torch.randn(1, 4, 1100), torch.arange(4)
+    for filters in EXTREMES.values():
+        arguments = filters | {"temperature": temperature, "seed": seed, "method": method}
+        assert_equals_reference(logits.float(), values, 1.5, **arguments)
+
+
 def test_every_bit_of_seed_and_position_counts(isa):
     high = 2**32
     seeds = torch.tensor([1, 1 + high, 1 + (1 << 62), -1, 1, 1])

@@ -17,6 +17,7 @@ from pyengine.integrations.trl import runs
 from pyengine.integrations.trl.runs import PolicyTraining, train_offline, train_preference
 from pyengine.rewards import Statistics
 from pyengine.rewards.conditioning import Conditioning
+from pyengine.training.data import encode, read_examples
 
 WORDS = ("quick", "brown", "fox", "jumps", "over", "lazy", "dog", "box", "five", "jugs")
 
@@ -352,3 +353,25 @@ def test_rewards_at_fault(model_dirs, tmp_path, change, options, message):
     with pytest.raises(InputError, match=message) as error:
         command("offline", data, "--model", model_dirs["llama"], "--out", tmp_path / "out", *options)
     assert "\n" not in str(error.value)
+
+
+def test_a_conversation_or_token_ids_are_trained_on_as_such(model_dirs, tmp_path, monkeypatch):
+    engine, asked = Engine.from_pretrained(model_dirs["llama"]), [{"role": "user", "content": "pack my"}]
+    engine.tokenizer.chat_template = "{% for m in messages %}[{{ m.role }}] {{ m.content }} / {% endfor %}"
+    for part in (engine.model, engine.tokenizer):
+        part.save_pretrained(tmp_path / "chat")
+    rows = [
+        {"messages": asked, "response": " the fox", "reward": 1.0},
+        {"prompt_ids": [5, 6, 7], "response": " the dog", "reward": 0.0},
+        {"prompt": "pack my", "response": " the box", "reward": 2.0},
+    ]
+    data, seen = write(tmp_path / "rows.jsonl", rows), []
+    monkeypatch.setattr(runs._Run, "finish", lambda self, trainer, *_: seen.append(trainer) or {})
+    training = PolicyTraining(1e-3, batch=4, accumulate=1, held_out=0)
+    train_offline(tmp_path / "chat", data, tmp_path / "out", "rwr", training=training)
+    wanted = [encode(engine, example) for example in read_examples(data, engine)]
+    assert [row["input_ids"] for row in seen[0].train_dataset] == [row.ids for row in wanted]
+    assert [row["labels"].count(-100) for row in seen[0].train_dataset] == [row.start for row in wanted]
+    assert wanted[0].ids[: wanted[0].start] == engine.encode(asked)
+    with pytest.raises(InputError, match=r"rows.jsonl:1: ca states the reward in a prompt of text"):
+        train_offline(tmp_path / "chat", data, tmp_path / "ca", "ca", training=training)

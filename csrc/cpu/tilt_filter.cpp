@@ -124,7 +124,8 @@ void filter(Row& row, Scratch& s, RowSums& total, int64_t top_k, float top_p, fl
   if (top_k > 0)
     least = kth_maximum(s, top_k);
   else if (top_p < 1)  // what lies deeper cannot hold the mass that top-p leaves out
-    least = float(highest - std::log2(double(row.args.vocab) / ((1 - double(top_p)) * sum)) / scale);
+    least = std::min(
+        highest, float(highest - std::log2(double(row.args.vocab) / ((1 - double(top_p)) * sum)) / scale));
   else
     least = from_ordinal(ordinal(ceil_to_float(likely)) - 1);
   s.reserve(row.args.vocab);

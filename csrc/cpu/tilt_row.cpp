@@ -168,6 +168,7 @@ void Scratch::reserve(int64_t tokens) {
 // outgrows fp32's range (2^127 above them) or holds a logit or value that is not finite is summed again,
 // relative to its own where they are higher.
 bool accumulate(Row& row, Scratch& s, RowSums& total, bool maxima) {
+  if (row.block.scale > kSteepest) return false;
   s.sums.resize(size_t(row.blocks()));
   if (maxima) s.maxima.resize(size_t(row.blocks() * row.kernels.lanes));
   const int64_t last = row.blocks() - 1;

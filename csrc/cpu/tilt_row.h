@@ -92,8 +92,12 @@ int worthwhile(const TiltArgs& args, int threads);
 // Largest shift, in log2 units, up to which fp32 sums a row.
 constexpr float kExact = 65536.0f;
 
+// Log2 units of a logit of 1 up to which fp32 sums a row: beyond, a millionth of a nat times the temperature
+// is no normal float, and a head's product would be flushed to 0.
+constexpr float kSteepest = 0x1p100f;
+
 // Adds the row to `total`, filling s.sums and, if asked, s.maxima. False, with `total` of no use, where
-// logits lie beyond kExact.
+// logits lie beyond kExact or the row is steeper than kSteepest.
 bool accumulate(Row& row, Scratch& s, RowSums& total, bool maxima);
 
 // How `sample_exactly` draws: through filters (0 and 1 where there are none), by Gumbel noise or these

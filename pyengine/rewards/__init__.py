@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 from tqdm import tqdm
 
+from pyengine.codec import PromptLike, as_prompts, key_of
 from pyengine.errors import InputError, whole
 from pyengine.results import SamplingParams
 from pyengine.rewards.references import ReferenceLike, Statistics, reference_of
@@ -97,21 +98,21 @@ class _Length(Scorer):
 
 def sample_rewards(
     engine: Engine,
-    prompts: str | Sequence[str],
+    prompts: PromptLike | Sequence[PromptLike],
     scorer: ScorerLike,
     samples: int = 64,
     sampling: SamplingParams | None = None,
     progress: bool | None = None,
 ) -> dict[str, list[float]]:
-    """Rewards of `samples` responses of the base policy to each prompt, which the makers of references take.
+    """Rewards of `samples` responses of the base policy to each prompt's text, which the makers of references take.
 
     The j-th sample of a prompt has the seed sampling.seed + j. The engine follows its own scorer again afterwards.
     progress: a bar on stderr after two seconds; None shows it on a terminal only.
     """
-    asked = [prompts] if isinstance(prompts, str) else list(prompts)
-    for i, prompt in enumerate(asked):
+    given = as_prompts(prompts)
+    for i, prompt in enumerate(given):
         engine.encode(prompt, f"prompt {i}")
-    asked = list(dict.fromkeys(asked))
+    asked = list(dict.fromkeys(map(key_of, given)))
     samples = whole(samples, "sample_rewards: samples", 1)
     sampling = sampling or SamplingParams()
     seed = secrets.randbits(62) if sampling.seed is None else sampling.seed

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from pyengine.errors import InputError, first_line, real, whole
 from pyengine.scorers import Candidates, ScorerLike, parts_of, score_texts
+from pyengine.scorers.base import as_given
 from pyengine.scorers.embedding_probe import last_states
 
 Rewards = Mapping[str, Sequence[float]]  # of samples of the base policy, for each prompt
@@ -86,12 +87,16 @@ class References:
         A hash of (seed, prompt) draws which, so it depends on nothing else. A response is text that follows the
         prompt as it stands. The scorer reads text: InputError for one that reads hidden states or counts tokens.
         """
-        parts, prompts, responses = parts_of(scorer), list(dict.fromkeys(prompts)), list(responses)
+        parts, prompts, responses = parts_of(scorer), list(prompts), list(responses)
+        for prompt in prompts:
+            if type(prompt) is not str:
+                raise InputError(f"References.canned takes prompts as text (Result.prompt), got {prompt!r:.40}")
+        prompts = list(dict.fromkeys(prompts))
         if not prompts or not responses or not parts:
             raise InputError("References.canned needs a scorer and at least one prompt and one response")
         chosen = [responses[_hash(seed, prompt) % len(responses)] for prompt in prompts]
         # Their tokens are not known: `length` refuses a response of none.
-        candidates = Candidates(prompts, [[]] * len(prompts), {}, {}, lambda tokens: chosen)
+        candidates = Candidates(prompts, [[]] * len(prompts), {}, {}, as_given(chosen))
         total = score_texts(parts, candidates)
         name = parts[0].name if len(parts) == 1 and parts[0].weight == 1 else ""
         return cls(dict(zip(prompts, total.tolist(), strict=True)), name, "canned", samples=1)

@@ -59,6 +59,11 @@ class Candidates:
         return self.decode(self.tokens, skip_special_tokens=False)
 
 
+def as_given(texts: Sequence[str]) -> Callable[..., list[str]]:
+    """`Candidates.decode` of responses that are texts already, with whatever special tokens are in them."""
+    return lambda tokens, skip_special_tokens=True: list(texts)
+
+
 class Algebra:
     """Operators of scorers and of their sums: `0.7 * a + b - c`, and `a & b` of log-probabilities.
 

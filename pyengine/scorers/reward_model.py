@@ -112,7 +112,18 @@ class RewardModel(Scorer):
                 candidates.prompts, candidates.completions, candidates.conversations, strict=True
             )
         ]
-        for prompt, (tokens, _) in zip(candidates.prompts, ids, strict=True):
+        return self._all(candidates.prompts, ids)
+
+    def score_tokens(self, prompts: Sequence[str], ids: Sequence[Sequence[int]]) -> Tensor:
+        """Scores, fp32 [N], of whole sequences of its tokens; InputError, naming the prompt, for one that is too long.
+
+        A row that pads another model's vocabulary stands for its own last one.
+        """
+        most = self.codec.rows - 1
+        return self._all(prompts, [([min(token, most) for token in tokens], []) for tokens in ids])
+
+    def _all(self, prompts: Sequence[str], ids: Sequence[tuple[list[int], list[int]]]) -> Tensor:
+        for prompt, (tokens, _) in zip(prompts, ids, strict=True):
             self._refuse(prompt, tokens)
         return torch.cat([self._batch(ids[start : start + BATCH]) for start in range(0, len(ids), BATCH)])
 

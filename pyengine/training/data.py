@@ -14,10 +14,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from pyengine.codec import FORMS, PromptKey, PromptLike, as_prompts
+from pyengine.codec import FORMS, PromptKey, PromptLike, as_prompts, key_of
 from pyengine.engine import Engine
 from pyengine.errors import InputError, real, whole
-from pyengine.jsonl import json_object, lines_of, prompt_of, raise_all, response_of
+from pyengine.jsonl import json_object, lines_of, prompt_of, raise_all, record_of, response_of
 from pyengine.results import SamplingParams
 from pyengine.scorers import ScorerLike
 from pyengine.strategies import BASE
@@ -121,12 +121,19 @@ def _spelling(engine: Engine, head: list[int], example: Example) -> list[int]:
         tried.append(encode_behind(encoded, prompt.rstrip(), response))
     alone = engine.tokenizer(response, add_special_tokens=False, verbose=False).input_ids
     for tokens in (*tried, alone, alone[1:]):
-        if tokens and engine.codec.between(head, tokens) == response:
+        if tokens and spells(engine, head, tokens, response):
             return list(tokens)
     raise InputError(
         f"{example.where}: {engine.policy.name} cannot spell this response behind its prompt; give its "
         '"tokens", or move the space between them'
     )
+
+
+def spells(engine: Engine, head: list[int], tokens: list[int], response: str) -> bool:
+    """Whether tokens are this response behind the prompt's, with or without special tokens and the EOS in its text."""
+    own = tokens[:-1] if tokens[-1] in engine.eos else tokens
+    read = engine.codec.between
+    return response in (read(head, tokens), read(head, tokens, False), read(head, own, False))
 
 
 def encode_behind(encode: Callable[[str], list[int]], before: str, text: str) -> list[int] | None:
@@ -146,7 +153,7 @@ def _checked(engine: Engine, head: list[int], example: Example, tokens: Any) -> 
                 f"{where}: token {token!r} is not in the vocabulary of {size} tokens of {engine.policy.name}: "
                 "the tokens are another model's"
             )
-    if engine.codec.between(head, tokens) != example.response:
+    if not spells(engine, head, tokens, example.response):
         raise InputError(f"{where}: its tokens do not spell its response: they are another tokenizer's")
     return tokens
 
@@ -204,18 +211,11 @@ def write_examples(path: str | Path, examples: Iterable[Example]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with written(path) as file:
         for e in examples:
-            record: dict[str, Any] = {**_form(e.prompt), "response": e.response, "reward": e.reward}
+            record: dict[str, Any] = {**record_of(e.prompt), "response": e.response, "reward": e.reward}
             record["finish_reason"] = "stop" if e.ended else "length"
             if e.tokens is not None:
                 record["tokens"] = e.tokens
             file.write(json.dumps(record) + "\n")
-
-
-def _form(prompt: str) -> dict[str, Any]:
-    """The prompt as a line of JSONL has it."""
-    if not isinstance(prompt, PromptKey):
-        return {"prompt": prompt}
-    return {"prompt_ids" if type(prompt.form[0]) is int else "messages": prompt.form}
 
 
 def split(keys: Sequence[Any], share: float, seed: int) -> tuple[list[int], list[int]]:
@@ -253,7 +253,7 @@ def roll_out(
         engine.encode(prompt, f"prompt {i}")
     seen: Counter[str] = Counter()
     asked, sampling = [], []
-    for prompt in (p if isinstance(p, str) else PromptKey(p) for p in prompts):
+    for prompt in map(key_of, prompts):
         for _ in range(per_prompt):
             asked.append(prompt)
             sampling.append(SamplingParams(max_tokens=max_tokens, seed=seed + seen[prompt]))

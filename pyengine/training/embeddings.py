@@ -12,10 +12,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from pyengine.codec import PromptKey
 from pyengine.engine import Engine
 from pyengine.errors import InputError, first_line, whole
 from pyengine.results import Result
 from pyengine.scorers import Candidates, ScorerLike, parts_of, score_texts
+from pyengine.scorers.base import as_given
 from pyengine.scorers.embedding_probe import check_layer, last_states
 from pyengine.training.data import Example, encode_all
 from pyengine.training.examples import Pair
@@ -145,7 +147,7 @@ def _example(response: Result | Example | tuple[str, str], where: str) -> Exampl
         return response
     if isinstance(response, Result):
         ended = response.finish_reason == "stop"
-        return Example(response.prompt, response.text, 0.0, response.tokens, ended, where)
+        return Example(PromptKey(response.prompt_ids), response.text, 0.0, response.tokens, ended, where)
     return Example(*response, 0.0, where=where)
 
 
@@ -169,8 +171,8 @@ def samples_of(
         part.scorer.check(engine.policy)
         part.scorer.move(engine.policy.device)
     texts, prompts = [r.text for r in results], [r.prompt for r in results]
-    heads = [engine.encode(prompt, f"the prompt of response {i}") for i, prompt in enumerate(prompts)]
-    given = Candidates(prompts, [r.tokens for r in results], {}, {}, lambda _: texts, heads)
+    heads = [engine.encode(r.prompt_ids, f"the prompt of response {i}") for i, r in enumerate(results)]
+    given = Candidates(prompts, [r.tokens for r in results], {}, {}, as_given(texts), heads)
     return Samples(embed(engine, results, layer, progress), score_texts(parts, given).float(), numbered(prompts), layer)
 
 

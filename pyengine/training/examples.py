@@ -69,7 +69,7 @@ def _parse(line: bytes, where: str) -> Pair | Labelled:
     answers = [response_of(record, key, where) for key in keys[1 : 3 if paired else 2]]
     texts = [prompt_of(record, where), *answers]
     for key, text in zip(keys, texts, strict=False):
-        if not text.strip():
+        if not (text if key == "prompt" else text.strip()):
             raise InputError(f"{where}: {key} is empty")
     if paired:
         if texts[1] == texts[2]:

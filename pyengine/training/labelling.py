@@ -22,6 +22,7 @@ from pyengine.errors import InputError, first_line
 from pyengine.jsonl import SHOWN, json_object, raise_all
 from pyengine.rewards.references import Statistics
 from pyengine.scorers import Candidates, Part, ScorerLike, parts_of, score_texts
+from pyengine.scorers.base import as_given
 from pyengine.training.data import example_of
 from pyengine.training.identity import identity
 from pyengine.training.shards import Job, begun, digest_of, held, lines, merged, missing, refuse, written
@@ -93,7 +94,7 @@ class Labeller:
             self._parts = ready(self.scorer, self.device)
         examples = [example_of({**record, "reward": 0.0}, "") for record in records]
         prompts, responses = [e.prompt for e in examples], [e.response for e in examples]
-        candidates = Candidates(prompts, [()] * len(records), {}, {}, lambda _: responses)
+        candidates = Candidates(prompts, [()] * len(records), {}, {}, as_given(responses))
         try:
             return score_texts(self._parts, candidates).tolist()
         except InputError as error:
@@ -233,7 +234,7 @@ def _check(line: bytes, where: str) -> bool:
     except (ValueError, RecursionError) as error:  # Python reads NaN and 1e999, which no JSON can say again
         raise InputError(f"{where}: cannot be written again: {first_line(error)}") from error
     for key, text in (("prompt", example.prompt), ("response", example.response)):
-        if not text.strip():
+        if not (text if key == "prompt" else text.strip()):
             raise InputError(f"{where}: the {key} is empty")
         try:
             text.encode()

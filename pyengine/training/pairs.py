@@ -18,11 +18,13 @@ from typing import Any, NamedTuple
 
 from tqdm import tqdm
 
+from pyengine.codec import PromptLike, as_prompts, key_of
 from pyengine.engine import Engine
 from pyengine.errors import InputError, real, whole
-from pyengine.jsonl import json_object, numbered_prompts, raise_all, read_file
+from pyengine.jsonl import json_object, numbered_prompts, raise_all, read_file, record_of
 from pyengine.results import SamplingParams
 from pyengine.scorers import Candidates, ScorerLike, score_texts
+from pyengine.scorers.base import as_given
 from pyengine.training.data import encode, example_of
 from pyengine.training.identity import identity
 from pyengine.training.shards import Job, begun, digest_of, held, lines, merged, missing, vacant, written
@@ -97,7 +99,7 @@ class _Prompts(NamedTuple):
 
 def build_pairs(
     engine: Engine,
-    prompts: str | Sequence[str] | Path,
+    prompts: PromptLike | Sequence[PromptLike] | Path,
     scorer: ScorerLike,
     out: str | Path,
     *,
@@ -111,7 +113,8 @@ def build_pairs(
     """Write a pair for each prompt that has one, and a report to OUT.report.json, which is returned too.
 
     A line is {"prompt", "chosen", "rejected", "score_chosen", "score_rejected"}, in the order of the prompts: TRL's
-    preference format, which `read_preferences` reads. prompts: texts, or the Path of a JSONL file {"prompt"}. samples:
+    preference format (the conversational one where the prompt is a conversation), which `read_preferences` reads.
+    prompts: as for `Engine.generate`, or the Path of a JSONL file of them. samples:
     responses of the base policy to each prompt, at least two where there are no `candidates`, the j-th drawn with seed
     sampling.seed + j, whatever else is in the batch. scorer: anything that the engine follows; it must read text where
     `candidates` come without a reward. candidates: JSONL lines {"prompt", "response"} of another model, with a "reward"
@@ -182,12 +185,12 @@ def build_pairs(
     return {"of": job.pins, **report}
 
 
-def _readable(engine: Engine, prompts: str | Sequence[str] | Path) -> list[str]:
+def _readable(engine: Engine, prompts: PromptLike | Sequence[PromptLike] | Path) -> list[str]:
     """The prompts; one InputError for all that the engine's model cannot read."""
     if isinstance(prompts, Path):
         named = numbered_prompts(prompts)
     else:
-        named = [(f"prompt {i}", p) for i, p in enumerate([prompts] if isinstance(prompts, str) else prompts)]
+        named = [(f"prompt {i}", p) for i, p in enumerate(as_prompts(prompts))]
     faults = []
     for where, prompt in named:
         try:
@@ -197,7 +200,7 @@ def _readable(engine: Engine, prompts: str | Sequence[str] | Path) -> list[str]:
     raise_all(faults, len(named), "prompts")
     if not named:
         raise InputError("build_pairs needs prompts")
-    return [prompt for _, prompt in named]
+    return [key_of(prompt) for _, prompt in named]
 
 
 def _check_scorer(engine: Engine, given: Mapping[str, Sequence[Given]]) -> None:
@@ -276,15 +279,19 @@ def _sampled(
         pair = None
         if choice.chosen is not None and choice.rejected is not None:
             counts |= {"chosen_given": int(choice.chosen.given), "rejected_given": int(choice.rejected.given)}
-            pair = {
-                "prompt": prompt,
-                "chosen": choice.chosen.response,
-                "rejected": choice.rejected.response,
-                "score_chosen": choice.chosen.reward,
-                "score_rejected": choice.rejected.reward,
-            }
+            pair = _pair(prompt, choice.chosen, choice.rejected)
         out.append({"outcome": choice.outcome, "counts": counts, "left_out": left_out, "pair": pair})
     return out
+
+
+def _pair(prompt: str, chosen: Answer, rejected: Answer) -> dict[str, Any]:
+    """The line of a pair."""
+    record, answers = record_of(prompt), {"chosen": chosen.response, "rejected": rejected.response}
+    said: dict[str, Any] = dict(answers)
+    if "messages" in record:
+        record = {"prompt": record["messages"]}
+        said = {name: [{"role": "assistant", "content": text}] for name, text in answers.items()}
+    return {**record, **said, "score_chosen": chosen.reward, "score_rejected": rejected.reward}
 
 
 def _scored(engine: Engine, prompts: Sequence[str], given: Mapping[str, Sequence[Given]]) -> dict[str, list[Answer]]:
@@ -298,7 +305,7 @@ def _scored(engine: Engine, prompts: Sequence[str], given: Mapping[str, Sequence
             [one.tokens for _, one in bare],
             {},
             {},
-            lambda _: texts,
+            as_given(texts),
             [engine.encode(prompt) for prompt, _ in bare],
         )
         for (_, one), reward in zip(bare, score_texts(engine.parts, candidates).tolist(), strict=True):

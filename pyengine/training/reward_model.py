@@ -21,6 +21,7 @@ from trl import RewardConfig, RewardTrainer
 
 from pyengine.errors import InputError, first_line, real
 from pyengine.scorers import Candidates, RewardModel
+from pyengine.scorers.base import as_given
 from pyengine.scorers.reward_model import FORM
 from pyengine.training.data import split
 from pyengine.training.examples import Labelled, Pair, read_preferences
@@ -261,7 +262,7 @@ def evaluate(scorer: RewardModel, examples: Sequence[Pair] | Sequence[Labelled])
 
     def scores(responses: Sequence[str]) -> Tensor:
         prompts, tokens = [e.prompt for e in examples], [[0]] * len(examples)
-        return scorer.score(Candidates(prompts, tokens, {}, {}, lambda _: list(responses))).double().cpu()
+        return scorer.score(Candidates(prompts, tokens, {}, {}, as_given(responses))).double().cpu()
 
     if isinstance(examples[0], Pair):
         logit = scores([e.chosen for e in examples]) - scores([e.rejected for e in examples])  # type: ignore[union-attr]

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import math
 from collections.abc import Mapping, Sequence
@@ -20,6 +21,7 @@ from trl.data_utils import is_conversational
 from trl.trainer import sft_trainer
 
 from pyengine import losses
+from pyengine.codec import PromptKey
 from pyengine.errors import InputError, real
 from pyengine.integrations.trl.head import Recorder, check_methods, in_place_of, moments_of
 from pyengine.integrations.trl.options import NO_ROOM, check_model, check_options, first_row, given
@@ -223,7 +225,12 @@ def _row(
         raise InputError(f"{where}: exp(z / beta) is {weight} at z = {z:g}: give a greater beta, or a cap (weight_cap)")
     if texts is None:
         return {"weight": weight}
-    prompt = row["prompt"] if conditioning is None else conditioning.prompt(row["prompt"], z)
+    # A column holds texts alone: a PromptKey lies there as its JSON.
+    prompt = PromptKey(json.loads(row["prompt"])) if row.get("keyed") else row["prompt"]
+    if conditioning is not None:
+        if isinstance(prompt, PromptKey):
+            raise InputError(f"{where}: ca states the reward in a prompt of text, not in token ids or messages")
+        prompt = conditioning.prompt(prompt, z)
     ended = row.get("ended", True)
     example = Example(prompt, row["completion"], 0.0, row.get("tokens"), ended is None or ended, where)
     ids, start, *_ = encode(texts, example)  # type: ignore[arg-type]

@@ -21,6 +21,7 @@ from peft import LoraConfig, PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback, TrainerCallback
 
 from pyengine.checkpoint import load_checkpoint
+from pyengine.codec import PromptKey
 from pyengine.errors import InputError, first_line, real, whole
 from pyengine.integrations.trl import PreferenceConfig, PreferenceTrainer, UnpairedConfig, UnpairedTrainer
 from pyengine.integrations.trl.offline import OfflineConfig, OfflineTrainer, weights_of
@@ -267,6 +268,7 @@ def train_offline(
         [
             {
                 "prompt": e.prompt,
+                "keyed": isinstance(e.prompt, PromptKey),
                 "completion": e.response,
                 "reward": e.reward,
                 "tokens": e.tokens,
