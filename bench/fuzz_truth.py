@@ -82,6 +82,13 @@ def law_of(row: Row, temperature: float) -> Law | None:
     return Law(base, tilted, size * 4e-7 + 1e-6)
 
 
+def hazy(law: Law) -> bool:
+    """Whether heads that cancel each other leave a token's rounding so large that its mass is anybody's guess."""
+    possible = law.tilted > -np.inf
+    surely = (law.tilted - law.slack)[possible].max()
+    return bool(((law.slack > 0.05) & (law.tilted + law.slack > surely - 20))[possible].any())
+
+
 def kept_counts(law: Law, order: Array, row: dict[str, float]) -> tuple[int, int]:
     """The fewest and the most tokens, from the front of `order`, that the filters may keep."""
     z = law.tilted[order]
@@ -115,6 +122,8 @@ def check_row(
     assert law.tilted[token] > -np.inf, f"token {token} is forbidden"
     base = log_softmax(law.base)
     near(logp_base, base[token], law.slack[token] + law.slack[law.base.argmax()], "logp_base")
+    if hazy(law):
+        return False
     if row["temperature"] == 0:
         gap = law.tilted.max() - law.tilted[token]
         assert gap <= 2 * law.slack[token], f"greedy token {token} is {gap} below the best"
@@ -147,8 +156,9 @@ def check_numbers(law: Law, kept: Array, base: Array, token: int, logp_policy: f
     near(logp_policy, policy[token], law.slack[token] + top, "logp_policy")
     p = np.exp(policy)
     terms = np.where(p > 0, p * (policy - np.where(p > 0, base, 0.0)), 0.0)
-    near(kl, terms.sum(), 4 * ((p * law.slack).sum() + top), "kl")
-    assert kl >= -1e-5 - 4 * top, f"kl {kl}"
+    slack = 20 * ((p * law.slack).sum() + top)
+    near(kl, terms.sum(), slack, "kl")
+    assert kl >= -1e-5 - slack, f"kl {kl}"
 
 
 def near(found: float, want: float, slack: float, what: str) -> None:

@@ -270,8 +270,8 @@ def test_greedy_takes_the_lowest_of_equals():
     logits[0, [1500, 700, 2000]] = 2.0
     values[0, 1, 2050] = 3.0
     assert check(logits, values, 0.5, temperature=0.0).token.tolist() == [700, 2050, 0]
-    close = torch.full((1, 300), 9.0)
-    close[0, 200] = torch.nextafter(torch.tensor(9.0), torch.tensor(10.0))
+    close = torch.full((1, 300), 14.0)
+    close[0, 200] = torch.nextafter(torch.tensor(14.0), torch.tensor(15.0))
     assert sample(close, temperature=0.0).token.item() == 200
 
 

@@ -226,6 +226,46 @@ def test_filters_on_flat_and_peaked_rows(scale):
     check(logits, rows=rows, seed=torch.arange(4))
 
 
+def test_noise_and_filters_over_several_groups():
+    """The best of all groups wins, be it in the first, a middle one or the last, with its own id."""
+    torch.manual_seed(5)
+    filters = [{"top_p": 0.99}, {"top_k": 8000}, {"min_p": 1e-3}]
+    out = check(torch.randn(12, 10_000), gumbel=True, rows=filters * 4, seed=torch.arange(12))
+    assert set((out.token // 4096).tolist()) == {0, 1, 2}
+
+
+@pytest.mark.parametrize("forbids", ["mask", "logits"])
+def test_a_value_that_is_no_number_on_a_forbidden_token(forbids):
+    """The rest of its block is allowed, so that the row's sums would show it."""
+    torch.manual_seed(6)
+    logits, values = torch.randn(len(ROWS), 2100), torch.randn(1, len(ROWS), 2100)
+    allowed = torch.rand(len(ROWS), 2100) > 0.2
+    values[:, ~allowed] = math.nan
+    if forbids == "logits":
+        logits[~allowed] = -math.inf
+    for gumbel in (False, True):
+        mask = allowed if forbids == "mask" else None
+        assert check(logits, values, torch.ones(len(ROWS), 1), mask=mask, gumbel=gumbel, rows=ROWS).valid.all()
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1e-9, 1e-20, 1e-36])
+def test_rows_as_steep_as_numbers_go(temperature):
+    """All mass on the best, equal bests share it; also where a weight makes the values as steep."""
+    torch.manual_seed(7)
+    logits, values = torch.randn(5, 1500) * 4, torch.randn(1, 5, 1500)
+    for at in (1, 3):
+        logits[2, at], values[0, 2, at] = 20.0, 5.0
+    logits[3, ::2] = -math.inf
+    rows = [{}, {"top_k": 3}, {"top_p": 0.5}, {"min_p": 0.3}, {"top_k": 3}]
+    for weights in (None, torch.full((5, 1), 1e10)):
+        drawn = {"temperature": temperature, "seed": torch.arange(5), "position": 3, "rows": rows}
+        arguments = (logits, None if weights is None else values, weights)
+        out, want = sample(*arguments, **drawn), expected(*arguments, **drawn)
+        assert out.valid.all()
+        assert torch.equal(out.token, want.token)
+        torch.testing.assert_close(out.logp_policy, want.logp_policy, atol=1e-5, rtol=1e-5)
+
+
 def test_tiny_and_huge_logits():
     """D6: flushing denormals to zero must not stall the search (flashinfer#769); sums never overflow."""
     logits = torch.randn(5, 2048)
@@ -243,8 +283,8 @@ def test_tiny_and_huge_logits():
 
 def test_greedy_separates_neighbouring_floats():
     """A scale factor may round two logits to one; argmax must not see it; ties go to the lowest id."""
-    logits = torch.full((2, 1300), 9.0)
-    logits[0, 1200] = torch.nextafter(torch.tensor(9.0), torch.tensor(10.0))
+    logits = torch.full((2, 1300), 14.0)
+    logits[0, 1200] = torch.nextafter(torch.tensor(14.0), torch.tensor(15.0))
     for gumbel in (False, True):
         assert check(logits, temperature=0.0, gumbel=gumbel).token.tolist() == [1200, 0]
 
@@ -466,10 +506,12 @@ def test_select_block_on_scores_that_are_not_finite():
         want = reference.select_block(scores, weights, **drawn)
         assert torch.equal(found[0].cpu(), want.index)
         assert_fields(found[1:], want[1:])
-    saturated = torch.tensor([[[30.0], [40.0], [35.0]]])
+    saturated = torch.tensor([[[30.0], [40.0], [50.0], [60.0], [55.0], [-60.0]]])
     one = torch.ones(1)
     out = select_block.select_block(*on_device(saturated, None, None, one, None, True, 0.0, *(c[:1] for c in random)))
-    assert out[0].item() == 1
+    assert out[0].item() == 3
+    want = [-math.log1p(math.exp(-x)) if x > 0 else x for x in saturated.flatten().tolist()]
+    torch.testing.assert_close(out[2].cpu(), torch.tensor([want]), atol=0, rtol=1e-5)
 
 
 OP_MODULES = {

@@ -91,6 +91,8 @@ def tilt_sample(
             +inf or NaN on an allowed token makes the row bad as well.
         Greedy rows are a point mass: logp_policy = 0 and kl = -logp_base, the base taken at temperature 1.
         Where the values forbid every token (all -inf), the row falls back to the base policy.
+        Logits and sums are fp32: a tilted logit is right to about 2^-21 of |logit| / T + sum_r |λ_r V_r|, so that
+        heads that cancel each other leave their rounding behind, and kl to about 1e-5 of its mean under the policy.
 
     Raises:
         ValueError: a shape, dtype, device or parameter is out of range; the message names it. Ranges of
