@@ -1,12 +1,13 @@
-"""The memory of the branching cache: prefixes in pages that sequences can share, and a static tail for each branch.
+"""The memory of the branching cache: prefixes in pages that sequences can share, and branches' tails in leaves.
 
-    sequence = cache.add(tokens, growth)      # pages for all that it may become; equal prefixes share theirs
-    other = cache.fork(sequence)              # a second owner: whole pages are shared, the last one is copied
-    cache.commit([(sequence, slot)], length)  # a tail joins its sequence: the only copy there is
+    sequence = cache.add(tokens)                      # pages for these; equal prefixes share theirs
+    leaves = cache.take_leaves(n)                     # the memory of a tail: LEAF tokens each
+    cache.grow(sequence, length)                      # pages for so many tokens in all
+    cache.commit([(sequence, leaves, length)])        # a tail joins its sequence: the only copy there is
     cache.release(sequence)
 
-Everything is allocated once, from a budget. Pages are reserved when a sequence is added, so that nothing runs out
-half-way. The keys and values themselves are written by `decoder.py` and read by `ops.tree_attention`.
+Everything is allocated once, from a budget, and taken as it is needed: whoever calls makes room where it runs out. The
+keys and values themselves are written by `attention.py` and read by `ops.tree_attention`.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from pyengine.ops import common, flash
 
 # Tokens of a page; csrc/cpu/tree_attention.h kTileTokens divides it.
 PAGE = flash.PAGE if common.ATTENTION == "flash" else 64
-STEP = 16  # a tail's room is a multiple of it; csrc/cpu/tree_attention.h kTokens
+LEAF = 16  # tokens of a leaf; csrc/cpu/tree_attention.h kTokens divides it
 HOST_SHARE, GPU_SHARE = 0.25, 0.6  # of the memory that is free, where no budget is given
 UNKNOWN_MEMORY = 16e9  # bytes, on a host that does not say
 TAIL_SHARE = 0.25  # of the budget; K = 16 tails of 16 tokens are an eighth of a prefix of 2,048
@@ -71,36 +72,41 @@ class BranchingCache:
     def __init__(self, layers: list[tuple[int, int]], budget: float, dtype: torch.dtype, device: torch.device) -> None:
         self.token_bytes = token_bytes(layers, dtype)
         self.capacity = int(budget * (1 - TAIL_SHARE)) // (PAGE * self.token_bytes)  # pages
-        self.tail_capacity = int(budget * TAIL_SHARE) // self.token_bytes  # tokens
-        if self.capacity < 1 or self.tail_capacity < STEP:
-            least = in_gb(budget_for(self.token_bytes, 1, STEP))
+        self.leaves = int(budget * TAIL_SHARE) // (LEAF * self.token_bytes)
+        if self.capacity < 1 or self.leaves < 1:
+            least = in_gb(budget_for(self.token_bytes, 1, LEAF))
             raise InputError(
                 f"a cache of {budget / 1e9:.3g} GB is too small: one page and tail take {least} (cache_gb)"
             )
-        self.slots = self.room = 0
-        # Of each layer: keys and values of the prefixes [pages, Hkv, PAGE, D] and of the tails [slots, Hkv, room, D].
-        # Made once, since slicing four tensors for every layer and token costs 2 % of a small model's step.
-        self.layers: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
-        self._transposed = device.type == "cpu"
         shapes = sorted(set(layers))
-        self._of_layer = [(shapes.index(shape), layers[:i].count(shape)) for i, shape in enumerate(layers)]
         self._pages: list[tuple[Tensor, Tensor]] = []  # one stack of layers for each shape
         self._tails: list[tuple[Tensor, Tensor]] = []
-        self._tail_memory: list[tuple[Tensor, Tensor]] = []
+
+        def stores(n: int, count: int, heads: int, width: int, tokens: int) -> tuple[Tensor, Tensor]:
+            """Keys and values; on a CPU a key's tokens lie side by side."""
+            empty = partial(torch.empty, dtype=dtype, device=device)
+            value = empty(n, count, heads, tokens, width)
+            if device.type != "cpu":
+                return empty(n, count, heads, tokens, width), value
+            return empty(n, count, heads, width, tokens).transpose(-1, -2), value
+
         try:
-            for heads, width in shapes:
-                empty = partial(torch.empty, dtype=dtype, device=device)
-                n = layers.count((heads, width))
-                inner = (width, PAGE) if self._transposed else (PAGE, width)
-                key, value = empty(n, self.capacity, heads, *inner), empty(n, self.capacity, heads, PAGE, width)
-                self._pages.append((key.transpose(-1, -2) if self._transposed else key, value))
-                size = self.tail_capacity * heads * width
-                self._tail_memory.append((empty(n, size), empty(n, size)))
+            for shape in shapes:
+                n = layers.count(shape)
+                self._pages.append(stores(n, self.capacity, *shape, PAGE))
+                self._tails.append(stores(n, self.leaves, *shape, LEAF))
         except (RuntimeError, MemoryError) as error:
             raise InputError(
                 f"a cache of {budget / 1e9:.3g} GB cannot be allocated ({first_line(error)}): give a smaller cache_gb"
             ) from error
-        self._shapes = shapes
+        # Of each layer: keys and values of the prefixes [pages, Hkv, PAGE, D] and of the tails [leaves, Hkv, LEAF, D].
+        # Made once, since slicing four tensors for every layer and token costs 2 % of a small model's step.
+        of_layer = [(shapes.index(shape), layers[:i].count(shape)) for i, shape in enumerate(layers)]
+        self.layers = [
+            (self._pages[s][0][i], self._pages[s][1][i], self._tails[s][0][i], self._tails[s][1][i])
+            for s, i in of_layer
+        ]
+        self._free_leaves = list(range(self.leaves))
         self._free = list(range(self.capacity))  # the last one goes first: it is the warmest
         self._owners: Counter[int] = Counter()  # page -> sequences
         self._named: dict[bytes, int] = {}  # what a page of a prompt holds, and all before it -> page
@@ -110,31 +116,24 @@ class BranchingCache:
 
     # Tails
 
-    def open(self, slots: int, room: int) -> None:
-        """Divide the tails' memory into `slots` tails of at least `room` tokens; what was in them is gone."""
-        room = self.room_for(room)
-        if slots * room > self.tail_capacity:
-            raise ValueError(f"{slots} tails of {room} tokens do not fit into {self.tail_capacity} tokens")
-        self.slots, self.room, self._tails = slots, room, []
-        for (heads, width), (keys, values) in zip(self._shapes, self._tail_memory, strict=True):
-            size = slots * heads * width * room
-            inner = (width, room) if self._transposed else (room, width)
-            key = keys[:, :size].view(-1, slots, heads, *inner)
-            value = values[:, :size].view(-1, slots, heads, room, width)
-            self._tails.append((key.transpose(-1, -2) if self._transposed else key, value))
-        self.layers = []
-        for shape, i in self._of_layer:
-            (keys, values), (tail_keys, tail_values) = self._pages[shape], self._tails[shape]
-            self.layers.append((keys[i], values[i], tail_keys[i], tail_values[i]))
-
-    def most_slots(self, room: int) -> int:
-        """How many tails of `room` tokens there can be."""
-        return self.tail_capacity // self.room_for(room)
+    @property
+    def leaves_free(self) -> int:
+        return len(self._free_leaves)
 
     @staticmethod
-    def room_for(tokens: int) -> int:
-        """The tokens of a tail's memory that holds so many."""
-        return -(-tokens // STEP) * STEP
+    def leaves_for(tokens: int) -> int:
+        return -(-tokens // LEAF)
+
+    def take_leaves(self, count: int) -> list[int]:
+        """Leaves of the caller's alone, until they are given back; InputError where there are not so many."""
+        if count > len(self._free_leaves):
+            raise InputError(f"the cache has {len(self._free_leaves)} free leaves of {LEAF} tokens, {count} are needed")
+        taken = self._free_leaves[len(self._free_leaves) - count :]
+        del self._free_leaves[len(self._free_leaves) - count :]
+        return taken
+
+    def give_leaves(self, leaves: list[int]) -> None:
+        self._free_leaves += leaves
 
     # Sequences
 
@@ -151,8 +150,8 @@ class BranchingCache:
     def pages_for(tokens: int) -> int:
         return -(-tokens // PAGE)
 
-    def add(self, tokens: list[int], growth: int) -> Sequence:
-        """A sequence that starts with `tokens` and may grow by `growth` more.
+    def add(self, tokens: list[int], growth: int = 0) -> Sequence:
+        """A sequence that starts with `tokens`, with pages for `growth` more.
 
         Whole pages of a prefix that an earlier prompt had are shared; `shared` says how many tokens need no
         prefill. The last token is never shared, since its logits are wanted. The caller fills the rest before any
@@ -179,40 +178,25 @@ class BranchingCache:
         self._sequences.add(sequence)
         return sequence
 
-    def fork(self, sequence: Sequence) -> Sequence:
-        """A second sequence of the same tokens and room, at the price of at most one page copied."""
-        whole = sequence.length // PAGE
-        shared = sequence.pages[:whole]
-        for page in shared:
-            self._own(page)
-        try:
-            own = self._take(len(sequence.pages) - whole)
-        except InputError:
-            self._disown(shared)
-            raise
-        if sequence.length % PAGE:
-            for stack in (store for pair in self._pages for store in pair):
-                stack[:, own[0]] = stack[:, sequence.pages[whole]]
-        twin = Sequence(shared + own, sequence.length, sequence.length)
-        self._sequences.add(twin)
-        return twin
+    def grow(self, sequence: Sequence, length: int) -> None:
+        """Pages for so many tokens in all."""
+        sequence.pages += self._take(max(0, self.pages_for(length) - len(sequence.pages)))
 
-    def commit(self, winners: list[tuple[Sequence, int]], length: int) -> None:
-        """The first `length` tokens of each slot's tail join the sequence."""
-        pages, offsets, slots, steps = [], [], [], []
-        for sequence, slot in winners:
-            for step in range(length):
-                at = sequence.length + step
-                pages.append(sequence.pages[at // PAGE])
-                offsets.append(at % PAGE)
-                slots.append(slot)
-                steps.append(step)
+    def commit(self, winners: list[tuple[Sequence, list[int], int]]) -> None:
+        """(sequence, leaves of a tail, length): so many tokens of each tail join the sequence, which has the pages."""
+        pages, offsets, leaves, steps = list[int](), list[int](), list[int](), list[int]()
+        for sequence, tail, length in winners:
+            at = range(sequence.length, sequence.length + length)
+            pages += [sequence.pages[i // PAGE] for i in at]
+            offsets += [i % PAGE for i in at]
+            leaves += [tail[i // LEAF] for i in range(length)]
+            steps += [i % LEAF for i in range(length)]
             sequence.length += length
         device = self._pages[0][0].device
-        page, offset, slot_of, step_of = torch.tensor([pages, offsets, slots, steps], dtype=torch.long, device=device)
+        page, offset, leaf, step = torch.tensor([pages, offsets, leaves, steps], dtype=torch.long, device=device)
         for stacks, tails in zip(self._pages, self._tails, strict=True):
-            for stack, tail in zip(stacks, tails, strict=True):
-                stack[:, page, :, offset] = tail[:, slot_of, :, step_of]
+            for stack, tail_store in zip(stacks, tails, strict=True):
+                stack[:, page, :, offset] = tail_store[:, leaf, :, step]
 
     def release(self, sequence: Sequence) -> None:
         """Give the pages back; those of a prompt stay known until their memory is wanted."""
@@ -229,7 +213,7 @@ class BranchingCache:
         """No sequence is left and no page is known: right whatever was cut short, and again where this is."""
         self._named, self._name_of, self._idle = {}, {}, OrderedDict()
         self._sequences, self._owners = set(), Counter()
-        self._free = list(range(self.capacity))
+        self._free, self._free_leaves = list(range(self.capacity)), list(range(self.leaves))
 
     def check_integrity(self) -> None:
         """Raise AssertionError where the books do not balance: every page has one state, every owner is alive."""
@@ -242,6 +226,7 @@ class BranchingCache:
         for sequence in self._sequences:
             assert len(set(sequence.pages)) == len(sequence.pages), "a page twice in one sequence"
             assert sequence.length <= len(sequence.pages) * PAGE, "a sequence outgrew its pages"
+        assert len(set(self._free_leaves)) == len(self._free_leaves), "a leaf is free twice"
 
     def _own(self, page: int) -> None:
         self._owners[page] += 1

@@ -1,13 +1,14 @@
 """A model on the branching cache, behind the verbs that the engine needs of any decoder.
 
-decoder.open(k, room)                  # until close(): k branches a prompt, of at most `room` tokens
-why = decoder.refuses(tokens, growth)  # what keeps a prompt of so many tokens from ever joining, or None
-n = decoder.fits(waiting)              # how many of the waiting prompts can join now
-decoder.join(prompts)                  # prefill; they come after the prompts that are there
-frontier = decoder.fork()              # row b becomes rows b*k .. b*k + k-1
-frontier = decoder.append(tokens)      # one token a row
-frontier = decoder.keep(rows)          # these branches go on, the others are not looked at again
-decoder.commit(rows)                   # the winners join their prefixes; prompts without one leave
+decoder.begin()                          # until end(): the model is asked for passes
+why = decoder.refuses(tokens, growth)    # what keeps a prompt of so many tokens from ever joining, or None
+stem = decoder.join(ids, leaves)         # a prompt's place, if there is room for it and such branches; else None
+frontier = decoder.prefill(stems, most)  # read on in these prompts, at most so many tokens: those that are read
+decoder.fork(stem, k, room)              # k empty branches of at most `room` tokens
+planted = decoder.plant(rows)            # (stem, branch) in the order of the rows of a step, a stem's side by side
+frontier = decoder.step(planted, tokens, alive)   # one token a row; rows that are not alive may get anything
+decoder.commit([(stem, branch, length)]) # the winners join their prefixes; their branches are gone
+decoder.leave(stem)                      # it needs no more
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Hashable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, NamedTuple, Protocol
 
@@ -22,7 +24,7 @@ import torch
 from torch import Tensor
 
 from pyengine.attention import Decode, Extend, ExtendByPage, Loan, Options, Pass, Span
-from pyengine.cache import BranchingCache, Sequence, budget_for, bytes_of, in_gb
+from pyengine.cache import LEAF, PAGE, BranchingCache, Sequence, budget_for, bytes_of, in_gb
 from pyengine.checkpoint import context_of
 from pyengine.errors import InputError
 from pyengine.ops.linear import Forwards, quick_forwards, steady_forwards
@@ -46,46 +48,61 @@ class Frontier(NamedTuple):
         """The rows of `index`, in its order."""
         return Frontier(self.logits[index], {layer: h[index] for layer, h in self.hidden.items()})
 
-    def then(self, other: Frontier) -> Frontier:
-        """These rows, and then the other's."""
-        hidden = {layer: torch.cat([h, other.hidden[layer]]) for layer, h in self.hidden.items()}
-        return Frontier(torch.cat([self.logits, other.logits]), hidden)
+    @staticmethod
+    def of(parts: list[Frontier]) -> Frontier:
+        """All rows of these, one after the other."""
+        if len(parts) == 1:
+            return parts[0]
+        hidden = {layer: torch.cat([part.hidden[layer] for part in parts]) for layer in parts[0].hidden}
+        return Frontier(torch.cat([part.logits for part in parts]), hidden)
 
 
-class Prompt(NamedTuple):
-    """A prompt that wants to join: its tokens, and how many more may be committed to it."""
+@dataclass(eq=False)
+class Stem:
+    """A request's place in a decoder: its prefix, and while a block is on its way its branches. The decoder writes it."""
 
-    ids: list[int]
-    growth: int
+    ids: list[int]  # read, or to be read
+    sequence: Sequence | None = None
+    filled: int = 0  # tokens of ids that are in the pages
+    leaves: list[list[int]] = field(default_factory=list)  # of each branch
+    lengths: list[int] = field(default_factory=list)  # tokens of each branch, where a step does not count them
+    at: Frontier | None = None  # of the prefix, where a reader keeps it
+    state: Any = None  # what a kind of decoder keeps besides
 
 
 class Planted(NamedTuple):
-    """A block's tree in tensors that stay where they are, padded to a bucket of prompts, and each row's next position.
+    """The tables of the rows of a step, and each row's next position; on a GPU in tensors that stay where they are.
 
-    Padded prompts are empty; their rows have slots of their own, so that what they write harms nobody.
+    Rows that pad a bucket have no leaves and tails of no tokens: nothing is read or written for them.
     """
 
     tree: Tree
     positions: Tensor
+    calls: list[Any]  # what `prepare` made for the layers and this tree, if anything
+
+
+Rows = list[tuple[Stem, int]]  # (stem, branch); the branches of a stem lie side by side
 
 
 class Decoder(Protocol):
     """What the engine needs of a decoder; see the module's docstring."""
 
     layers: tuple[int, ...]  # hidden states that every frontier carries
+    max_rows: int
     waits: bool  # reading what a step drew would hold it up; rows that have ended may then go on for nothing
     captured: dict[Hashable, Any]  # what is replayed
 
-    def open(self, k: int, room: int) -> None: ...
-    def close(self, whole: bool = True) -> None: ...
+    def begin(self) -> None: ...
+    def end(self, whole: bool = True) -> None: ...
     def forget(self) -> None: ...
-    def refuses(self, tokens: int, growth: int) -> str | None: ...
-    def fits(self, waiting: list[Prompt]) -> int: ...
-    def join(self, prompts: list[Prompt]) -> None: ...
-    def fork(self) -> Frontier: ...
-    def append(self, tokens: Tensor) -> Frontier: ...
-    def keep(self, rows: Tensor) -> Frontier: ...
-    def commit(self, rows: Tensor) -> None: ...
+    def refuses(self, tokens: int, growth: int, k: int, room: int) -> str | None: ...
+    def join(self, ids: list[int], leaves: int) -> Stem | None: ...
+    def prefill(self, stems: list[Stem], most: int) -> list[tuple[Stem, Frontier]]: ...
+    def fork(self, stem: Stem, k: int, room: int) -> None: ...
+    def plant(self, rows: Rows) -> Any: ...
+    def step(self, planted: Any, tokens: Tensor, alive: Tensor) -> Frontier: ...
+    def commit(self, winners: list[tuple[Stem, int, int]]) -> None: ...
+    def leave(self, stem: Stem) -> None: ...
 
 
 class BranchingDecoder:
@@ -93,7 +110,7 @@ class BranchingDecoder:
 
     layers: the hidden states that every frontier carries. max_rows: most branches at once. budget: bytes of keys and
     values; None is a share of the memory that is free. frozen: nothing about the model changes while this lives, so
-    that the pages of prompts and captured graphs outlive a call. steady: a row's bits depend on its own tokens alone,
+    that the pages of prompts and captured graphs outlive `end`. steady: a row's bits depend on its own tokens alone,
     as far as `invariance.why_not` finds nothing; on a CPU.
     """
 
@@ -117,36 +134,14 @@ class BranchingDecoder:
         self.context = context_of(model.config) or 2**31
         self._keep_some = "logits_to_keep" in inspect.signature(model.forward).parameters
         self._quick = [] if steady else quick_forwards(model)
-        self._k = 1
-        self._sequences: list[Sequence] = []
-        self._at = Frontier(torch.empty(0), {})  # of the sequences
-        # Of the branches while a block is on its way:
-        self._branches = self._at
-        self._owner: list[int] = []  # the sequence of each row
-        self._slot: list[int] = []
-        self._tail_len = 0
-        self._tree: Tree | None = None
-        self._calls: list[Any] = []
-        self._positions = torch.empty(0)
-        # Where the device is not to be waited for: trees by the size of their bucket, and what was captured over them.
-        self.planted: Planted | None = None
-        self._buckets: dict[tuple[int, int], Planted] = {}
+        self._stems: list[Stem] = []  # that have joined, oldest first
+        # Where the device is not to be waited for: tables by the size of their bucket, and what was captured over them.
+        self._buckets: dict[tuple[int, ...], Planted] = {}
         self.captured: dict[Hashable, Any] = {}
 
-    def open(self, k: int, room: int) -> None:
-        most = min(max(self.max_rows, k), self.cache.most_slots(room))
-        if most < k:
-            least = in_gb(budget_for(self.cache.token_bytes, 1, k * self.cache.room_for(room)))
-            raise InputError(
-                f"{k} branches of {room} tokens need a cache of {least} for their tails alone: give the engine more "
-                "memory (cache_gb), or take fewer branches or shorter ones"
-            )
-        before = (self._k, self.cache.slots, self.cache.room)
-        self._k = k
-        self.cache.open(most // k * k, room)
-        if before != (k, self.cache.slots, self.cache.room):  # other tensors than were captured
-            self.captured.clear()
-            self._buckets.clear()
+    # Between calls
+
+    def begin(self) -> None:
         self._loan.renew(self._steady_forwards() if self.steady else self._quick)
 
     def _steady_forwards(self) -> Forwards:
@@ -157,6 +152,22 @@ class BranchingDecoder:
             raise InputError("batch_invariant: the width of its heads is no multiple of 16")
         return steady_forwards(self.model)
 
+    def end(self, whole: bool = True) -> None:
+        """All prompts leave. whole: nothing was cut short, so that the books balance and pages hold what they are named
+        for; safe to call again where it was cut short itself."""
+        if whole and self.frozen:
+            for stem in list(self._stems):
+                self.leave(stem)
+        else:
+            self.forget()
+        self._stems = []
+
+    def forget(self) -> None:
+        """Nothing that was read or captured so far is used again; only while no prompt is there."""
+        self.cache.clear()
+        self.captured.clear()
+        self._buckets.clear()
+
     @contextmanager
     def on_trial(self, tokens: int, prompts: int = 2, rows: int = 4) -> Iterator[None]:
         """Inside, a small cache stands in for the decoder's own: some branches of prompts of so many tokens.
@@ -164,29 +175,23 @@ class BranchingDecoder:
         So a trial asks nothing of the memory and the rows that the engine was given.
         """
         own, most = self.cache, self.max_rows
-        budget = budget_for(own.token_bytes, prompts * own.pages_for(tokens), rows * own.room_for(1))
+        budget = budget_for(own.token_bytes, prompts * own.pages_for(tokens), rows * LEAF)
         self.cache, self.max_rows = BranchingCache(self._shapes, budget, self.model.dtype, self.model.device), rows
         try:
             yield
         finally:
             self.cache, self.max_rows = own, most
 
-    def close(self, whole: bool = True) -> None:
-        """All prompts leave. whole: nothing was cut short, so that the books balance and pages hold what they are named
-        for; safe to call again where it was cut short itself."""
-        if whole and self.frozen:
-            for sequence in self._sequences:
-                self.cache.release(sequence)
-        else:
-            self.forget()
-        self._sequences, self._tree, self._calls = [], None, []
+    # Prompts
 
-    def forget(self) -> None:
-        """Nothing that was read or captured so far is used again; only between calls."""
-        self.cache.clear()
-        self.captured.clear()
-
-    def refuses(self, tokens: int, growth: int) -> str | None:
+    def refuses(self, tokens: int, growth: int, k: int, room: int) -> str | None:
+        leaves = k * self.cache.leaves_for(room)
+        if leaves > self.cache.leaves:
+            least = in_gb(budget_for(self.cache.token_bytes, 1, leaves * LEAF))
+            return (
+                f"{k} branches of {room} tokens need a cache of {least} for their tails alone: give the engine more "
+                "memory (cache_gb), or take fewer branches or shorter ones"
+            )
         needed = self.cache.pages_for(tokens + growth)
         if needed <= self.cache.capacity:
             return None
@@ -196,166 +201,155 @@ class BranchingDecoder:
             f"{in_gb(budget_for(self.cache.token_bytes, needed, 0))} hold one such prompt)"
         )
 
-    def fits(self, waiting: list[Prompt]) -> int:
-        prompts, pages = self.cache.slots // self._k - len(self._sequences), self.cache.pages_free
-        for count, prompt in enumerate(waiting):
-            pages -= self.cache.pages_for(len(prompt.ids) + prompt.growth)
-            if count >= prompts or pages < 0:
-                return count
-        return len(waiting)
+    def join(self, ids: list[int], leaves: int) -> Stem | None:
+        if self.cache.leaves_free < leaves or self.cache.pages_free < self.cache.pages_for(len(ids)):
+            return None
+        sequence = self.cache.add(ids)
+        stem = Stem(ids, sequence, sequence.shared)
+        self._stems.append(stem)
+        return stem
 
     @torch.inference_mode()
-    def join(self, prompts: list[Prompt]) -> None:
-        start = 0
-        while start < len(prompts):
-            stop, tokens = start, 0
-            pack: list[Sequence] = []
-            try:
-                while stop < len(prompts) and (not pack or tokens + len(prompts[stop].ids) <= PREFILL_TOKENS):
-                    pack.append(self.cache.add(*prompts[stop]))
-                    tokens += pack[-1].length - pack[-1].shared
-                    stop += 1
-                found = self._prefill(pack, [p.ids for p in prompts[start:stop]])
-                self._at = self._at.then(found) if self._sequences else found
-            except BaseException:
-                for sequence in reversed(pack):
-                    self.cache.discard(sequence)
-                raise
-            self._sequences += pack
-            start = stop
-
-    def _prefill(self, pack: list[Sequence], ids: list[list[int]]) -> Frontier:
-        """The frontier of new sequences; one that is longer than a pass may be is read in several."""
-        spans = [Span(sequence, sequence.shared, sequence.length) for sequence in pack]
-        if len(pack) == 1:
-            sequence, start, stop = spans[0]
-            while stop - start > PREFILL_TOKENS:
-                self._read_spans([Span(sequence, start, start + PREFILL_TOKENS)], ids)
-                start += PREFILL_TOKENS
-            spans = [Span(sequence, start, stop)]
-        return self._read_spans(spans, ids)
-
-    def _read_spans(self, spans: list[Span], ids: list[list[int]]) -> Frontier:
+    def prefill(self, stems: list[Stem], most: int) -> list[tuple[Stem, Frontier]]:
+        """In the order in which they joined, as a prompt may share pages of one before it. Where the prompt goes on
+        after this pass, it stops at the end of a page."""
+        spans, ids, done = list[Span](), list[int](), list[tuple[Stem, int]]()
+        for stem in stems:
+            room = most - len(ids)
+            stop = len(stem.ids) if len(stem.ids) - stem.filled <= room else (stem.filled + room) // PAGE * PAGE
+            if stop <= stem.filled:
+                break
+            assert stem.sequence is not None
+            spans.append(Span(stem.sequence, stem.filled, stop))
+            ids += stem.ids[stem.filled : stop]
+            if stop == len(stem.ids):
+                done.append((stem, len(ids) - 1))
+        if not spans:
+            return []
         work = (ExtendByPage if self.steady else Extend)(self.cache, spans)
-        tokens = [token for (_, start, stop), own in zip(spans, ids, strict=True) for token in own[start:stop]]
-        last, end = [], 0
-        for span in spans:
-            end += span.stop - span.start
-            last.append(end - 1)
-        tables = (torch.tensor(x, device=self.model.device) for x in (tokens, work.positions(), last))
-        return self._forward(work, *tables)
+        last = [at for _, at in done] or [len(ids) - 1]
+        tables = (torch.tensor(x, device=self.model.device) for x in (ids, work.positions(), last))
+        frontier = self._forward(work, *tables)
+        for stem, span in zip(stems, spans, strict=False):
+            stem.filled = span.stop
+        return [(stem, frontier.rows(torch.tensor([i], device=self.model.device))) for i, (stem, _) in enumerate(done)]
 
-    def fork(self) -> Frontier:
-        n = len(self._sequences)
-        self._owner = [i for i in range(n) for _ in range(self._k)]
-        self._slot = list(range(n * self._k))
-        self._tail_len = 0
-        self._branches = self._at
-        if self._k > 1:
-            index = torch.arange(n, device=self.model.device).repeat_interleave(self._k)
-            self._branches = self._at.rows(index)
-        self._plant()
-        return self._branches
+    def leave(self, stem: Stem) -> None:
+        """A prompt that was not read to its end leaves what is missing to those that share its pages."""
+        sequence = stem.sequence
+        assert sequence is not None
+        self._stems.remove(stem)
+        self._drop(stem)
+        if stem.filled < sequence.length:
+            for other in self._stems:
+                page = stem.filled // PAGE
+                theirs = other.sequence
+                assert theirs is not None
+                if other.filled > stem.filled and theirs.pages[: page + 1] == sequence.pages[: page + 1]:
+                    other.filled, theirs.fresh = stem.filled, [*sequence.fresh, *theirs.fresh]
+                    self.cache.release(sequence)
+                    break
+            else:
+                self.cache.discard(sequence)
+        else:
+            self.cache.release(sequence)
+        stem.sequence = None
 
-    def _plant(self) -> None:
-        """The tree of the branches that are left, and the position of their next token."""
-        device, n = self.model.device, len(self._sequences)
-        longest = max(len(s.pages) for s in self._sequences)
-        pages = [s.pages + [0] * (longest - len(s.pages)) for s in self._sequences]
-        lengths = [s.length for s in self._sequences]
-        counts = [0] * (n + 1)
-        for owner in self._owner:
-            counts[owner + 1] += 1
-        for i in range(n):
-            counts[i + 1] += counts[i]
-        positions = [lengths[i] + self._tail_len for i in self._owner]
-        tables: list[Any] = [pages, lengths, counts, self._slot, self._tail_len]
+    # Branches
+
+    def fork(self, stem: Stem, k: int, room: int) -> None:
+        each = self.cache.leaves_for(room)
+        taken = self.cache.take_leaves(k * each)
+        stem.leaves = [taken[i * each : (i + 1) * each] for i in range(k)]
+        stem.lengths = [0] * k
+
+    def _drop(self, stem: Stem) -> None:
+        for leaves in stem.leaves:
+            self.cache.give_leaves(leaves)
+        stem.leaves, stem.lengths = [], []
+
+    def plant(self, rows: Rows) -> Planted:
+        """The tree of these rows as their branches are: tails of `lengths` tokens."""
+        owners = [stem for i, (stem, _) in enumerate(rows) if i == 0 or rows[i - 1][0] is not stem]
+        sequences = [stem.sequence for stem in owners if stem.sequence is not None]
+        wide, deep = max(len(s.pages) for s in sequences), max(len(stem.leaves[b]) for stem, b in rows)
+        first = [i for i, (stem, _) in enumerate(rows) if i == 0 or rows[i - 1][0] is not stem] + [len(rows)]
+        lengths = [stem.lengths[b] for stem, b in rows]
+        tables: list[Any] = [
+            [s.pages + [0] * (wide - len(s.pages)) for s in sequences],
+            [s.length for s in sequences],
+            first,
+            [stem.leaves[b] + [-1] * (deep - len(stem.leaves[b])) for stem, b in rows],
+            lengths,
+        ]
+        positions = [stem.sequence.length + n for (stem, _), n in zip(rows, lengths, strict=True) if stem.sequence]
         if not self.waits:
-            self._tree = Tree(*(torch.tensor(x, dtype=torch.int32, device=device) for x in tables))
-            self._positions = torch.tensor(positions, device=device)
-            self._calls = prepare(self.cache.layers, self._tree)
-            return
-        whole = self.planted = self._bucket(n, longest)
-        rows, used = len(self._slot), set(self._slot)
-        spare = [slot for slot in range(self.cache.slots) if slot not in used]
-        empty = len(whole.tree.prefix_len) - n
-        tables[2] = counts + [counts[-1] + self._k * (i + 1) for i in range(empty)]
-        tables[3] = self._slot + spare[: len(whole.tree.slot) - rows]
-        for to, x in zip(whole.tree, tables, strict=True):
+            tree = Tree(*(torch.tensor(x, dtype=torch.int32, device=self.model.device) for x in tables))
+            return Planted(tree, torch.tensor(positions), prepare(self.cache.layers, tree))
+        planted = self._bucket(len(sequences), len(rows), wide, deep)
+        # The first prompt that pads the bucket has all the rows that do.
+        tables[2] += [len(planted.positions)] * (len(planted.tree.first_row) - len(first))
+        planted.tree.leaves.fill_(-1)
+        for to, x in zip(planted.tree, tables, strict=True):
             found = torch.tensor(x, dtype=torch.int32)
-            to.zero_()[tuple(slice(size) for size in found.shape)].copy_(found)
-        whole.positions.zero_()[: len(positions)].copy_(torch.tensor(positions))
-        tree = whole.tree
-        self._tree = Tree(tree.pages[:n], tree.prefix_len[:n], tree.first_row[: n + 1], tree.slot[:rows], tree.tail_len)
-        self._positions = whole.positions[:rows]
+            if to is not planted.tree.leaves:
+                to.zero_()
+            to[tuple(slice(size) for size in found.shape)].copy_(found)
+        planted.positions.zero_()[: len(positions)].copy_(torch.tensor(positions))
+        return planted
 
-    def _bucket(self, prompts: int, pages: int) -> Planted:
-        """The tensors for so many prompts of so many pages; sizes are powers of two, or all slots that there are."""
-        most = self.cache.slots // self._k
-        key = (min(power_of_two(prompts), most), power_of_two(pages))
+    def _bucket(self, *sizes: int) -> Planted:
+        """The tensors for so many prompts, rows, pages and leaves: the next powers of two, but the prompts' as rows."""
+        key = tuple(map(power_of_two, sizes[1:]))
         if key not in self._buckets:
-            n, width = key
+            rows, wide, deep = key
             zeros = partial(torch.zeros, dtype=torch.int32, device=self.model.device)
-            tree = Tree(zeros(n, width), zeros(n), zeros(n + 1), zeros(n * self._k), zeros(()))
-            self._buckets[key] = Planted(tree, zeros(n * self._k).long())
+            tree = Tree(zeros(rows, wide), zeros(rows), zeros(rows + 1), zeros(rows, deep), zeros(rows))
+            self._buckets[key] = Planted(tree, zeros(rows).long(), [])
         return self._buckets[key]
 
-    def step(self, tokens: Tensor, planted: Planted) -> Frontier:
-        """One token for each row of a bucket, on the device alone: it may be captured and replayed. Then `settle`."""
-        planted.tree.tail_len.add_(1)
+    def step(self, planted: Planted, tokens: Tensor, alive: Tensor) -> Frontier:
+        """On the device alone: it may be captured and replayed. A row that is not alive writes over its last token."""
+        planted.tree.tail_len.add_(alive)
         positions = planted.positions.clamp(max=self.context - 1)
-        frontier = self._forward(Decode(self.cache, planted.tree), tokens, positions)
-        planted.positions.add_(1)
+        frontier = self._forward(Decode(self.cache, planted.tree, 1, planted.calls), tokens, positions)
+        planted.positions.add_(alive)
         return frontier
 
-    def settle(self, steps: int, frontier: Frontier) -> None:
-        """So many steps were made, and this is the frontier of the branches."""
-        self._tail_len, self._branches = steps, frontier
-
-    def append(self, tokens: Tensor) -> Frontier:
-        return self.extend(tokens[:, None])
-
     @torch.inference_mode()
-    def extend(self, tokens: Tensor, last: Tensor | None = None) -> Frontier:
-        """S tokens a row [N, S] in one pass; the frontier is at token last[n] of each row, by default the last."""
-        assert self._tree is not None
+    def extend(self, planted: Planted, tokens: Tensor, last: Tensor) -> Frontier:
+        """S tokens a row [N, S] in one pass; the frontier is at token last[n] of each row."""
         rows, new = tokens.shape
-        self._tail_len += new
-        self._tree.tail_len.add_(new)
+        planted.tree.tail_len.add_(new)
         step = torch.arange(new, device=tokens.device)
-        where = None
-        if new > 1:
-            where = torch.arange(0, rows * new, new, device=tokens.device) + (new - 1 if last is None else last)
-        # Only rows that have ended can come to the end of the context.
-        positions = (self._positions[:, None] + step).flatten().clamp(max=self.context - 1)
-        work = Decode(self.cache, self._tree, new, self._calls, self._tail_len)
-        self._branches = self._forward(work, tokens.flatten(), positions, where)
-        self._positions = self._positions + new
-        return self._branches
-
-    def keep(self, rows: Tensor) -> Frontier:
-        kept = rows.tolist()
-        self._owner = [self._owner[row] for row in kept]
-        self._slot = [self._slot[row] for row in kept]
-        self._branches = self._branches.rows(rows)
-        self._plant()
-        return self._branches
-
-    def rollback(self) -> Frontier:
-        """As after `fork`: nothing of the block is left."""
-        return self.fork()
+        where = torch.arange(0, rows * new, new, device=tokens.device) + last
+        positions = (planted.positions[:, None] + step).flatten().clamp(max=self.context - 1)
+        work = Decode(self.cache, planted.tree, new, planted.calls)
+        planted.positions.add_(new)
+        return self._forward(work, tokens.flatten(), positions, where)
 
     @torch.inference_mode()
-    def commit(self, rows: Tensor) -> None:
-        kept = rows.tolist()
-        winners = [(self._sequences[self._owner[row]], self._slot[row]) for row in kept]
-        self.cache.commit(winners, self._tail_len)
-        stay = [sequence for sequence, _ in winners]
-        for sequence in self._sequences:
-            if sequence not in stay:
-                self.cache.release(sequence)
-        self._sequences = stay
-        self._at = self._branches.rows(rows)
+    def commit(self, winners: list[tuple[Stem, int, int]]) -> None:
+        """InputError, before anything is moved, where there are not the pages."""
+        moves = []
+        for stem, branch, length in winners:
+            assert stem.sequence is not None
+            self.cache.grow(stem.sequence, stem.sequence.length + length)
+            moves.append((stem.sequence, stem.leaves[branch], length))
+        self.cache.commit(moves)
+        for stem, _, length in winners:
+            stem.filled += length
+            self._drop(stem)
+
+    def pages_short(self, winners: list[tuple[Stem, int, int]]) -> int:
+        """How many pages more than there are the commit of these needs."""
+        needed = 0
+        for stem, _, length in winners:
+            assert stem.sequence is not None
+            needed += max(0, self.cache.pages_for(stem.sequence.length + length) - len(stem.sequence.pages))
+        return needed - self.cache.pages_free
+
+    # The model
 
     def _forward(self, work: Pass, ids: Tensor, positions: Tensor, rows: Tensor | None = None) -> Frontier:
         """The frontier of packed tokens [T], or of some of them."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-import threading
+import time
 import warnings
 from collections import deque
 from collections.abc import Generator, Iterator, Sequence
@@ -18,12 +18,17 @@ from transformers import AutoModelForCausalLM
 
 from pyengine.checkpoint import context_of, device_of, ends_of, load_checkpoint, unapplied_defaults
 from pyengine.codec import Codec, PromptLike, as_prompts
+from pyengine.decode.core import Core
+from pyengine.decode.panel import Panel
+from pyengine.decode.request import Handle, Request
+from pyengine.decode.schedule import Schedule
+from pyengine.decode.settle import Judge
 from pyengine.errors import InputError, RequestError, first_line, real, whole
 from pyengine.fallback import choose_decoder
-from pyengine.loop import Commit, Loop, commits_nothing, refuse
+from pyengine.plan import Plan
+from pyengine.reader import Reader
 from pyengine.results import Event, Result, SamplingParams, seeded
-from pyengine.scorers import Policy, ScorerLike, parts_of
-from pyengine.selection import Judge, Request, mix
+from pyengine.scorers import Part, Policy, Scorer, ScorerLike, parts_of
 from pyengine.strategies import BASE, Strategy, Tokenwise
 
 log = logging.getLogger("pyengine")
@@ -31,7 +36,7 @@ log = logging.getLogger("pyengine")
 CALIBRATION_RUNS = 12  # decodes at most; 3 to 5 are usual
 
 
-class Engine(Loop):
+class Engine:
     """A frozen language model, its tokenizer and a scorer that it can be made to follow.
 
     scorer: anything `parts_of` takes: a Scorer, a directory or hub id, a callable
@@ -83,15 +88,19 @@ class Engine(Loop):
         )
         self.codec = Codec(tokenizer, self.policy.name, embedding.weight.shape[0], context_of(model.config))
         self.eos = ends_of(model)
-        self._guard = threading.RLock()  # a scorer may ask the engine while it is being set
-        self._holder = None
         budget = None if cache_gb is None else 1e9 * real(cache_gb, "Engine: cache_gb", 0)
         unapplied = unapplied_defaults(model)
         if unapplied:
             log.warning("%s: its generation_config is not applied: %s", self.name, ", ".join(unapplied))
         self.batch_invariant = batch_invariant
         self._decoder = choose_decoder(model, (), max_rows, budget, frozen, batch_invariant)
-        self._judge = Judge(self.policy, self.codec, self.eos, max_rows, budget, frozen, batch_invariant)
+        self._panel = Panel(self.policy, max_rows, budget, frozen, batch_invariant)
+        self._judge = Judge(self.policy, self.codec, batch_invariant)
+        self._core = Core(
+            Schedule(self._decoder, self._judge, self.policy.name, batch_invariant, model.device)
+        )
+        self.parts: list[Part] = []
+        self._readers: dict[Scorer, Reader] = {}
         self.set_scorer(scorer)
 
     @classmethod
@@ -124,16 +133,27 @@ class Engine(Loop):
             raise InputError(f"device {device!r}: {first_line(error)}") from error
         return cls(model, tokenizer, scorer, max_rows, cache_gb, frozen, batch_invariant)
 
+    @property
+    def context(self) -> int | None:
+        """Tokens that the model reads, None for any number."""
+        return self.codec.context
+
     def set_scorer(self, scorer: ScorerLike | None) -> None:
-        """Follow another scorer from now on; None follows none."""
-        with self._alone("changing its scorer"):
-            self._judge.follow(parts_of(scorer))
+        """Follow another scorer by default, from the next request on; None follows none."""
+        parts = parts_of(scorer)
+        self._panel.check(parts)
+        # Whatever cuts this short leaves nothing followed; the memory of readers that nobody needs goes before any is
+        # made.
+        wanted = {part.scorer for part in parts}
+        self.parts, self._readers = [], {s: r for s, r in self._readers.items() if s in wanted}
+        self._readers = self._panel.readers(parts)
+        self.parts = parts
 
     def forget(self) -> None:
         """What was read of prompts, and captured, is not used again: for a `frozen` engine whose model has changed."""
-        with self._alone("changing its model"):
+        with self._core.alone("changing its model"):
             self._decoder.forget()
-            self._judge.forget()
+            self._panel.forget()
 
     @contextmanager
     def following(self, scorer: ScorerLike | None) -> Iterator[None]:
@@ -153,7 +173,7 @@ class Engine(Loop):
     def generate(
         self,
         prompts: PromptLike | Sequence[PromptLike],
-        strategy: Strategy | None = None,
+        strategy: Strategy | Sequence[Strategy | None] | None = None,
         sampling: SamplingParams | Sequence[SamplingParams] | None = None,
         progress: bool | None = None,
         errors: Literal["raise", "return"] = "raise",
@@ -162,7 +182,7 @@ class Engine(Loop):
 
         prompts: one or several, each a text, a list of token ids that is used as it is, or a conversation, a list of
         {"role", "content"}, which goes through the tokenizer's template (a last message of the assistant is continued).
-        strategy: None is the base policy. sampling: one for all prompts, or one for each. progress: a bar
+        strategy: None is the base policy; one for all prompts, or one for each; sampling likewise. progress: a bar
         on stderr after two seconds; None shows it on a terminal only. errors: what is wrong with one prompt, or with
         decoding or scoring it, never ends the others. "return" puts its InputError in the place of its result;
         "raise" raises a prompt's before any is decoded, and a RequestError once the others are done: they are in
@@ -171,10 +191,10 @@ class Engine(Loop):
         if errors not in ("raise", "return"):
             raise InputError(f'errors must be "raise" or "return", got {errors!r}')
         prompts = as_prompts(prompts)
-        requests, refused, strategy = self._accepted(prompts, strategy, sampling, progress)
+        requests, refused = self._accepted(prompts, strategy, sampling, progress)
         if errors == "raise" and refused:
             raise refused[min(refused)]
-        with closing(self._outcomes(requests, refused, strategy, progress)) as outcomes:
+        with closing(self._outcomes(requests, refused, progress)) as outcomes:
             found = dict(outcomes)
         results = [found[i] for i in range(len(prompts))]
         failed = [outcome for outcome in results if isinstance(outcome, RequestError)]
@@ -186,7 +206,7 @@ class Engine(Loop):
     def as_completed(
         self,
         prompts: PromptLike | Sequence[PromptLike],
-        strategy: Strategy | None = None,
+        strategy: Strategy | Sequence[Strategy | None] | None = None,
         sampling: SamplingParams | Sequence[SamplingParams] | None = None,
         progress: bool | None = None,
     ) -> Generator[tuple[int, Result | InputError], None, None]:
@@ -198,16 +218,70 @@ class Engine(Loop):
         return self._outcomes(*self._accepted(prompts, strategy, sampling, progress), progress)
 
     def _outcomes(
-        self, requests: list[Request], refused: dict[int, InputError], strategy: Strategy, progress: bool | None
+        self, requests: list[Request], refused: dict[int, InputError], progress: bool | None
     ) -> Generator[tuple[int, Result | InputError], None, None]:
         yield from refused.items()
         hide = None if progress is None else not progress
         bar = tqdm(total=len(requests), unit="prompt", delay=2, disable=hide, leave=False)
-        with bar, closing(self._decode(deque(requests), strategy, lambda: bar.update(0))) as commits:
-            for index, _, outcome in commits:
-                if outcome is not None:
-                    bar.update()
-                    yield index, outcome
+        done: deque[int] = deque()
+        handles: dict[int, Handle] = {}
+        with bar:
+            try:
+                for request in requests:
+                    handles[request.index] = self._core.submit(request)
+                    handles[request.index].tell = done.append
+                while handles:
+                    self._core.wait(lambda: bool(done), tick=lambda: bar.update(0))
+                    while done:
+                        index = done.popleft()
+                        bar.update()
+                        outcome = handles.pop(index).outcome()
+                        assert isinstance(outcome, (Result, InputError))
+                        yield index, outcome
+            finally:
+                self._abandon(list(handles.values()))
+
+    def _abandon(self, handles: list[Handle]) -> None:
+        """Whoever waited for these went away: what they hold is given back."""
+        for handle in handles:
+            handle.cancel()
+        if handles:
+            self._core.sweep()
+
+    def submit(
+        self,
+        prompt: PromptLike,
+        strategy: Strategy | None = None,
+        sampling: SamplingParams | None = None,
+        scorer: ScorerLike | None = None,
+        *,
+        priority: int = 0,
+        deadline: float | None = None,
+    ) -> Handle:
+        """A request that shares each step with all others that are there; from any thread.
+
+        scorer: None is the engine's own. priority: the lower, the earlier it is served. deadline: seconds from now,
+        after which it fails. Whoever waits for the handle drives the engine, unless `start` gave it a thread.
+        InputError for what is wrong with the request.
+        """
+        request = self._request(prompt, strategy, sampling, scorer, priority, deadline)
+        return self._core.submit(request)
+
+    def _request(
+        self,
+        prompt: PromptLike,
+        strategy: Strategy | None,
+        sampling: SamplingParams | None,
+        scorer: ScorerLike | None = None,
+        priority: int = 0,
+        deadline: float | None = None,
+    ) -> Request:
+        requests, refused = self._accepted([prompt], strategy, sampling, scorer=scorer)
+        if refused:
+            raise refused[0]
+        requests[0].priority = priority
+        requests[0].deadline = None if deadline is None else time.monotonic() + deadline
+        return requests[0]
 
     def stream(
         self, prompt: PromptLike, strategy: Strategy | None = None, sampling: SamplingParams | None = None
@@ -216,10 +290,31 @@ class Engine(Loop):
 
         A request that cannot be finished ends in its RequestError, after the events of what was committed.
         """
-        requests, refused, strategy = self._accepted([prompt], strategy, sampling)
-        if refused:
-            raise refused[0]
-        return self._events(requests[0], self._decode(deque(requests), strategy))
+        return self._events(self._request(prompt, strategy, sampling))
+
+    def _events(self, request: Request) -> Generator[Event, None, None]:
+        handle = self._core.submit(request)
+        try:
+            yield from handle
+        finally:
+            if not handle.done:
+                self._abandon([handle])
+
+    def start(self) -> None:
+        """Give the engine a thread of its own, which decodes whatever is submitted."""
+        self._core.start()
+
+    def drain(self, timeout: float | None = None) -> bool:
+        """Take no more requests, and finish those that are there; False where they are not done after so many seconds."""
+        return self._core.drain(timeout)
+
+    def close(self) -> None:
+        """Take no more requests, and cancel those that are there."""
+        self._core.close()
+
+    def stats(self) -> dict[str, Any]:
+        """Requests running and waiting, rows, pages and leaves in use, and how many ended in which way so far."""
+        return self._core.stats()
 
     def calibrate(
         self,
@@ -263,18 +358,6 @@ class Engine(Loop):
             )
         return Tokenwise(best)
 
-    def _events(self, request: Request, commits: Generator[Commit, None, None]) -> Iterator[Event]:
-        """Commits with their new text; a character that is not whole yet waits for the next one."""
-        with closing(commits):
-            for _, new, outcome in commits:
-                if isinstance(outcome, RequestError):
-                    raise outcome
-                if request.blocks:
-                    block = request.blocks[-1]
-                    yield Event(block.candidates[block.chosen].text, new, block, outcome)
-                else:
-                    yield Event(request.text.push(new, last=outcome is not None), new, None, outcome)
-
     def encode(self, prompt: PromptLike, label: str = "prompt") -> list[int]:
         """Token ids of a prompt; InputError, naming `label`, if it is empty or leaves no room to answer."""
         return self.codec.read(prompt, label).ids
@@ -282,21 +365,27 @@ class Engine(Loop):
     def _accepted(
         self,
         prompts: list[Any],
-        strategy: Strategy | None,
+        strategy: Strategy | Sequence[Strategy | None] | None,
         sampling: SamplingParams | Sequence[SamplingParams] | None,
         progress: bool | None = None,
-    ) -> tuple[list[Request], dict[int, InputError], Strategy]:
-        """The requests that can be decoded, what is wrong with each prompt that cannot, and the strategy for them.
+        scorer: ScorerLike | None = None,
+    ) -> tuple[list[Request], dict[int, InputError]]:
+        """The requests that can be decoded, and what is wrong with each prompt that cannot.
 
         A budget for whole sequences has become a weight. InputError for what is wrong with the call as a whole.
         """
-        with self._alone("another call"):
-            pass
-        strategy = strategy or BASE
-        self._check(strategy)
+        parts, readers = self.parts, self._readers
+        if scorer is not None:
+            parts = parts_of(scorer)
+            self._panel.check(parts)
+            readers = self._panel.readers(parts)
         requests: list[Request] = []
         refused: dict[int, InputError] = {}
-        for i, (prompt, p) in enumerate(zip(prompts, seeded(prompts, sampling), strict=True)):
+        strategies = _for_each(prompts, strategy)
+        plans: dict[tuple[Strategy, SamplingParams], Plan] = {}
+        for i, (prompt, own, p) in enumerate(zip(prompts, strategies, seeded(prompts, sampling), strict=True)):
+            if (own, p) not in plans:
+                plans[own, p] = Plan(own, parts, readers, p)
             try:
                 text, ids, messages = self.codec.read(prompt, f"prompt {i}")
             except InputError as error:
@@ -305,22 +394,41 @@ class Engine(Loop):
             room = p.max_tokens if self.context is None else min(p.max_tokens, self.context - len(ids))
             assert p.seed is not None
             empty = self.codec.after(ids, p.skip_special_tokens)
-            requests.append(Request(i, text, ids, p, mix(p.seed, ids), room, p.seed, empty, messages))
+            requests.append(Request(i, text, ids, plans[own, p], room, self.eos, p.seed, empty, messages))
         # A prompt without a reference is found before any is decoded.
         self._judge.refuse(requests)
-        decoders = [self._decoder, *self._readers(strategy).values()]
         for request in requests:
-            if refuse(request, decoders, 0 if commits_nothing(strategy) else request.limit):
-                assert request.error is not None
+            self._core.schedule.refuse(request)
+            if request.error:
+                assert isinstance(request.error, InputError)
                 refused[request.index] = request.error
         requests = [request for request in requests if not request.error]
-        if isinstance(strategy, Tokenwise) and strategy.kl_budget is not None:
-            params = [request.params for request in requests]
-            _check_budget(params)
-            if strategy.per == "sequence" and requests:
-                some = [prompts[request.index] for request in requests]
-                strategy = self.calibrate(some, strategy.kl_budget, params, progress)
-        return requests, refused, strategy
+        self._calibrated(prompts, requests, progress)
+        return requests, refused
+
+    def _calibrated(self, prompts: list[Any], requests: list[Request], progress: bool | None) -> None:
+        """A budget for whole sequences becomes a weight: one for all that have the same."""
+        alike: dict[Strategy, list[Request]] = {}
+        for request in requests:
+            strategy = request.plan.strategy
+            if isinstance(strategy, Tokenwise) and strategy.kl_budget is not None:
+                _check_budget([request.params])
+                if strategy.per == "sequence":
+                    alike.setdefault(strategy, []).append(request)
+        for strategy, some in alike.items():
+            assert isinstance(strategy, Tokenwise) and strategy.kl_budget is not None  # noqa: PT018
+            own = [prompts[request.index] for request in some]
+            found = self.calibrate(own, strategy.kl_budget, [request.params for request in some], progress)
+            for request in some:
+                request.plan = Plan(found, request.plan.parts, request.plan.readers, request.params)
+
+
+def _for_each(prompts: Sequence[Any], strategy: Strategy | Sequence[Strategy | None] | None) -> list[Strategy]:
+    if isinstance(strategy, (list, tuple)):
+        if len(strategy) != len(prompts):
+            raise InputError(f"{len(prompts)} prompts but {len(strategy)} strategies: give one, or one for each")
+        return [own or BASE for own in strategy]
+    return [strategy or BASE] * len(prompts)  # type: ignore[list-item]
 
 
 def _check_budget(sampling: Sequence[SamplingParams]) -> None:

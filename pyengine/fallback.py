@@ -1,7 +1,7 @@
 """Decoders for models that the branching cache cannot serve, and the choice between them all.
 
 `ReplicatedDecoder` copies the prefix for each branch through transformers' own cache; `RecomputeDecoder` keeps none
-and re-reads each row. Both take a group of prompts at a time: nobody joins before the last has left.
+and re-reads each row.
 """
 
 from __future__ import annotations
@@ -10,14 +10,16 @@ import inspect
 import logging
 import sys
 from collections.abc import Hashable
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from pyengine.checkpoint import context_of
-from pyengine.decoder import BranchingDecoder, Decoder, Frontier, Prompt
+from pyengine.decoder import BranchingDecoder, Decoder, Frontier, Rows, Stem
 from pyengine.errors import InputError, first_line
+from pyengine.group import Group
 from pyengine.invariance import why_not
 from pyengine.modes import evaluating
 from pyengine.scorers.base import Hidden
@@ -41,144 +43,162 @@ def _layers_of(output: Any, layers: tuple[int, ...]) -> Hidden:
     return {layer: output.hidden_states[layer][:, -1] for layer in layers}
 
 
-class _Grouped:
-    """What both share: a group of prompts joins when nobody is there."""
+class _Unpaged:
+    """What both share: no memory to run out of, and nothing that outlives a call."""
 
     waits = False
 
     def __init__(self, model: Any, layers: tuple[int, ...], max_rows: int) -> None:
         self.model, self.layers, self.max_rows = model, layers, max_rows
-        self._k = 1
         self.captured: dict[Hashable, Any] = {}  # nothing ever is
-        self._frontier = Frontier(torch.empty(0), {})
 
-    def open(self, k: int, room: int) -> None:
-        self._k = k
+    def begin(self) -> None:
+        pass
 
-    def close(self, whole: bool = True) -> None:
-        self._frontier = Frontier(torch.empty(0), {})
+    def end(self, whole: bool = True) -> None:
+        pass
 
     def forget(self) -> None:
-        pass  # nothing outlives a call
+        pass
 
-    def refuses(self, tokens: int, growth: int) -> str | None:
+    def refuses(self, tokens: int, growth: int, k: int, room: int) -> str | None:
         return None
 
-    def fits(self, waiting: list[Prompt]) -> int:
-        return 0 if len(self._frontier.logits) else min(len(waiting), max(1, self.max_rows // self._k))
+    def join(self, ids: list[int], leaves: int) -> Stem | None:
+        return Stem(ids)
 
-    def join(self, prompts: list[Prompt]) -> None:
-        self.prefill([prompt.ids for prompt in prompts])
-
-    def prefill(self, prompts: list[list[int]]) -> Frontier:
-        raise NotImplementedError
-
-    def keep(self, rows: Tensor) -> Frontier:
-        raise NotImplementedError
-
-    def commit(self, rows: Tensor) -> None:
-        if len(rows):
-            self.keep(rows)
-        else:
-            self.close()
+    def plant(self, rows: Rows) -> Rows:
+        return list(rows)
 
 
-class ReplicatedDecoder(_Grouped):
-    """K copies of the prefix in transformers' cache. Rows are left-padded, so that all end together."""
+class RecomputeDecoder(_Unpaged):
+    """No cache: every step reads each row from its first token. Slow, and right for any model. A stem's state is its
+    branches, whole."""
+
+    def prefill(self, stems: list[Stem], most: int) -> list[tuple[Stem, Frontier]]:
+        frontier = self._forward([stem.ids for stem in stems])
+        return [(stem, frontier.rows(torch.tensor([i]))) for i, stem in enumerate(stems)]
+
+    def fork(self, stem: Stem, k: int, room: int) -> None:
+        stem.state = [list(stem.ids) for _ in range(k)]
+
+    def step(self, planted: Rows, tokens: Tensor, alive: Tensor) -> Frontier:
+        for (stem, branch), token, on in zip(planted, tokens.tolist(), alive.tolist(), strict=True):
+            if on:
+                stem.state[branch].append(token)
+        return self._forward([stem.state[branch] for stem, branch in planted])
+
+    def commit(self, winners: list[tuple[Stem, int, int]]) -> None:
+        for stem, branch, length in winners:
+            stem.ids = stem.state[branch][: len(stem.ids) + length]
+
+    def leave(self, stem: Stem) -> None:
+        stem.state = None
+
+    @torch.inference_mode()
+    def _forward(self, rows: list[list[int]]) -> Frontier:
+        parts: dict[int, Frontier] = {}
+        for length in {len(row) for row in rows}:  # one batch a length: nothing is padded
+            index = [i for i, row in enumerate(rows) if len(row) == length]
+            ids = torch.tensor([rows[i] for i in index], device=self.model.device)
+            with evaluating(self.model):
+                output = self.model(input_ids=ids, use_cache=False, output_hidden_states=bool(self.layers))
+            logits, hidden = output.logits[:, -1], _layers_of(output, self.layers)
+            for j, i in enumerate(index):
+                parts[i] = Frontier(logits[j : j + 1], {layer: h[j : j + 1] for layer, h in hidden.items()})
+        return Frontier.of([parts[i] for i in range(len(rows))])
+
+
+@dataclass(eq=False)
+class _Cohort:
+    """Prompts that were read together, in one cache of transformers' with a row for each branch, left-padded."""
+
+    rows: Rows  # of the store; branch -1 is a prefix
+    store: Any = None
+    mask: Tensor = field(default_factory=lambda: torch.empty(0))
+
+
+class ReplicatedDecoder(_Unpaged):
+    """K copies of the prefix in transformers' cache. Prompts that join together keep one of their own, whose rows are
+    moved when a step has other rows than the one before; a stem's state is (its cohort, the row of its prefix)."""
 
     def __init__(self, model: Any, layers: tuple[int, ...], max_rows: int = 256) -> None:
         super().__init__(model, layers, max_rows)
         accepted = inspect.signature(model.forward).parameters
         self._keep_last = {"logits_to_keep": 1} if "logits_to_keep" in accepted else {}
         self._positions = "position_ids" in accepted
-        self._mask = torch.empty(0)
-        self._store: Any = None
 
-    def close(self, whole: bool = True) -> None:
-        super().close()
-        self._store = None
+    @torch.inference_mode()
+    def prefill(self, stems: list[Stem], most: int) -> list[tuple[Stem, Frontier]]:
+        longest, device = max(len(stem.ids) for stem in stems), self.model.device
+        ids = torch.tensor([[0] * (longest - len(s.ids)) + s.ids for s in stems], device=device)
+        cohort = _Cohort([(stem, -1) for stem in stems])
+        cohort.mask = torch.tensor(
+            [[0] * (longest - len(s.ids)) + [1] * len(s.ids) for s in stems], device=device
+        )
+        frontier = self._forward(cohort, ids, (cohort.mask.cumsum(-1) - 1).clamp(min=0))
+        for row, stem in enumerate(stems):
+            stem.state = (cohort, row)
+        return [(stem, frontier.rows(torch.tensor([i], device=device))) for i, stem in enumerate(stems)]
 
-    def prefill(self, prompts: list[list[int]]) -> Frontier:
-        longest = max(map(len, prompts))
-        device = self.model.device
-        ids = torch.tensor([[0] * (longest - len(p)) + p for p in prompts], device=device)
-        self._mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=device)
-        self._store = None
-        return self._forward(ids, (self._mask.cumsum(-1) - 1).clamp(min=0))
+    def fork(self, stem: Stem, k: int, room: int) -> None:
+        pass  # rows are moved when they are planted
 
-    def fork(self) -> Frontier:
-        if self._k > 1:
-            self._store.batch_repeat_interleave(self._k)
-            self._mask = self._mask.repeat_interleave(self._k, 0)
-            index = torch.arange(len(self._frontier.logits), device=self._mask.device).repeat_interleave(self._k)
-            self._frontier = self._frontier.rows(index)
-        return self._frontier
+    def plant(self, rows: Rows) -> Rows:
+        cohorts: dict[_Cohort, Rows] = {}
+        for stem, branch in rows:
+            cohorts.setdefault(stem.state[0], []).append((stem, branch))
+        for cohort, wanted in cohorts.items():
+            if wanted == cohort.rows:
+                continue
+            at = {row: i for i, row in enumerate(cohort.rows)}
+            # A branch that is new continues its prefix.
+            index = [at[row] if row in at else row[0].state[1] for row in wanted]
+            if index != list(range(len(cohort.rows))):
+                picked = torch.tensor(index, device=self.model.device)
+                cohort.store.batch_select_indices(picked)
+                cohort.mask = cohort.mask[picked]
+            cohort.rows = wanted
+        return list(rows)
 
-    def append(self, tokens: Tensor) -> Frontier:
-        self._mask = torch.cat([self._mask, self._mask.new_ones(len(tokens), 1)], -1)
-        return self._forward(tokens[:, None], self._mask.sum(-1, keepdim=True) - 1)
+    @torch.inference_mode()
+    def step(self, planted: Rows, tokens: Tensor, alive: Tensor) -> Frontier:
+        found: list[Frontier] = []
+        order: list[int] = []
+        for cohort in dict.fromkeys(stem.state[0] for stem, _ in planted):
+            at = [i for i, (stem, _) in enumerate(planted) if stem.state[0] is cohort]
+            cohort.mask = torch.cat([cohort.mask, cohort.mask.new_ones(len(at), 1)], -1)
+            found.append(self._forward(cohort, tokens[at][:, None], cohort.mask.sum(-1, keepdim=True) - 1))
+            order += at
+        if order == list(range(len(order))):
+            return Frontier.of(found)
+        back = torch.tensor(order, device=tokens.device).argsort()
+        return Frontier.of(found).rows(back)
 
-    def keep(self, rows: Tensor) -> Frontier:
-        if len(rows) != len(self._mask) or not torch.equal(rows, torch.arange(len(rows), device=rows.device)):
-            self._store.batch_select_indices(rows)
-            self._mask = self._mask[rows]
-            self._frontier = self._frontier.rows(rows)
-        return self._frontier
+    def commit(self, winners: list[tuple[Stem, int, int]]) -> None:
+        """The winner's row is the prefix from now on; the other rows go when rows are planted next."""
+        for stem, branch, _ in winners:
+            cohort, _ = stem.state
+            row = cohort.rows.index((stem, branch))
+            stem.state = (cohort, row)
+            cohort.rows = [(s, -1 if i == row else -2) if s is stem else (s, b) for i, (s, b) in enumerate(cohort.rows)]
 
-    def _forward(self, ids: Tensor, positions: Tensor) -> Frontier:
+    def leave(self, stem: Stem) -> None:
+        stem.state = None
+
+    def _forward(self, cohort: _Cohort, ids: Tensor, positions: Tensor) -> Frontier:
         with evaluating(self.model):
             output = self.model(
                 input_ids=ids,
-                attention_mask=self._mask,
-                past_key_values=self._store,
+                attention_mask=cohort.mask,
+                past_key_values=cohort.store,
                 use_cache=True,
                 output_hidden_states=bool(self.layers),
                 **({"position_ids": positions} if self._positions else {}),
                 **self._keep_last,
             )
-        self._store = output.past_key_values
-        self._frontier = Frontier(output.logits[:, -1], _layers_of(output, self.layers))
-        return self._frontier
-
-
-class RecomputeDecoder(_Grouped):
-    """No cache: every step reads each row from its first token. Slow, and right for any model."""
-
-    def __init__(self, model: Any, layers: tuple[int, ...], max_rows: int = 256) -> None:
-        super().__init__(model, layers, max_rows)
-        self._rows: list[list[int]] = []
-
-    def prefill(self, prompts: list[list[int]]) -> Frontier:
-        self._rows = [list(p) for p in prompts]
-        return self._forward()
-
-    def fork(self) -> Frontier:
-        return self.keep(torch.arange(len(self._rows), device=self.model.device).repeat_interleave(self._k))
-
-    def append(self, tokens: Tensor) -> Frontier:
-        for row, token in zip(self._rows, tokens.tolist(), strict=True):
-            row.append(token)
-        return self._forward()
-
-    def keep(self, rows: Tensor) -> Frontier:
-        self._rows = [list(self._rows[i]) for i in rows.tolist()]
-        self._frontier = self._frontier.rows(rows)
-        return self._frontier
-
-    def _forward(self) -> Frontier:
-        parts: dict[int, Frontier] = {}
-        for length in {len(row) for row in self._rows}:  # one batch a length: nothing is padded
-            index = [i for i, row in enumerate(self._rows) if len(row) == length]
-            ids = torch.tensor([self._rows[i] for i in index], device=self.model.device)
-            with evaluating(self.model):
-                output = self.model(input_ids=ids, use_cache=False, output_hidden_states=bool(self.layers))
-            logits, hidden = output.logits[:, -1], _layers_of(output, self.layers)
-            for j, i in enumerate(index):
-                parts[i] = Frontier(logits[j], {layer: h[j] for layer, h in hidden.items()})
-        rows = [parts[i] for i in range(len(self._rows))]
-        hidden = {layer: torch.stack([r.hidden[layer] for r in rows]) for layer in self.layers}
-        self._frontier = Frontier(torch.stack([r.logits for r in rows]), hidden)
-        return self._frontier
+        cohort.store = output.past_key_values
+        return Frontier(output.logits[:, -1], _layers_of(output, self.layers))
 
 
 def choose_decoder(
@@ -308,19 +328,19 @@ def _mismatch(decoder: Decoder, recompute: Decoder) -> str | None:
     vocab = model.get_input_embeddings().weight.shape[0]
     longest = _trial_tokens(model.config.get_text_config(decoder=True))
     lengths = ((7, 3, longest), (5, 1, 4))
-    prompts = [Prompt([(a * i + b) % vocab for i in range(n)], TRIAL_GROWTH) for a, b, n in lengths]
+    prompts = [[(a * i + b) % vocab for i in range(n)] for a, b, n in lengths]
     device = model.device
     steps = torch.tensor([[11, 12, 13, 14], [15, 16, 17, 18]], device=device) % vocab
     seen: list[list[Tensor]] = []
     for each in (decoder, recompute):
-        each.open(2, 2)
+        group = Group(each, 2, 2)
         try:
-            each.join(prompts)
-            logits = [each.fork().logits, each.append(steps[0]).logits]
-            each.commit(torch.tensor([3, 0], device=device))
-            logits += [each.fork().logits, each.append(steps[1]).logits]
+            group.join(prompts)
+            logits = [group.fork().logits, group.append(steps[0]).logits]
+            group.commit(torch.tensor([0, 3], device=device))
+            logits += [group.fork().logits, group.append(steps[1]).logits]
         finally:
-            each.close()
+            group.close(whole=False)
         seen.append(logits)
     tolerance = 1e-3 if seen[0][0].dtype == torch.float32 else 5e-2
     for a, b in zip(*seen, strict=True):

@@ -9,7 +9,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from pyengine.cache import PAGE
-from pyengine.decoder import BranchingDecoder, Prompt
+from pyengine.decoder import BranchingDecoder
+from pyengine.group import Group
 from pyengine.ops.linear import VECTORS
 
 
@@ -121,13 +122,13 @@ def why_not(decoder: BranchingDecoder) -> str | None:
 def _walk(decoder: BranchingDecoder, prompts: list[list[int]], k: int) -> list[Tensor]:
     """Logits and hidden states over two tokens of k branches, of which the first is the same for each k."""
     vocab = decoder.model.get_input_embeddings().weight.shape[0]
-    decoder.open(k, 2)
+    group = Group(decoder, k, 2)
     try:
-        decoder.join([Prompt(prompt, 2) for prompt in prompts])
-        frontiers = [decoder.fork()]
+        group.join(prompts)
+        frontiers = [group.fork()]
         for step in range(2):
             drawn = [(prompt[-1] + 11 * branch + step + 1) % vocab for prompt in prompts for branch in range(k)]
-            frontiers.append(decoder.append(torch.tensor(drawn)))
+            frontiers.append(group.append(torch.tensor(drawn)))
     finally:
-        decoder.close(whole=False)
+        group.close(whole=False)
     return [x for frontier in frontiers for x in (frontier.logits, *frontier.hidden.values())]

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyengine.cache import STEP, BranchingCache
+from pyengine.cache import LEAF
 from pyengine.checkpoint import same_tokenizer
-from pyengine.decoder import PREFILL_TOKENS, BranchingDecoder, Frontier, Prompt
+from pyengine.decoder import PREFILL_TOKENS, BranchingDecoder, Frontier, Stem
 from pyengine.errors import InputError, first_line
 from pyengine.invariance import why_not
 from pyengine.ops.linear import steady as held_steady
@@ -37,8 +37,8 @@ class Reader(BranchingDecoder):
         super().__init__(scorer.model, layers, max_rows, budget, frozen, steady)
         self.name, self.longest = scorer.name, scorer.longest
 
-    def refuses(self, tokens: int, growth: int) -> str | None:
-        return self.too_long(tokens + 1) or super().refuses(tokens, growth)
+    def refuses(self, tokens: int, growth: int, k: int, room: int) -> str | None:
+        return self.too_long(tokens + 1) or super().refuses(tokens, growth, 1, 1)
 
     def too_long(self, tokens: int) -> str | None:
         """Why a candidate of so many tokens, its prompt among them, cannot be read; None where it can."""
@@ -49,40 +49,75 @@ class Reader(BranchingDecoder):
             "take another scorer"
         )
 
-    def misfits(self, tails: list[list[int]], eos: Collection[int]) -> dict[int, str]:
-        """The branches that are too long to be scored, and why."""
-        lengths = [self._sequences[i // self._k].length + len(t) for i, t in enumerate(self.given(tails, eos))]
-        return {row: reason for row, reason in enumerate(map(self.too_long, lengths)) if reason}
+    def misfit(self, stem: Stem, tails: list[list[int]]) -> str | None:
+        """Why one of these branches cannot be read, or None."""
+        assert stem.sequence is not None
+        return next(filter(None, (self.too_long(stem.sequence.length + len(tail)) for tail in tails)), None)
 
     def given(self, tails: list[list[int]], eos: Collection[int]) -> list[list[int]]:
         """What the model reads of the tails."""
         return tails
 
-    def score(self, tails: list[list[int]], eos: Collection[int] = ()) -> Tensor:
-        """fp32 [N] of each branch at its last token; all of them are extended in one pass."""
+    def most_rows(self, tokens: int) -> int:
+        """How many branches of so many tokens can be scored together."""
+        return self.cache.leaves // max(1, self.cache.leaves_for(self._columns(tokens)))
+
+    def score(self, stems: list[Stem], tails: list[list[list[int]]]) -> Tensor:
+        """fp32 [N] of the branches of these stems at their last tokens, by one pass over all of them.
+
+        They are there until `keep` or `leave`. A stem's `at` is the frontier of its prefix.
+        """
         raise NotImplementedError
+
+    def keep(self, winners: list[tuple[Stem, int]]) -> None:
+        """One branch of each of these joins its prefix."""
+        ends = [stem.state.rows(torch.tensor([branch], device=self.model.device)) for stem, branch in winners]
+        self.commit([(stem, branch, stem.lengths[branch]) for stem, branch in winners])
+        for (stem, _), end in zip(winners, ends, strict=True):
+            stem.at, stem.state = end, None
 
     def recompute(self, ids: list[int]) -> float:
         """The score of a sequence by the model's own forward pass, to try `score` against."""
         raise NotImplementedError
 
-    def _extend_by(self, tails: list[list[int]]) -> Iterator[tuple[Tensor, Tensor, Frontier]]:
-        """The new tokens in passes of so many columns: (index in it of each row's last token, whether that is in
-        this pass, the frontier there). Short tails are padded; nobody looks at what follows their end. Where a row is
-        not to depend on the others its pass has the same columns whatever their length."""
-        longest = max(map(len, tails))
-        columns = BranchingCache.room_for(longest) if self.steady else longest
+    def _columns(self, longest: int) -> int:
+        """Where a row is not to depend on the others a pass has the same columns whatever their length."""
+        return -(-longest // LEAF) * LEAF if self.steady else longest
+
+    def _extend_by(self, stems: list[Stem], tails: list[list[list[int]]]) -> Iterator[tuple[Tensor, Tensor, Frontier]]:
+        """The tails in passes of so many columns: (index in it of each row's last token, whether that is in this pass,
+        the frontier there). Short tails are padded; nobody looks at what follows their end."""
+        flat = [tail for own in tails for tail in own]
+        columns = self._columns(max(map(len, flat)))
         device = self.model.device
-        padded = torch.tensor([tail + [0] * (columns - len(tail)) for tail in tails], dtype=torch.long, device=device)
-        last = torch.tensor([len(tail) - 1 for tail in tails], device=device)
-        some = STEP if self.steady else max(1, PREFILL_TOKENS // len(tails))
-        for start in range(0, columns, some):
-            tokens = padded[:, start : start + some]
-            at = last - start
-            here = (at >= 0) & (at < tokens.shape[1])
-            at = at.clamp(0, tokens.shape[1] - 1)
-            yield at, here, self.extend(tokens, at)
-        self._tail_len = longest  # what a commit moves
+        for stem, own in zip(stems, tails, strict=True):
+            self.fork(stem, len(own), max(1, columns))
+        if columns:
+            planted = self.plant([(stem, b) for stem, own in zip(stems, tails, strict=True) for b in range(len(own))])
+            padded = torch.tensor([tail + [0] * (columns - len(tail)) for tail in flat], device=device)
+            last = torch.tensor([len(tail) - 1 for tail in flat], device=device)
+            some = LEAF if self.steady else max(1, PREFILL_TOKENS // len(flat))
+            for start in range(0, columns, some):
+                tokens = padded[:, start : start + some]
+                at = last - start
+                here = (at >= 0) & (at < tokens.shape[1])
+                at = at.clamp(0, tokens.shape[1] - 1)
+                yield at, here, self.extend(planted, tokens, at)
+        for stem, own in zip(stems, tails, strict=True):
+            stem.lengths = [len(tail) for tail in own]
+
+    def _starts(self, stems: list[Stem], tails: list[list[list[int]]]) -> Frontier:
+        """The frontier of its prefix for each branch."""
+        repeats = torch.tensor([len(own) for own in tails], device=self.model.device)
+        index = torch.arange(len(stems), device=self.model.device).repeat_interleave(repeats)
+        return Frontier.of([stem.at for stem in stems if stem.at is not None]).rows(index)
+
+    def _note(self, stems: list[Stem], tails: list[list[list[int]]], ends: Frontier) -> None:
+        """Each stem keeps the frontiers of its branches."""
+        first = 0
+        for stem, own in zip(stems, tails, strict=True):
+            stem.state = ends.rows(torch.arange(first, first + len(own), device=self.model.device))
+            first += len(own)
 
 
 class RewardReader(Reader):
@@ -103,11 +138,11 @@ class RewardReader(Reader):
         return [[token for token in tail if token not in eos] for tail in tails]  # as text, it is not there
 
     @torch.inference_mode()
-    def score(self, tails: list[list[int]], eos: Collection[int] = ()) -> Tensor:
-        tails = self.given(tails, eos)
-        scores = self.fork().logits  # of tails that add nothing
-        for _, here, frontier in self._extend_by(tails):
+    def score(self, stems: list[Stem], tails: list[list[list[int]]]) -> Tensor:
+        scores = self._starts(stems, tails).logits  # of tails that add nothing
+        for _, here, frontier in self._extend_by(stems, tails):
             scores = torch.where(here[:, None], frontier.logits, scores)
+        self._note(stems, tails, Frontier(scores, {}))
         return self.scorer.value(scores)
 
     def recompute(self, ids: list[int]) -> float:
@@ -132,16 +167,19 @@ class PrefixReader(Reader):
         return Frontier(states[:, :0], {self.head.layer: states})
 
     @torch.inference_mode()
-    def score(self, tails: list[list[int]], eos: Collection[int] = ()) -> Tensor:
+    def score(self, stems: list[Stem], tails: list[list[list[int]]]) -> Tensor:
         """V(y^t) = Q[t-1, y_t], from the state before the last token of each branch; no tail is empty."""
-        before = self.fork().hidden[self.head.layer]
-        found = before.clone()
-        row = torch.arange(len(tails), device=before.device)
-        for at, here, _ in self._extend_by(tails):
-            states = self._states.unflatten(0, (len(tails), -1))
+        layer, flat = self.head.layer, [tail for own in tails for tail in own]
+        before = self._starts(stems, tails).hidden[layer]
+        found, ends = before.clone(), before
+        row = torch.arange(len(flat), device=before.device)
+        for at, here, _ in self._extend_by(stems, tails):
+            states = self._states.unflatten(0, (len(flat), -1))
             found = torch.where(here[:, None], torch.cat([before[:, None], states], 1)[row, at], found)
+            ends = torch.where(here[:, None], states[row, at], ends)
             before = states[:, -1]
-        token = torch.tensor([tail[-1] for tail in tails], device=before.device).clamp(max=self.head.vocab_size - 1)
+        self._note(stems, tails, Frontier(ends[:, :0], {layer: ends}))
+        token = torch.tensor([tail[-1] for tail in flat], device=before.device).clamp(max=self.head.vocab_size - 1)
         with held_steady(self.head) if self.steady else nullcontext():
             return self.head.values_at(found, token).float()
 
@@ -192,13 +230,18 @@ def _mismatch(reader: Reader) -> str | None:
     ids = [(7 * i + 3) % vocab for i in range(20)]
     tails = [[ids[11], ids[12]], [ids[13]], [ids[16]], [ids[14], ids[15]]]
     try:
-        reader.open(2, 2)
-        reader.join([Prompt(ids[:9], 8), Prompt(ids[3:7], 8)])
-        found = reader.score(tails).tolist()
-        reader.commit(torch.tensor([0, 3], device=model.device))
-        found += reader.score([[ids[1]]] * 4)[::2].tolist()
+        reader.begin()
+        stems = []
+        for prompt in (ids[:9], ids[3:7]):
+            stem = reader.join(prompt, 2)
+            assert stem is not None
+            ((_, stem.at),) = reader.prefill([stem], len(prompt))
+            stems.append(stem)
+        found = reader.score(stems, [tails[:2], tails[2:]]).tolist()
+        reader.keep([(stems[0], 0), (stems[1], 1)])
+        found += reader.score(stems, [[[ids[1]]]] * 2).tolist()
     finally:
-        reader.close()
+        reader.end(whole=False)
     whole = [(ids[:9] if i < 2 else ids[3:7]) + tail for i, tail in enumerate(tails)]
     whole += [[*whole[0], ids[1]], [*whole[3], ids[1]]]
     wanted = [reader.recompute(text) for text in whole]

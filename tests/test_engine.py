@@ -22,8 +22,8 @@ from pyengine import (
     SamplingParams,
     Tokenwise,
     ledger,
-    proposal,
 )
+from pyengine.decode.step import Graph
 from pyengine.worlds import reviews
 
 PROMPTS = ["the quick brown fox", "pack my box", "sphinx", "the lazy dog jumps over five dozen jugs of quartz"]
@@ -96,12 +96,19 @@ def test_waiting_prompts_change_nothing(engine, monkeypatch, strategy):
     engine.set_scorer(reviews.sentiment)
     whole = engine.generate(prompts, strategy, sampling)
     small = Engine(engine.model, engine.tokenizer, reviews.sentiment, max_rows=2 * (strategy.k if strategy else 1))
-    join, joined = small._decoder.join, []
-    monkeypatch.setattr(small._decoder, "join", lambda some: joined.append(len(some)) or join(some))
+    join, leave, there, counts = small._decoder.join, small._decoder.leave, set(), []
+
+    def joined(ids, leaves):
+        stem = join(ids, leaves)
+        there.add(stem)
+        counts.append(len(there))
+        return stem
+
+    monkeypatch.setattr(small._decoder, "join", joined)
+    monkeypatch.setattr(small._decoder, "leave", lambda stem: there.remove(stem) or leave(stem))
     found = small.generate(prompts, strategy, sampling)
-    assert sum(joined) == 7
-    assert max(joined) == 2
-    assert len(joined) > 3
+    assert len(counts) == 7
+    assert max(counts) == 2
     assert [r.tokens for r in found] == [r.tokens for r in whole]
     assert [r.rewards for r in found] == [pytest.approx(r.rewards, abs=1e-5) for r in whole]
 
@@ -309,7 +316,7 @@ def test_a_step_that_cannot_be_captured_runs_as_it_is(engine, monkeypatch, caplo
     engine.set_scorer(pyengine.embedded("probe"))
     want = engine.generate("Review of the Harbour, a bakery:", strategy, sampling)[0]
     monkeypatch.setattr(engine._decoder, "waits", True)
-    original = proposal.Loop.__init__
+    original = Graph.__init__
 
     def as_on_a_gpu(self, *arguments):
         original(self, *arguments)
@@ -318,7 +325,7 @@ def test_a_step_that_cannot_be_captured_runs_as_it_is(engine, monkeypatch, caplo
     def refuse():
         raise RuntimeError("operation not permitted when stream is capturing")
 
-    monkeypatch.setattr(proposal.Loop, "__init__", as_on_a_gpu)
+    monkeypatch.setattr(Graph, "__init__", as_on_a_gpu)
     streams = []
     monkeypatch.setattr(torch.cuda, "current_stream", lambda: "mine")
     monkeypatch.setattr(torch.cuda, "set_stream", streams.append)
@@ -343,8 +350,8 @@ def test_one_branch_outgrows_the_pages_of_its_prompt(model_dirs, strategy):
 def test_ended_branches_cost_nothing_more(engine, monkeypatch):
     """Most reviews end long before the longest; their rows leave the cache while the others go on."""
     seen = []
-    append = engine._decoder.append
-    monkeypatch.setattr(engine._decoder, "append", lambda t: seen.append(len(t)) or append(t))
+    step = engine._decoder.step
+    monkeypatch.setattr(engine._decoder, "step", lambda p, t, a: seen.append(len(t)) or step(p, t, a))
     engine.set_scorer(reviews.sentiment)
     results = engine.generate(reviews.prompts(8), BestOfK(8), SamplingParams(max_tokens=128, seed=0))
     drawn = sum(len(c.tokens) for r in results for c in r.blocks[0].candidates)

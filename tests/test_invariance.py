@@ -231,7 +231,7 @@ def test_scorers_see_a_prompt_alone(name, dtype):
         pyengine.embedded("policy"), pyengine.embedded(scorer), dtype=dtype, batch_invariant=True, cache_gb=0.1
     )
     if name == "text":
-        engine._judge.readers.clear()
+        engine._readers.clear()
     sampling = [SamplingParams(max_tokens=5 + 2 * i % 9, seed=i) for i in range(12)]
     prompts = reviews.prompts(12)
     among = engine.generate(prompts, STRATEGIES[name], sampling)

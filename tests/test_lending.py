@@ -114,7 +114,7 @@ def test_a_reward_model_that_has_changed_reads_a_prompt_anew(model_dirs, change)
     if "adapter" in change or "scaling" in change:
         adapters(judge.model)
     engine.set_scorer(judge)
-    assert engine._judge.readers
+    assert engine._readers
     before = engine.generate(LONG, Blockwise(2, 4), SAMPLING)[0]
     CHANGES[change](judge.model)
     found = engine.generate(LONG, Blockwise(2, 4), SAMPLING)[0]
@@ -128,7 +128,7 @@ def test_a_frozen_engine_forgets_what_its_readers_have_read_too(model_dirs):
     assert len(engine.encode(LONG)) > 64
     judge = judge_of(engine.tokenizer)
     engine.set_scorer(judge)
-    assert engine._judge.readers
+    assert engine._readers
     engine.generate(LONG, Blockwise(2, 4), SAMPLING)
     moving_average(judge.model)
     engine.forget()
@@ -398,7 +398,7 @@ class Interrupted:
             assert model.config._attn_implementation != NAME, where
         assert (modes(self.model), modes(self.judge.model)) == self.modes, where
         assert torch.equal(self.model(input_ids=self.ids).logits, self.plain), where
-        for decoder in (self.engine._decoder, *self.engine._judge.readers.values()):
+        for decoder in (self.engine._decoder, *self.engine._readers.values()):
             decoder.cache.check_integrity()
             assert decoder.cache.pages_in_use == 0, where
         assert self.engine._holder is None, where

@@ -57,7 +57,7 @@ def test_scores_of_branches_equal_a_recompute(engine, strategy, layer):
     engine.set_scorer(Recomputed(scorer))
     slow = engine.generate(prompts, strategy, sampling)
     engine.set_scorer(scorer)
-    assert engine._judge.readers
+    assert engine._readers
     quick = engine.generate(prompts, strategy, sampling)
     for a, b in zip(slow, quick, strict=True):
         assert a.tokens == b.tokens
@@ -65,7 +65,7 @@ def test_scores_of_branches_equal_a_recompute(engine, strategy, layer):
         for one, other in zip(a.blocks, b.blocks, strict=True):
             for c, d in zip(one.candidates, other.candidates, strict=True):
                 assert c.utility == pytest.approx(d.utility, abs=1e-4)
-    assert engine._judge.readers[0].cache.pages_in_use == engine._decoder.cache.pages_in_use == 0
+    assert next(iter(engine._readers.values())).cache.pages_in_use == engine._decoder.cache.pages_in_use == 0
 
 
 def test_tokenwise_follows_it_beside_a_head_on_the_base(engine):
@@ -87,7 +87,7 @@ def test_tokenwise_follows_it_beside_a_head_on_the_base(engine):
         want = policy.gather(1, torch.tensor(result.tokens)[:, None])[:, 0]
         torch.testing.assert_close(torch.tensor(result.logp_policy), want, atol=1e-4, rtol=1e-4)
         assert result.rewards["values"] == pytest.approx(score_of(scorer, engine, result), abs=1e-4)
-    assert engine._judge.readers[0].cache.pages_in_use == 0
+    assert next(iter(engine._readers.values())).cache.pages_in_use == 0
     spent = engine.generate(PROMPTS, Tokenwise(kl_budget=0.02), SamplingParams(8, seed=1))
     assert all(r.kl == pytest.approx(0.02 * len(r.tokens), rel=0.01) for r in spent)
 
@@ -164,7 +164,7 @@ def test_the_body_of_the_base_model_can_be_the_trunk(engine):
 def test_few_rows_are_enough_for_a_reader(model_dirs, rows):
     engine = Engine.from_pretrained(model_dirs["llama"], cache_gb=0.01, max_rows=rows)
     engine.set_scorer(prefix_model(engine))
-    assert engine._judge.readers[0].max_rows == rows
+    assert next(iter(engine._readers.values())).max_rows == rows
     assert len(engine.generate(PROMPTS, Tokenwise(1.0), SamplingParams(4, seed=0))) == 3
 
 

@@ -70,14 +70,14 @@ def test_scores_equal_a_recompute(engine, strategy):
     judge = reward_model(engine.tokenizer)
     sampling = [SamplingParams(max_tokens=n, seed=n, temperature=0.7) for n in (17, 9, 12)]
     engine.set_scorer([(2.0, judge)])
-    assert len(engine._judge.readers) == 1
+    assert len(engine._readers) == 1
     read = []
-    reader = engine._judge.readers[0]
+    reader = next(iter(engine._readers.values()))
     original = reader._read
     reader._read = lambda ids, *rest: read.append(ids.numel()) or original(ids, *rest)
     found = engine.generate(PROMPTS, strategy, sampling)
     engine.set_scorer([(2.0, Recomputed(judge, engine))])
-    assert not engine._judge.readers
+    assert not engine._readers
     want = engine.generate(PROMPTS, strategy, sampling)
     for a, b in zip(found, want, strict=True):
         assert a.tokens == b.tokens
@@ -97,25 +97,25 @@ def test_scores_equal_a_recompute(engine, strategy):
 def test_a_candidate_beyond_the_judges_context_is_refused(engine):
     config = transformers.LlamaConfig(**SIZES, num_key_value_heads=2, max_position_embeddings=24)
     engine.set_scorer(reward_model(engine.tokenizer, config))
-    assert engine._judge.readers
+    assert engine._readers
     engine.eos = frozenset()
     with pytest.raises(InputError, match="scorer 'judge' reads 24 tokens, a candidate has"):
         engine.generate("the quick", Blockwise(2, 4), SamplingParams(max_tokens=40, seed=1))
     with pytest.raises(InputError, match="reads 24 tokens"):
         engine.generate("sphinx of quartz " * 9, Blockwise(2, 4), SamplingParams(max_tokens=4, seed=1))
-    assert engine._judge.readers[0].cache.pages_in_use == engine._decoder.cache.pages_in_use == 0
+    assert next(iter(engine._readers.values())).cache.pages_in_use == engine._decoder.cache.pages_in_use == 0
 
 
 def test_one_judge_twice_in_a_sum_is_read_once_and_given_back(engine):
     judge = reward_model(engine.tokenizer)
     engine.set_scorer([(1.0, judge), (0.5, judge)])
-    assert engine._judge.readers[0] is engine._judge.readers[1]
+    assert next(iter(engine._readers.values())) is engine._readers[1]
     result = engine.generate("the quick", Blockwise(2, 4), SamplingParams(max_tokens=8, seed=1))[0]
     assert result.rewards["judge"] == result.rewards["judge-2"]
     assert engine.generate("the quick", None, SamplingParams(max_tokens=2, seed=1))[0].rewards["judge"] is not None
-    reader = engine._judge.readers[0]
+    reader = next(iter(engine._readers.values()))
     engine.set_scorer([(2.0, judge)])
-    assert engine._judge.readers[0] is reader, "kept as long as its scorer is"
+    assert next(iter(engine._readers.values())) is reader, "kept as long as its scorer is"
 
 
 def test_long_tails_are_read_in_pieces(engine, monkeypatch):

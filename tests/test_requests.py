@@ -69,7 +69,6 @@ def llama(model_dirs):
 def endless(engine, monkeypatch):
     """No token ends a response."""
     monkeypatch.setattr(engine, "eos", frozenset())
-    monkeypatch.setattr(engine._judge, "_eos", frozenset())
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES, ids=str)
@@ -158,7 +157,7 @@ def test_a_candidate_longer_than_a_reward_model_reads(engine, endless, strategy,
     if not reader:
         scorer.tokenizer.add_tokens(["<another>"])  # no cache of its own where tokens may differ
     engine.set_scorer(scorer)
-    assert bool(engine._judge.readers) == reader
+    assert bool(engine._readers) == reader
     failed = others_are_untouched(engine, strategy, f"reads {scorer.longest} tokens", prompts, max_tokens=6)
     assert "'reward-model'" in failed.reason
 

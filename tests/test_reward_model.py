@@ -273,7 +273,7 @@ class TestForms:
         engine = Engine.from_pretrained(model_dirs["llama"], cache_gb=0.01)
         scorer = RewardModel(built(DECODERS["llama"]()), tokenizer, final_eos=final_eos)
         engine.set_scorer(scorer)
-        assert bool(engine._judge.readers) == (final_eos is None)
+        assert bool(engine._readers) == (final_eos is None)
         for result in engine.generate(["the quick", "sphinx"], Blockwise(3, 4), SamplingParams(max_tokens=12, seed=1)):
             if final_eos:
                 whole = scorer.score(given([(result.prompt, result.text)])).item()
@@ -324,7 +324,7 @@ def test_a_drawn_token_that_the_reward_model_does_not_embed(model_dirs, tokenize
     config.vocab_size = len(tokenizer)
     engine = Engine.from_pretrained(model_dirs["llama"], cache_gb=0.01)
     engine.set_scorer(RewardModel(built(config), tokenizer))
-    assert engine._judge.readers
+    assert engine._readers
     with torch.no_grad():
         engine.model.lm_head.weight[318] = 3 * engine.model.lm_head.weight[5]
     results = engine.generate(

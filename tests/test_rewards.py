@@ -269,15 +269,15 @@ class TestEngine:
         """The judge's branching reader serves the AND and gives what reading the text anew gives."""
         sampling = SamplingParams(max_tokens=40, seed=4)
         engine.set_scorer(lsc(judge, known[0]) & lsc(FunctionScorer(reviews.politeness), known[1]))
-        assert list(engine._judge.readers) == [0]
+        assert len(engine._readers) == 1
         read = []
-        reader = engine._judge.readers[0]
+        reader = next(iter(engine._readers.values()))
         original = reader.score
         reader.score = lambda tails, eos: read.append(len(tails)) or original(tails, eos)
         found = engine.generate(self.prompts, strategy, sampling)
         assert read
         engine.set_scorer(lsc(Recomputed(judge), known[0]) & lsc(FunctionScorer(reviews.politeness), known[1]))
-        assert not engine._judge.readers
+        assert not engine._readers
         want = engine.generate(self.prompts, strategy, sampling)
         for a, b in zip(found, want, strict=True):
             assert a.tokens == b.tokens

@@ -1,0 +1,209 @@
+"""Requests of every kind, mixed at random: equal to one call each, and how quick they are together.
+
+    python -m bench.mixed record    # one `generate` for each request; writes bench/results/mixed_goldens.json
+    python -m bench.mixed check [N] # N requests of each model together, held against what was recorded
+    python -m bench.mixed time      # one by one, sorted by kind and mixed; writes bench/results/mixed.json
+
+Three small models with random weights: a Llama, a Mistral whose window is shorter than its prompts, and a GPT-J, which
+no branching cache serves. Every request is a function of its number.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+import pyengine
+from pyengine import BestOfK, Blockwise, Engine, SamplingParams, Tokenwise
+from pyengine.scorers import PrefixModel, PrefixScorer, Probe, RewardModel
+
+RESULTS = Path(__file__).parent / "results"
+GOLDENS, TIMES = RESULTS / "mixed_goldens.json", RESULTS / "mixed.json"
+COUNT = 140  # requests of each model
+WIDTH, VOCAB = 64, 1024
+SIZES = {
+    "hidden_size": WIDTH,
+    "intermediate_size": 96,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+    "vocab_size": VOCAB,
+}
+MODELS = {
+    "llama": lambda: transformers.LlamaConfig(**SIZES),
+    "mistral": lambda: transformers.MistralConfig(**SIZES, sliding_window=24),
+    "gptj": lambda: transformers.GPTJConfig(
+        n_embd=WIDTH, n_layer=3, n_head=4, n_positions=512, rotary_dim=16, vocab_size=VOCAB
+    ),
+}
+KINDS = (
+    "base", "tokenwise", "budget", "two heads", "prefix model", "blockwise", "probe", "reward model", "soft",
+    "function", "two scorers", "best of k",
+)  # fmt: skip
+WORDS = "the quick brown fox jumps over a lazy dog and film was good bad long never again".split()
+
+
+def seeded(model: Any, seed: int, scale: float) -> Any:
+    """Random weights of this spread, so that a small model has opinions."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.dim() > 1:
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * scale)
+            elif name.endswith("bias"):
+                parameter.zero_()
+    return model.eval()
+
+
+def tokenizer() -> Any:
+    return transformers.AutoTokenizer.from_pretrained(pyengine.embedded("policy"))
+
+
+def engine_of(name: str, **options: Any) -> Engine:
+    ends = {"eos_token_id": 0, "bos_token_id": None, "pad_token_id": 0}
+    config = MODELS[name]()
+    for key, value in ends.items():
+        setattr(config, key, value)
+    model = seeded(transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32), 1, 0.15)
+    model.generation_config.eos_token_id = list(range(24))  # one draw in forty ends a branch
+    return Engine(model, tokenizer(), cache_gb=0.1, **options)
+
+
+def vowels(prompts: list[str], completions: list[str]) -> list[float]:
+    return [sum(c in "aeiou" for c in text) / (1 + len(text)) for text in completions]
+
+
+def scorers() -> dict[str, Any]:
+    """By name; the models among them are Llamas of their own with the policy's tokenizer."""
+    judge = transformers.LlamaConfig(**SIZES | {"num_hidden_layers": 2}, num_labels=1, pad_token_id=0)
+    reward = transformers.AutoModelForSequenceClassification.from_config(judge, dtype=torch.float32)
+    base = transformers.LlamaConfig(**SIZES | {"num_hidden_layers": 2})
+    trunk = transformers.AutoModelForCausalLM.from_config(base, dtype=torch.float32)
+    heads = {name: seeded(PrefixScorer(WIDTH, VOCAB, name=name), i, 0.3) for i, name in ((5, "one"), (6, "other"))}
+    head = seeded(PrefixScorer(WIDTH, VOCAB, name="ahead"), 7, 0.3)
+    return heads | {
+        "probe": seeded(Probe(WIDTH), 8, 0.3),
+        "reward": RewardModel(seeded(reward, 9, 0.15), tokenizer(), "reward"),
+        "ahead": PrefixModel(seeded(trunk, 10, 0.15), tokenizer(), head),
+        "function": vowels,
+    }
+
+
+def request(number: int, found: dict[str, Any]) -> tuple[str, str, Any, Any, SamplingParams]:
+    """(kind, prompt, strategy, scorer, sampling) of a request."""
+    draw = random.Random(number)
+    kind = KINDS[number % len(KINDS)]
+    prompt = " ".join(draw.choice(WORDS) for _ in range(draw.choice([1, 3, 8, 20, 60])))
+    sampling = SamplingParams(
+        max_tokens=draw.randrange(3, 40),
+        temperature=draw.choice([0.7, 1.0, 1.3]),
+        top_p=1.0 if kind == "budget" else draw.choice([1.0, 0.9]),
+        top_k=0 if kind == "budget" else draw.choice([0, 40]),
+        seed=number,
+    )
+    k, m = draw.randrange(2, 9), draw.randrange(3, 17)
+    strategies = {
+        "base": None,
+        "tokenwise": Tokenwise(draw.choice([0.5, 2.0])),
+        "budget": Tokenwise(kl_budget=draw.choice([0.05, 0.3])),
+        "two heads": Tokenwise(1.5),
+        "prefix model": Tokenwise(1.0) if draw.random() < 0.5 else Blockwise(k, m),
+        "soft": Blockwise(k, m, "softmax", 0.5),
+        "best of k": BestOfK(k),
+    }
+    scorer = {
+        "base": None,
+        "tokenwise": found["one"],
+        "budget": found["other"],
+        "two heads": [(0.7, found["one"]), (-0.4, found["other"])],
+        "prefix model": found["ahead"],
+        "probe": found["probe"],
+        "reward model": found["reward"],
+        "soft": found["probe"],
+        "function": found["function"],
+        "two scorers": [(1.0, found["reward"]), (0.5, found["probe"])],
+        "best of k": found[draw.choice(["reward", "function", "probe"])],
+    }.get(kind, found["one"])
+    return kind, prompt, strategies.get(kind, Blockwise(k, m)), scorer, sampling
+
+
+def summary(result: Any) -> dict[str, Any]:
+    """What is to be equal, short: candidates as a digest."""
+    digest = hashlib.blake2b(digest_size=8)
+    for block in result.blocks:
+        digest.update(repr([(c.tokens, c.text, c.finish_reason) for c in block.candidates]).encode())
+    return {
+        "tokens": result.tokens,
+        "text": result.text,
+        "finish": result.finish_reason,
+        "reward": result.reward,
+        "kl": result.kl,
+        "chosen": [block.chosen for block in result.blocks],
+        "candidates": digest.hexdigest(),
+    }
+
+
+def differences(found: dict[str, Any], want: dict[str, Any]) -> list[str]:
+    """Fields that are not equal; sums of floats within 1e-4."""
+    out = []
+    for name, value in want.items():
+        if isinstance(value, float) and isinstance(found[name], float):
+            if abs(found[name] - value) > 1e-4 * (1 + abs(value)):
+                out.append(name)
+        elif found[name] != value:
+            out.append(name)
+    return out
+
+
+def record() -> None:
+    goldens: dict[str, list[Any]] = {}
+    for name in MODELS:
+        engine, found = engine_of(name), scorers()
+        goldens[name] = []
+        for number in range(COUNT):
+            _, prompt, strategy, scorer, sampling = request(number, found)
+            with engine.following(scorer):
+                (result,) = engine.generate([prompt], strategy, sampling, progress=False)
+            goldens[name].append(summary(result))
+    lines = [
+        json.dumps(name) + ": [\n" + ",\n".join(json.dumps(row) for row in rows) + "\n]" for name, rows in goldens.items()
+    ]
+    GOLDENS.write_text("{\n" + ",\n".join(lines) + "\n}\n")
+
+
+def check(count: int = COUNT) -> None:
+    """All requests of a model together: each as it was alone."""
+    goldens = json.loads(GOLDENS.read_text())
+    wrong = 0
+    for name in MODELS:
+        engine, found = engine_of(name), scorers()
+        handles = []
+        for number in range(min(count, COUNT)):
+            _, prompt, strategy, scorer, sampling = request(number, found)
+            handles.append(engine.submit(prompt, strategy, sampling, scorer))
+        for number, handle in enumerate(handles):
+            differ = differences(summary(handle.result()), goldens[name][number])
+            if differ:
+                wrong += 1
+                print(f"{name} {number} ({KINDS[number % len(KINDS)]}): {', '.join(differ)}")
+        print(name, {key: value for key, value in engine.stats().items() if value})
+    print(f"{wrong} of {min(count, COUNT) * len(MODELS)} differ")
+    sys.exit(bool(wrong))
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    {"record": record, "check": check}[sys.argv[1]](*map(int, sys.argv[2:]))
+
+
+if __name__ == "__main__":
+    main()

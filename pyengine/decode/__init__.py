@@ -1,0 +1,1 @@
+"""The one decoding loop: requests of every kind share each step."""

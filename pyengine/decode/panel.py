@@ -1,0 +1,41 @@
+"""The scorers that requests follow, and the readers of those that are models with a cache of their own."""
+
+from __future__ import annotations
+
+from weakref import WeakValueDictionary
+
+from pyengine.reader import Reader, reader_of
+from pyengine.scorers import Part, Policy, Scorer
+
+
+class Panel:
+    """One reader for each scorer, alive as long as somebody follows it: a request's plan, or the engine by default."""
+
+    def __init__(
+        self, policy: Policy, max_rows: int, budget: float | None, frozen: bool, steady: bool
+    ) -> None:
+        self._policy = policy
+        self._readers_get = (max_rows, budget, frozen, steady)
+        self._readers: WeakValueDictionary[Scorer, Reader] = WeakValueDictionary()
+
+    def check(self, parts: list[Part]) -> None:
+        """InputError where one of them does not fit the policy; their parameters move to its device."""
+        for part in parts:
+            part.scorer.check(self._policy)
+            part.scorer.move(self._policy.device)
+
+    def readers(self, parts: list[Part]) -> dict[Scorer, Reader]:
+        """Of the scorers that have one. The caller keeps them alive."""
+        found: dict[Scorer, Reader] = {}
+        for scorer in dict.fromkeys(part.scorer for part in parts):
+            reader = self._readers.get(scorer)
+            if reader is None:
+                reader = reader_of(scorer, self._policy.tokenizer, *self._readers_get)
+            if reader is not None:
+                self._readers[scorer] = found[scorer] = reader
+        return found
+
+    def forget(self) -> None:
+        """Nothing that the readers' models have read so far is used again."""
+        for reader in self._readers.values():
+            reader.forget()

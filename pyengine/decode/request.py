@@ -1,0 +1,185 @@
+"""A request on its way, and the handle that its caller holds. Only the schedule writes a request."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+from collections import deque
+from collections.abc import AsyncIterator, Callable, Generator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from pyengine import ledger
+from pyengine.codec import Text
+from pyengine.decoder import Decoder, Frontier, Stem
+from pyengine.errors import RequestError
+from pyengine.plan import Plan
+from pyengine.results import Block, Event, FinishReason, Result, SamplingParams
+from pyengine.scorers import Hidden
+
+
+@dataclass(eq=False)
+class Branch:
+    """One branch of the block that is on its way."""
+
+    tokens: list[int] = field(default_factory=list)
+    logp_base: list[float] = field(default_factory=list)
+    logp_policy: list[float] = field(default_factory=list)
+    kl: float = 0.0  # summed over its tokens
+    finish_reason: FinishReason | None = None
+    ended: bool = False  # no token follows in this block
+    hidden: Hidden = field(default_factory=dict)  # [D] at its last token, once its row is gone
+    previous: Hidden = field(default_factory=dict)  # at the token before
+
+
+@dataclass(eq=False)
+class Request:
+    """One prompt on its way; the lists grow with every commit."""
+
+    index: int  # its place among the prompts of a call
+    prompt: str
+    prompt_ids: list[int]
+    plan: Plan
+    limit: int  # most new tokens that max_tokens and the context allow
+    ends: frozenset[int]  # tokens that end a branch
+    given_seed: int
+    text: Text  # of the tokens
+    messages: list[Any] | None = None  # what the prompt was, if a conversation
+    priority: int = 0
+    deadline: float | None = None  # by time.monotonic()
+    seed: int = field(init=False)  # given_seed, mixed with the prompt
+    handle: Handle = field(init=False)
+    # Where it is:
+    stems: dict[Decoder, Stem] = field(default_factory=dict)
+    at: dict[Decoder, Frontier] = field(default_factory=dict)  # of prefixes that are read and have no branches yet
+    branches: list[Branch] = field(default_factory=list)
+    room: int = 0  # tokens of a branch of the block
+    # What it has:
+    tokens: list[int] = field(default_factory=list)
+    logp_base: list[float] = field(default_factory=list)
+    logp_policy: list[float] = field(default_factory=list)
+    kl_tokens: float = 0.0  # exact KL of the proposals along the response
+    blocks: list[Block] = field(default_factory=list)
+    committed: int = 0  # blocks
+    scores: list[float] | None = None  # of the whole response, one for each part of the scorer
+    finish_reason: FinishReason | None = None
+    error: Exception | None = None  # why it cannot go on; it leaves at the end of the step
+    cancelled: bool = False
+    told: int = 0  # tokens, or blocks, of which there have been events
+    number: int = 0  # in the order of submission
+
+    def __post_init__(self) -> None:
+        self.seed = mix(self.given_seed, self.prompt_ids)
+
+    @property
+    def params(self) -> SamplingParams:
+        return self.plan.sampling
+
+    @property
+    def over(self) -> bool:
+        return self.error is not None or self.finish_reason is not None or self.cancelled
+
+    def fail(self, reason: str, cause: Exception | None = None) -> None:
+        """It cannot be finished; the first reason stays."""
+        if self.error is None:
+            self.error = RequestError(self.index, reason)
+            self.error.__cause__ = cause
+
+    def result(self) -> Result:
+        """Of a request that has ended."""
+        assert self.finish_reason is not None
+        kl, bounded = self.kl_tokens, self.plan.selects
+        if bounded:
+            kl += ledger.best_of_k_bound(self.plan.k) * self.committed
+        scores, parts = self.scores or [], self.plan.parts
+        return Result(
+            prompt=self.prompt,
+            prompt_ids=self.prompt_ids,
+            text=self.text.text,
+            tokens=self.tokens,
+            finish_reason=self.finish_reason,
+            reward=sum(p.weight * s for p, s in zip(parts, scores, strict=True) if p.weight) if scores else None,
+            rewards={p.name: s for p, s in zip(parts, scores, strict=True)} if scores else {},
+            logp_base=self.logp_base,
+            logp_policy=self.logp_policy,
+            kl=kl,
+            kl_kind="bound" if bounded else "exact",
+            seed=self.given_seed,
+            blocks=self.blocks,
+        )
+
+
+class Handle:
+    """A request's caller: events as they are committed, or the result at the end.
+
+    Whoever waits drives the engine, unless it has a thread of its own. Leaving an iterator early cancels the request.
+    """
+
+    def __init__(self, request: Request, wait: Callable[[Callable[[], bool], float | None], None]) -> None:
+        self._request, self._wait = request, wait
+        self._events: deque[Event] = deque()
+        self._outcome: Result | Exception | None = None
+        self.listening = False  # somebody takes events token by token
+        self.tell: Callable[[int], object] | None = None  # called with the request's index once it is done
+
+    @property
+    def done(self) -> bool:
+        """Whether there is a result, or an error in its place."""
+        return self._outcome is not None
+
+    def cancel(self) -> None:
+        """It is not wanted any more: what it holds is free with the next step. Nothing happens where it is done."""
+        self._request.cancelled = True
+
+    def outcome(self, timeout: float | None = None) -> Result | Exception:
+        """The result, or the error that stands for it; TimeoutError after so many seconds."""
+        self._wait(lambda: self._outcome is not None, timeout)
+        assert self._outcome is not None
+        return self._outcome
+
+    def result(self, timeout: float | None = None) -> Result:
+        """The result; raises the request's error, or TimeoutError after so many seconds."""
+        found = self.outcome(timeout)
+        if isinstance(found, Exception):
+            raise found
+        return found
+
+    def __iter__(self) -> Generator[Event, None, None]:
+        self.listening = True
+        try:
+            while (event := self._next()) is not None:
+                yield event
+        finally:
+            self.listening = False
+            if self._outcome is None:
+                self.cancel()
+
+    def _next(self) -> Event | None:
+        """The next event; None after the last. Raises the request's error in its place."""
+        self._wait(lambda: bool(self._events) or self._outcome is not None, None)
+        if self._events:
+            return self._events.popleft()
+        if isinstance(self._outcome, Exception):
+            raise self._outcome
+        return None
+
+    async def __aiter__(self) -> AsyncIterator[Event]:
+        self.listening = True
+        try:
+            while (event := await asyncio.to_thread(self._next)) is not None:
+                yield event
+        finally:
+            self.listening = False
+            if self._outcome is None:
+                self.cancel()
+
+    def __await__(self) -> Generator[Any, None, Result]:
+        return asyncio.to_thread(self.result).__await__()
+
+
+def mix(seed: int, words: Sequence[int]) -> int:
+    """A seed for (seed, words) as a signed 64-bit number: equal input, equal seed, on every machine."""
+    digest = hashlib.blake2b(digest_size=8)
+    for word in (seed, *words):
+        digest.update(word.to_bytes(8, "little", signed=True))
+    return int.from_bytes(digest.digest(), "little", signed=True)

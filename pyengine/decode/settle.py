@@ -1,0 +1,209 @@
+"""The end of a block: its branches are scored, one is selected, and what it adds is written into the request."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterable, Sequence
+from itertools import groupby
+
+import torch
+from torch import Tensor
+
+from pyengine import ops
+from pyengine.codec import Codec
+from pyengine.decode.request import Branch, Request
+from pyengine.errors import InputError, first_line
+from pyengine.reader import Reader
+from pyengine.results import Block, Candidate
+from pyengine.scorers import Candidates, Part, Policy, RewardModel, Scorer
+
+Owned = list[tuple[Request, Branch]]
+
+
+class Judge:
+    """Scores branches for whoever follows which scorer. steady: nothing is scored together with another request's."""
+
+    def __init__(self, policy: Policy, codec: Codec, steady: bool) -> None:
+        self._policy, self._codec, self._steady = policy, codec, steady
+
+    def refuse(self, requests: Sequence[Request]) -> None:
+        """Fail requests whose prompt a transform cannot serve, as one without a reference, before any is decoded."""
+        for request in requests:
+            for part in request.plan.parts:
+                self._each(
+                    lambda some, part=part: part.utilities(torch.zeros(len(some)), [r.prompt for r, _ in some]),
+                    part.name,
+                    [(request, Branch())],
+                )
+
+    # Scores
+
+    def score(self, owned: Owned, selecting: bool) -> dict[int, Tensor]:
+        """Transformed scores [R] of each of these branches, by its place; NaN where its request has failed, as one does
+        that a scorer cannot score. selecting: readers follow the requests, and keep what they read."""
+        raw: dict[Scorer, dict[int, Tensor]] = {}
+        followed: dict[Scorer, list[int]] = {}  # one pass for each, however often it is in a sum
+        names: dict[Scorer, str] = {}
+        for place, (request, _) in enumerate(owned):
+            for part in request.plan.parts:
+                places = followed.setdefault(part.scorer, [])
+                names.setdefault(part.scorer, part.name)
+                if not places or places[-1] != place:
+                    places.append(place)
+        for scorer, places in followed.items():
+            some = [owned[i] for i in places]
+            reader = some[0][0].plan.readers.get(scorer)
+            if reader is not None and selecting:
+                found = self._read(reader, some)
+            else:
+                found = self._each(lambda x, s=scorer, r=reader: self._score(s, r, x), names[scorer], some)
+            raw[scorer] = dict(zip(places, found, strict=True))
+        return self._transformed(owned, raw)
+
+    def _transformed(self, owned: Owned, raw: dict[Scorer, dict[int, Tensor]]) -> dict[int, Tensor]:
+        out: dict[int, list[Tensor]] = {i: [] for i in range(len(owned))}
+        plans = {id(request.plan.parts): request.plan.parts for request, _ in owned}
+        for key, parts in plans.items():
+            places = [i for i, (request, _) in enumerate(owned) if id(request.plan.parts) == key]
+            for part in parts:
+                column = torch.stack([raw[part.scorer][i] for i in places])
+                at = {id(branch): j for j, (_, branch) in enumerate(owned[i] for i in places)}
+
+                def utilities(some: Owned, part: Part = part, column: Tensor = column, at: dict[int, int] = at) -> Tensor:
+                    return part.utilities(column[[at[id(b)] for _, b in some]], [r.prompt for r, _ in some])
+
+                for i, score in zip(places, self._each(utilities, part.name, [owned[i] for i in places]), strict=True):
+                    out[i].append(score)
+        return {i: torch.stack(scores) for i, scores in out.items()}
+
+    def _read(self, reader: Reader, owned: Owned) -> Tensor:
+        """Raw scores of all branches of these requests by a scorer that has a cache of its own."""
+        out = torch.full((len(owned),), torch.nan, device=self._policy.device)
+        groups = [(request, [i for i, (r, _) in enumerate(owned) if r is request]) for request in _owners(owned)]
+        waiting: list[tuple[Request, list[int], list[list[int]]]] = []
+        for request, places in groups:
+            tails = reader.given([owned[i][1].tokens for i in places], request.ends)
+            reason = reader.misfit(request.stems[reader], tails)
+            if reason:
+                request.fail(reason)
+            if request.error is None:
+                waiting.append((request, places, tails))
+        if waiting:
+            scores = reader.score([r.stems[reader] for r, _, _ in waiting], [tails for _, _, tails in waiting])
+            out[[i for _, places, _ in waiting for i in places]] = scores.to(out)
+        return out
+
+    def _score(self, scorer: Scorer, reader: Reader | None, owned: Owned) -> Tensor:
+        """Raw scores of branches, each read from its start.
+
+        A reward model that has a reader for k > 1 reads the same tokens here: text leaves special tokens out, and need
+        not give the tokens that were drawn.
+        """
+        requests = [request for request, _ in owned]
+        drawn = [request.tokens + branch.tokens for request, branch in owned]
+        if isinstance(scorer, RewardModel) and reader is not None:
+            ids = [r.prompt_ids + reader.given([own], r.ends)[0] for r, own in zip(requests, drawn, strict=True)]
+            return scorer.score_tokens([r.prompt for r in requests], ids).to(self._policy.device)
+        candidates = Candidates(
+            prompts=[r.prompt for r in requests],
+            tokens=drawn,
+            hidden={layer: torch.stack([b.hidden[layer] for _, b in owned]) for layer in scorer.layers},
+            previous={layer: torch.stack([b.previous[layer] for _, b in owned]) for layer in scorer.layers},
+            decode=lambda tokens, skip_special_tokens=True: [
+                self._codec.between(r.prompt_ids, ids, skip_special_tokens)
+                for r, ids in zip(requests, tokens, strict=True)
+            ],
+            prompt_ids=[r.prompt_ids for r in requests],
+            messages=[r.messages for r in requests],
+        )
+        return scorer.score(candidates).to(self._policy.device)
+
+    def _each(self, score: Callable[[Owned], Tensor], name: str, owned: Owned) -> Tensor:
+        """score(some) of all whose requests are sound, fp32 [len(owned)] with NaN for the others.
+
+        Where it raises for all together each request is asked for alone, so that only the one at fault fails; always
+        where a request is not to depend on the others.
+        """
+        out = torch.full((len(owned),), torch.nan, device=self._policy.device)
+        sound = [i for i, (request, _) in enumerate(owned) if request.error is None]
+
+        def apart(places: Iterable[int]) -> list[list[int]]:
+            return [list(own) for _, own in groupby(places, key=lambda i: id(owned[i][0]))]
+
+        waiting = apart(sound) if self._steady else [sound] if sound else []
+        while waiting:
+            places = waiting.pop()
+            try:
+                out[places] = score([owned[i] for i in places]).to(out)
+            except Exception as error:  # noqa: BLE001 - whatever a caller's function raises
+                if len(apart(places)) > 1:
+                    waiting += apart(places)
+                else:
+                    says = first_line(error)
+                    ours = isinstance(error, InputError)  # it names the scorer already
+                    reason = says if ours else f"scorer {name!r} raised {type(error).__name__}: {says}"
+                    owned[places[0]][0].fail(reason, error)
+        return out
+
+    # Selection
+
+    def select(self, requests: Sequence[Request]) -> dict[Request, int]:
+        """The branch that each keeps whose block has ended; records the block with all its candidates."""
+        owned = [(request, branch) for request in requests for branch in request.branches]
+        scores = self.score(owned, selecting=True)
+        chosen: dict[Request, int] = {}
+        first = 0
+        alike: dict[object, list[tuple[Request, Tensor]]] = {}
+        for request in requests:
+            own = torch.stack([scores[first + j] for j in range(len(request.branches))])
+            first += len(request.branches)
+            if request.error is None:
+                strategy, weights = request.plan.strategy, tuple(part.weight for part in request.plan.parts)
+                alike.setdefault((strategy.k, strategy.beta, weights), []).append((request, own))  # type: ignore[union-attr]
+        for (_, beta, weights), group in alike.items():  # type: ignore[misc]
+            rows = torch.stack([own for _, own in group])
+            if rows.isnan().any():
+                warnings.warn("a scorer returned NaN; such candidates rank last", RuntimeWarning, stacklevel=2)
+            picked = ops.select_block(
+                rows,
+                torch.tensor(weights, device=rows.device),
+                beta=beta or 0.0,
+                seed=torch.tensor([r.seed for r, _ in group], device=rows.device),
+                position=torch.tensor([len(r.tokens) for r, _ in group], device=rows.device),
+            )
+            fields = picked.index.tolist(), picked.utility.tolist(), picked.probability.tolist(), rows.tolist()
+            for (request, _), index, utility, probability, own in zip(group, *fields, strict=True):
+                _record(request, index, utility, probability, own)
+                chosen[request] = index
+        return chosen
+
+    def score_ended(self, requests: Sequence[Request]) -> None:
+        """Score the responses that have ended and that no selection has scored (k = 1); before they are committed."""
+        owned = [(request, request.branches[0]) for request in requests if request.plan.parts]
+        if owned:
+            scores = self.score(owned, selecting=False)
+            for i, (request, _) in enumerate(owned):
+                request.scores = scores[i].tolist()
+
+
+def _owners(owned: Owned) -> list[Request]:
+    return list(dict.fromkeys(request for request, _ in owned))
+
+
+def _record(request: Request, chosen: int, utility: list[float], probability: list[float], scores: list[list[float]]) -> None:
+    grown = [request.text.copy() for _ in request.branches]
+    candidates = [
+        Candidate(
+            text.push(branch.tokens, last=branch.finish_reason is not None),
+            branch.tokens,
+            dict(zip((p.name for p in request.plan.parts), scores[j], strict=True)),
+            utility[j],
+            probability[j],
+            branch.finish_reason,
+        )
+        for j, (text, branch) in enumerate(zip(grown, request.branches, strict=True))
+    ]
+    request.text = grown[chosen]
+    request.blocks.append(Block(len(request.tokens), candidates, chosen))
+    if request.branches[chosen].finish_reason:
+        request.scores = scores[chosen]

@@ -1,0 +1,332 @@
+"""One step of all rows: draw, record, append. It runs as it is, or captured in a CUDA graph and replayed.
+
+On a GPU (`decoder.waits`) no step waits for the host: what was drawn is read once, at the end of a horizon. On a CPU
+reading is free, and a horizon is one step.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Hashable, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from pyengine import ledger, ops
+from pyengine.decoder import Decoder, Frontier, Rows
+from pyengine.errors import first_line
+from pyengine.ops import TiltSample
+from pyengine.ops.linear import steady as held_steady
+from pyengine.scorers import Hidden, PrefixModel, PrefixScorer, Scorer
+
+log = logging.getLogger("pyengine")
+
+HORIZON = 8  # most steps before the host looks
+
+Blame = Literal["model", "scorer", "either"]
+
+
+class Draw(NamedTuple):
+    """How one row is drawn, and when it ends."""
+
+    temperature: float
+    top_k: int
+    top_p: float
+    min_p: float
+    seed: int
+    position: int  # response tokens that are there
+    room: int  # most tokens that it may still have; the row ends with the last of them
+    ends: tuple[int, ...]  # tokens that end it
+    weights: tuple[float, ...]  # λ of each tilt of the step
+    budget: float  # nats a token; 0: none, the weights are λ
+
+
+PADDING = Draw(1.0, 0, 1.0, 0.0, 0, 0, 0, (), (), 0.0)
+
+
+class Follower(NamedTuple):
+    """A scorer that tilts, with the decoder of its own model if it has one."""
+
+    scorer: Scorer
+    decoder: Any = None
+
+
+class Step:
+    """The state of N rows between two tokens. Where the device is waited for, its tensors are made anew when the rows
+    change; otherwise they are padded to the decoder's bucket and stay where they are, for a graph to replay.
+
+    rows: (stem in the decoder, branch) of each. beside: of each decoder that tilts, the places of the rows that follow
+    it, their places there, and its frontier.
+    """
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        rows: Rows,
+        draws: Sequence[Draw],
+        frontier: Frontier,
+        tilts: Sequence[Follower] = (),
+        beside: Mapping[Any, tuple[list[int], Rows, Frontier]] | None = None,
+        steady: bool = False,
+    ) -> None:
+        self.decoder, self.tilts, self.steady = decoder, tuple(tilts), steady
+        self.n, self.fixed = len(rows), decoder.waits and not beside
+        self.device = frontier.logits.device
+        self.planted = decoder.plant(rows)
+        spare = len(self.planted.positions) - self.n if decoder.waits else 0
+        frontier, draws = _spread(frontier, spare), [*draws, *[PADDING] * spare]
+        self.logits, self.hidden = frontier
+        self.last: Hidden = dict(self.hidden)  # of rows that have not ended
+        self.previous: Hidden = dict(self.hidden)
+        self.beside = {
+            other: _Beside(torch.tensor(index, device=self.device), other.plant(theirs), there)
+            for other, (index, theirs, there) in (beside or {}).items()
+        }
+        self._columns(draws)
+        self.alive = torch.tensor([True] * self.n + [False] * spare, device=self.device)
+        self.at = torch.zeros(1, dtype=torch.long, device=self.device)  # the step, since the host has looked
+        types = (torch.long, torch.float32, torch.float32, torch.float32, torch.bool)
+        size = (HORIZON, len(draws)) if self.fixed else (0,)
+        self.kept = TiltSample(*(torch.zeros(size, dtype=dtype, device=self.device) for dtype in types))
+        self.drawn: list[TiltSample] = []
+        self.bad: dict[int, Blame] = {}  # rows whose numbers were not finite, and whose fault it is
+
+    def _columns(self, draws: Sequence[Draw]) -> None:
+        def column(name: str, dtype: torch.dtype = torch.float32) -> Tensor:
+            return torch.tensor([getattr(draw, name) for draw in draws], dtype=dtype, device=self.device)
+
+        self.columns = {name: column(name) for name in ("temperature", "top_p", "min_p")}
+        self.columns |= {name: column(name, torch.long) for name in ("top_k", "seed", "position")}
+        self.room = column("room", torch.long)
+        most = max(1, *(len(draw.ends) for draw in draws))
+        ends = [(*draw.ends, *[-1] * (most - len(draw.ends))) for draw in draws]
+        self.ends = torch.tensor(ends, dtype=torch.long, device=self.device)
+        none = (0.0,) * len(self.tilts)
+        weights = [draw.weights or none for draw in draws]
+        self.weights = torch.tensor(weights, device=self.device) if self.tilts else None
+        self.budget = column("budget") if any(draw.budget for draw in draws) else None
+
+    @property
+    def key(self) -> Hashable:
+        """Steps of equal keys differ in numbers only: one graph serves them."""
+        scorers = tuple(id(scorer) for scorer, _ in self.tilts)
+        shapes = tuple(tuple(x.shape) for x in (self.planted.tree.leaves, self.planted.tree.pages, self.ends))
+        return (shapes, tuple(self.hidden), scorers, self.budget is not None)
+
+    def _tensors(self) -> list[Tensor]:
+        own = [self.logits, *self.hidden.values(), *self.last.values(), *self.previous.values()]
+        own += [*self.columns.values(), self.room, self.ends, self.alive, self.at]
+        return own + [x for x in (self.weights, self.budget) if x is not None]
+
+    def take(self, other: Step) -> None:
+        """Go on as this step of the same key would, in the tensors that are here."""
+        self.n = other.n
+        for to, x in zip(self._tensors(), other._tensors(), strict=True):
+            to.copy_(x)
+
+    # One step
+
+    def values(self) -> Tensor | None:
+        """V of every next token, [R, N, vocab]; a row that does not follow a head has weight 0 there, and anything."""
+        if not self.tilts:
+            return None
+        vocab = self.logits.shape[1]
+        found = []
+        for i, (scorer, decoder) in enumerate(self.tilts):
+            index, hidden = self._followers(i, decoder)
+            values = _padded(_values(scorer, hidden, vocab, self.steady), vocab)
+            whole = index is None or len(index) == len(self.logits)
+            found.append(values if whole else values.new_zeros(len(self.logits), vocab).index_copy_(0, index, values))
+        return torch.stack(found)
+
+    def _followers(self, tilt: int, decoder: Any) -> tuple[Tensor | None, Hidden]:
+        """The rows that follow a tilt, None for all, and what its head reads of them."""
+        other = self.beside.get(decoder)
+        if other is not None:
+            return other.index, {layer: h[: len(other.index)] for layer, h in other.hidden.items()}
+        if self.fixed:  # which rows follow must not be asked of the device
+            return None, self.hidden
+        assert self.weights is not None
+        index = self.weights[:, tilt].nonzero()[:, 0]
+        if len(index) == len(self.logits):
+            return None, self.hidden
+        return index, {layer: h[index] for layer, h in self.hidden.items()}
+
+    def lambdas(self, values: Tensor | None) -> Tensor | None:
+        """λ as `tilt_sample` takes it; where a row has a budget it is solved for, in the proportions of the weights."""
+        if self.budget is None or values is None or self.weights is None:
+            return self.weights
+        index = None if self.fixed else self.budget.nonzero()[:, 0]
+        total = self.weights[:, 0, None] * values[0].float()
+        for r in range(1, len(values)):
+            total = total + self.weights[:, r, None] * values[r].float()
+        rows = [self.logits, total, self.budget, self.columns["temperature"]]
+        if index is not None:
+            rows = [x[index] for x in rows]
+        if self.steady:
+            with held_steady():
+                each = zip(*(x.split(1) for x in rows), strict=True)
+                solved = torch.cat([ledger.solve_weight(*row) for row in each])
+        else:
+            solved = ledger.solve_weight(*rows)
+        if index is None:
+            return torch.where(self.budget > 0, solved, 1.0)[:, None] * self.weights
+        return self.weights.index_copy(0, index, solved[:, None] * self.weights[index])
+
+    def step(self) -> bool:
+        """One token for every row; False where that was the last of them all and nobody reads what follows it."""
+        values = self.values()
+        drawn = ops.tilt_sample(self.logits, values, self.lambdas(values), **self.columns)
+        self._keep(drawn)
+        if not self.decoder.waits and not bool(drawn.valid.all()):
+            for row in (~drawn.valid & self.alive).nonzero()[:, 0].tolist():
+                self.bad.setdefault(row, "scorer" if _drawable(self.logits[row]) else "model")
+        going = self.alive & ~(drawn.token[:, None] == self.ends).any(-1) & (self.room > 1)
+        if not self.decoder.waits and not self.hidden and not bool(going.any()):
+            return False
+        before, alive = self.hidden, self.alive[:, None]
+        logits, hidden = self.decoder.step(self.planted, drawn.token, self.alive)
+        self._set("previous", {n: torch.where(alive, before[n], h) for n, h in self.previous.items()})
+        self._set("last", {n: torch.where(alive, hidden[n], h) for n, h in self.last.items()})
+        for other, its in self.beside.items():
+            its.append(other, drawn.token, self.alive)
+        self._set("hidden", hidden)
+        self._set("logits", logits)
+        self.columns["position"].add_(self.alive)
+        self.room.sub_(self.alive.long())
+        self._set("alive", going)
+        return True
+
+    def _set(self, name: str, value: Any) -> None:
+        if not self.fixed:
+            setattr(self, name, value)
+        elif isinstance(value, dict):
+            for key, x in value.items():
+                getattr(self, name)[key].copy_(x)
+        else:
+            getattr(self, name).copy_(value)
+
+    def _keep(self, drawn: TiltSample) -> None:
+        if not self.fixed:
+            self.drawn.append(drawn)
+            return
+        for to, x in zip(self.kept, drawn, strict=True):
+            to.index_copy_(0, self.at, x[None])
+        self.at.add_(1)
+
+    # What the host reads
+
+    def read(self, steps: int) -> list[list[list[Any]]]:
+        """The fields of `TiltSample` of each step since the last call, of the rows that are no padding."""
+        if not self.fixed:
+            found, self.drawn = [[x[: self.n].tolist() for x in drawn] for drawn in self.drawn], []
+            return found
+        fields = [x[:steps, : self.n].tolist() for x in self.kept]  # one transfer for each
+        self.at.zero_()
+        return [list(step) for step in zip(*fields, strict=True)]
+
+    def frontier(self) -> Frontier:
+        """At the last token of each row that is no padding."""
+        return Frontier(self.logits[: self.n], {layer: h[: self.n] for layer, h in self.hidden.items()})
+
+    def carry(self, before: Step, sources: list[int]) -> None:
+        """The first rows are these of another step: what they know of their last tokens comes with them."""
+        index = torch.tensor(sources, dtype=torch.long, device=self.device)
+        for own, its in ((self.last, before.last), (self.previous, before.previous)):
+            for layer in own.keys() & its.keys():
+                own[layer] = torch.cat([its[layer][index], own[layer][len(sources) :]])
+
+    def states(self, row: int) -> tuple[Hidden, Hidden]:
+        """Hidden states [D] at the row's last token, and at the one before."""
+        return ({n: h[row].clone() for n, h in self.last.items()}, {n: h[row].clone() for n, h in self.previous.items()})
+
+
+class Graph:
+    """A step whose tensors stay, by its key. Its first call runs as it is, which compiles and tunes what has to be; the
+    second is captured in a CUDA graph, and all later ones replay that. A model whose pass cannot be captured (some
+    mixtures of experts ask the host where their tokens go) runs as it is every time."""
+
+    def __init__(self, step: Step) -> None:
+        self.state = step
+        self.graph: torch.cuda.CUDAGraph | None = None
+        self.warm = False
+        self.capturable = step.device.type == "cuda"
+
+    def __call__(self) -> None:
+        if self.graph is not None:
+            return self.graph.replay()
+        if self.warm and self.capturable:
+            graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
+            try:
+                # Graphs that never run side by side may share their memory: what outlives a step lies in the state.
+                others = (other.graph for other in self.state.decoder.captured.values() if other.graph is not None)
+                with torch.cuda.graph(graph, pool=next((other.pool() for other in others), None)):
+                    self.state.step()
+            except RuntimeError as error:
+                torch.cuda.set_stream(stream)  # torch leaves the one that it captured on, where ending that fails
+                log.warning("this model's step cannot be captured in a CUDA graph (%s)", first_line(error))
+                self.capturable = False
+            else:
+                self.graph = graph
+                return graph.replay()
+        self.state.step()
+        self.warm = True
+        return None
+
+
+@dataclass
+class _Beside:
+    """Rows that follow a scorer's model, in its decoder."""
+
+    index: Tensor
+    planted: Any
+    frontier: Frontier
+
+    def __post_init__(self) -> None:
+        self.hidden = self.frontier.hidden
+
+    def append(self, decoder: Decoder, token: Tensor, alive: Tensor) -> None:
+        spare = len(self.planted.positions) - len(self.index) if decoder.waits else 0
+        token, alive = (torch.nn.functional.pad(x[self.index], (0, spare)) for x in (token, alive))
+        self.frontier = decoder.step(self.planted, token, alive)
+        self.hidden = self.frontier.hidden
+
+
+def _spread(frontier: Frontier, spare: int) -> Frontier:
+    """With so many empty rows behind it."""
+    if not spare:
+        return frontier
+    empty = {layer: h.new_zeros(spare, h.shape[1]) for layer, h in frontier.hidden.items()}
+    return Frontier.of([frontier, Frontier(frontier.logits.new_zeros(spare, frontier.logits.shape[1]), empty)])
+
+
+def _drawable(logits: Tensor) -> bool:
+    return not bool(logits.isnan().any() | (logits == torch.inf).any()) and bool((logits > -torch.inf).any())
+
+
+def _padded(values: Tensor, vocab: int) -> Tensor:
+    """What pads a vocabulary in one model and not in another has the mean."""
+    if values.shape[1] >= vocab:
+        return values
+    return torch.cat([values, values.mean(1, keepdim=True).expand(-1, vocab - values.shape[1])], 1)
+
+
+def _values(scorer: Scorer, hidden: Hidden, vocab: int, steady: bool) -> Tensor:
+    if not steady:
+        return scorer.values(hidden)[:, :vocab]
+    heads = _heads(scorer)
+    with held_steady(*heads):
+        if heads:
+            return scorer.values(hidden)[:, :vocab]
+        # Whatever it does, a row at a time.
+        rows = [{layer: h[i : i + 1] for layer, h in hidden.items()} for i in range(len(next(iter(hidden.values()))))]
+        return torch.cat([scorer.values(row) for row in rows])[:, :vocab]
+
+
+def _heads(scorer: Scorer) -> list[PrefixScorer]:
+    """The head of a scorer that consists of one, whose layers can be held steady."""
+    head = scorer.head if type(scorer) is PrefixModel else scorer
+    return [head] if type(head) is PrefixScorer else []
