@@ -234,7 +234,8 @@ class ExtendByPage(Extend):
                 lengths.append(at)
             first = last + 1
         rows = list(range(len(index) + 1))
-        self._tree = Tree(*(torch.tensor(x, dtype=torch.int32) for x in (pages, lengths, rows, rows[:-1], PAGE)))
+        leaves, tails = [[row] for row in rows[:-1]], [PAGE] * len(index)
+        self._tree = Tree(*(torch.tensor(x, dtype=torch.int32) for x in (pages, lengths, rows, leaves, tails)))
         self._index, self._back = torch.tensor(index), torch.tensor(back)
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, options: Options) -> Tensor:
@@ -277,18 +278,16 @@ def _causal(query: Tensor, key: Tensor, value: Tensor, options: Options) -> Tens
 class Decode:
     """`new` tokens for each row: they join the row's tail and read that and the prefix of its prompt.
 
-    calls: what `prepare` made for the layers and this tree, if anything; tail_len: then the tree's, on the host.
+    calls: what `prepare` made for the layers and this tree, if anything.
     """
 
-    def __init__(
-        self, cache: BranchingCache, tree: Tree, new: int = 1, calls: list[Any] | None = None, tail_len: int = 0
-    ) -> None:
-        self.cache, self.tree, self.new, self.calls, self.tail_len = cache, tree, new, calls, tail_len
+    def __init__(self, cache: BranchingCache, tree: Tree, new: int = 1, calls: list[Any] | None = None) -> None:
+        self.cache, self.tree, self.new, self.calls = cache, tree, new, calls
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, options: Options) -> Tensor:
         stores, given = self.cache.layers[layer], query.dtype
         if self.calls and given == key.dtype == value.dtype == stores[0].dtype:
-            out = run_prepared(self.calls[layer], query, key, value, self.new, self.tail_len, *options)
+            out = run_prepared(self.calls[layer], query, key, value, self.new, *options)
             if out is not None:
                 return out
         query, key, value = (

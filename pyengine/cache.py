@@ -1,8 +1,8 @@
-"""The memory of the branching cache: prefixes in pages that sequences can share, and a static tail for each branch.
+"""The memory of the branching cache: prefixes in pages that sequences can share, and tails in leaves.
 
     sequence = cache.add(tokens, growth)      # pages for all that it may become; equal prefixes share theirs
     other = cache.fork(sequence)              # a second owner: whole pages are shared, the last one is copied
-    cache.commit([(sequence, slot)], length)  # a tail joins its sequence: the only copy there is
+    cache.commit([(sequence, leaves, length)])  # a tail joins its sequence: the only copy there is
     cache.release(sequence)
 
 Everything is allocated once, from a budget. Pages are reserved when a sequence is added, so that nothing runs out
@@ -27,7 +27,7 @@ from pyengine.ops import common, flash
 
 # Tokens of a page; csrc/cpu/tree_attention.h kTileTokens divides it.
 PAGE = flash.PAGE if common.ATTENTION == "flash" else 64
-STEP = 16  # a tail's room is a multiple of it; csrc/cpu/tree_attention.h kTokens
+STEP = 16  # tokens of a leaf, of which tails are made; csrc/cpu/tree_attention.h kTokens
 HOST_SHARE, GPU_SHARE = 0.25, 0.6  # of the memory that is free, where no budget is given
 UNKNOWN_MEMORY = 16e9  # bytes, on a host that does not say
 TAIL_SHARE = 0.25  # of the budget; K = 16 tails of 16 tokens are an eighth of a prefix of 2,048
@@ -78,29 +78,32 @@ class BranchingCache:
                 f"a cache of {budget / 1e9:.3g} GB is too small: one page and tail take {least} (cache_gb)"
             )
         self.slots = self.room = 0
-        # Of each layer: keys and values of the prefixes [pages, Hkv, PAGE, D] and of the tails [slots, Hkv, room, D].
+        # Of each layer: keys and values of the prefixes [pages, Hkv, PAGE, D] and of the tails [leaves, Hkv, STEP, D].
         # Made once, since slicing four tensors for every layer and token costs 2 % of a small model's step.
         self.layers: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
-        self._transposed = device.type == "cpu"
         shapes = sorted(set(layers))
-        self._of_layer = [(shapes.index(shape), layers[:i].count(shape)) for i, shape in enumerate(layers)]
         self._pages: list[tuple[Tensor, Tensor]] = []  # one stack of layers for each shape
         self._tails: list[tuple[Tensor, Tensor]] = []
-        self._tail_memory: list[tuple[Tensor, Tensor]] = []
+        transposed = device.type == "cpu"
+        empty = partial(torch.empty, dtype=dtype, device=device)
         try:
-            for heads, width in shapes:
-                empty = partial(torch.empty, dtype=dtype, device=device)
-                n = layers.count((heads, width))
-                inner = (width, PAGE) if self._transposed else (PAGE, width)
-                key, value = empty(n, self.capacity, heads, *inner), empty(n, self.capacity, heads, PAGE, width)
-                self._pages.append((key.transpose(-1, -2) if self._transposed else key, value))
-                size = self.tail_capacity * heads * width
-                self._tail_memory.append((empty(n, size), empty(n, size)))
+            for shape in shapes:
+                heads, width = shape
+                for stacks, count, tokens in (
+                    (self._pages, self.capacity, PAGE),
+                    (self._tails, self.tail_capacity // STEP, STEP),
+                ):
+                    size, inner = (layers.count(shape), count, heads), (width, tokens)
+                    key = empty(*size, *inner).transpose(-1, -2) if transposed else empty(*size, *inner[::-1])
+                    stacks.append((key, empty(*size, tokens, width)))
         except (RuntimeError, MemoryError) as error:
             raise InputError(
                 f"a cache of {budget / 1e9:.3g} GB cannot be allocated ({first_line(error)}): give a smaller cache_gb"
             ) from error
-        self._shapes = shapes
+        for i, shape in enumerate(layers):
+            stack, nth = shapes.index(shape), layers[:i].count(shape)
+            (key, value), (tail_key, tail_value) = self._pages[stack], self._tails[stack]
+            self.layers.append((key[nth], value[nth], tail_key[nth], tail_value[nth]))
         self._free = list(range(self.capacity))  # the last one goes first: it is the warmest
         self._owners: Counter[int] = Counter()  # page -> sequences
         self._named: dict[bytes, int] = {}  # what a page of a prompt holds, and all before it -> page
@@ -111,21 +114,16 @@ class BranchingCache:
     # Tails
 
     def open(self, slots: int, room: int) -> None:
-        """Divide the tails' memory into `slots` tails of at least `room` tokens; what was in them is gone."""
+        """`slots` tails of at least `room` tokens share the leaves; what was in them is gone."""
         room = self.room_for(room)
         if slots * room > self.tail_capacity:
             raise ValueError(f"{slots} tails of {room} tokens do not fit into {self.tail_capacity} tokens")
-        self.slots, self.room, self._tails = slots, room, []
-        for (heads, width), (keys, values) in zip(self._shapes, self._tail_memory, strict=True):
-            size = slots * heads * width * room
-            inner = (width, room) if self._transposed else (room, width)
-            key = keys[:, :size].view(-1, slots, heads, *inner)
-            value = values[:, :size].view(-1, slots, heads, room, width)
-            self._tails.append((key.transpose(-1, -2) if self._transposed else key, value))
-        self.layers = []
-        for shape, i in self._of_layer:
-            (keys, values), (tail_keys, tail_values) = self._pages[shape], self._tails[shape]
-            self.layers.append((keys[i], values[i], tail_keys[i], tail_values[i]))
+        self.slots, self.room = slots, room
+
+    def leaves_of(self, slot: int) -> list[int]:
+        """The leaves that a slot's tail lies in."""
+        each = self.room // STEP
+        return list(range(slot * each, slot * each + each))
 
     def most_slots(self, room: int) -> int:
         """How many tails of `room` tokens there can be."""
@@ -197,22 +195,18 @@ class BranchingCache:
         self._sequences.add(twin)
         return twin
 
-    def commit(self, winners: list[tuple[Sequence, int]], length: int) -> None:
-        """The first `length` tokens of each slot's tail join the sequence."""
-        pages, offsets, slots, steps = [], [], [], []
-        for sequence, slot in winners:
-            for step in range(length):
-                at = sequence.length + step
-                pages.append(sequence.pages[at // PAGE])
-                offsets.append(at % PAGE)
-                slots.append(slot)
-                steps.append(step)
+    def commit(self, winners: list[tuple[Sequence, list[int], int]]) -> None:
+        """The first tokens of a tail, which lies in these leaves, join its sequence: so many of each."""
+        moves = []
+        for sequence, leaves, length in winners:
+            for step, at in enumerate(range(sequence.length, sequence.length + length)):
+                moves.append((sequence.pages[at // PAGE], at % PAGE, leaves[step // STEP], step % STEP))
             sequence.length += length
         device = self._pages[0][0].device
-        page, offset, slot_of, step_of = torch.tensor([pages, offsets, slots, steps], dtype=torch.long, device=device)
+        page, offset, leaf, inside = torch.tensor(moves, dtype=torch.long, device=device).view(-1, 4).T
         for stacks, tails in zip(self._pages, self._tails, strict=True):
             for stack, tail in zip(stacks, tails, strict=True):
-                stack[:, page, :, offset] = tail[:, slot_of, :, step_of]
+                stack[:, page, :, offset] = tail[:, leaf, :, inside]
 
     def release(self, sequence: Sequence) -> None:
         """Give the pages back; those of a prompt stay known until their memory is wanted."""

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from pyengine.attention import Decode, Extend, ExtendByPage, Loan, Options, Pass, Span
-from pyengine.cache import BranchingCache, Sequence, budget_for, bytes_of, in_gb
+from pyengine.cache import STEP, BranchingCache, Sequence, budget_for, bytes_of, in_gb
 from pyengine.checkpoint import context_of
 from pyengine.errors import InputError
 from pyengine.ops.linear import Forwards, quick_forwards, steady_forwards
@@ -269,7 +269,8 @@ class BranchingDecoder:
         for i in range(n):
             counts[i + 1] += counts[i]
         positions = [lengths[i] + self._tail_len for i in self._owner]
-        tables: list[Any] = [pages, lengths, counts, self._slot, self._tail_len]
+        leaves = [self.cache.leaves_of(slot) for slot in self._slot]
+        tables: list[Any] = [pages, lengths, counts, leaves, [self._tail_len] * len(leaves)]
         if not self.waits:
             self._tree = Tree(*(torch.tensor(x, dtype=torch.int32, device=device) for x in tables))
             self._positions = torch.tensor(positions, device=device)
@@ -280,13 +281,15 @@ class BranchingDecoder:
         spare = [slot for slot in range(self.cache.slots) if slot not in used]
         empty = len(whole.tree.prefix_len) - n
         tables[2] = counts + [counts[-1] + self._k * (i + 1) for i in range(empty)]
-        tables[3] = self._slot + spare[: len(whole.tree.slot) - rows]
+        tables[3] += [self.cache.leaves_of(slot) for slot in spare[: len(whole.positions) - rows]]
+        tables[4] = [self._tail_len] * len(whole.positions)
         for to, x in zip(whole.tree, tables, strict=True):
             found = torch.tensor(x, dtype=torch.int32)
             to.zero_()[tuple(slice(size) for size in found.shape)].copy_(found)
         whole.positions.zero_()[: len(positions)].copy_(torch.tensor(positions))
         tree = whole.tree
-        self._tree = Tree(tree.pages[:n], tree.prefix_len[:n], tree.first_row[: n + 1], tree.slot[:rows], tree.tail_len)
+        per_prompt = (tree.pages[:n], tree.prefix_len[:n], tree.first_row[: n + 1])
+        self._tree = Tree(*per_prompt, tree.leaves[:rows], tree.tail_len[:rows])
         self._positions = whole.positions[:rows]
 
     def _bucket(self, prompts: int, pages: int) -> Planted:
@@ -296,8 +299,9 @@ class BranchingDecoder:
         if key not in self._buckets:
             n, width = key
             zeros = partial(torch.zeros, dtype=torch.int32, device=self.model.device)
-            tree = Tree(zeros(n, width), zeros(n), zeros(n + 1), zeros(n * self._k), zeros(()))
-            self._buckets[key] = Planted(tree, zeros(n * self._k).long())
+            rows, leaves = n * self._k, self.cache.room // STEP
+            tree = Tree(zeros(n, width), zeros(n), zeros(n + 1), zeros(rows, leaves), zeros(rows))
+            self._buckets[key] = Planted(tree, zeros(rows).long())
         return self._buckets[key]
 
     def step(self, tokens: Tensor, planted: Planted) -> Frontier:
@@ -328,7 +332,7 @@ class BranchingDecoder:
             where = torch.arange(0, rows * new, new, device=tokens.device) + (new - 1 if last is None else last)
         # Only rows that have ended can come to the end of the context.
         positions = (self._positions[:, None] + step).flatten().clamp(max=self.context - 1)
-        work = Decode(self.cache, self._tree, new, self._calls, self._tail_len)
+        work = Decode(self.cache, self._tree, new, self._calls)
         self._branches = self._forward(work, tokens.flatten(), positions, where)
         self._positions = self._positions + new
         return self._branches
@@ -348,9 +352,9 @@ class BranchingDecoder:
     @torch.inference_mode()
     def commit(self, rows: Tensor) -> None:
         kept = rows.tolist()
-        winners = [(self._sequences[self._owner[row]], self._slot[row]) for row in kept]
-        self.cache.commit(winners, self._tail_len)
-        stay = [sequence for sequence, _ in winners]
+        stay = [self._sequences[self._owner[row]] for row in kept]
+        leaves = [self.cache.leaves_of(self._slot[row]) for row in kept]
+        self.cache.commit([(*winner, self._tail_len) for winner in zip(stay, leaves, strict=True)])
         for sequence in self._sequences:
             if sequence not in stay:
                 self.cache.release(sequence)
