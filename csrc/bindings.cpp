@@ -261,18 +261,16 @@ void select_block(int64_t batch, int64_t candidates, int64_t heads, py::handle s
   pyengine::select_block(args, kernels, threads);
 }
 
-// sizes: prompts, rows, columns of pages, tokens of a page, pages, tails. The tables are int32 on the CPU.
-void check_tree(std::array<int64_t, 6> sizes, py::handle pages, py::handle prefix_len, py::handle first_row,
-                py::handle slot) {
-  const View table(pages);
-  pyengine::TreeTables tables{};
-  tables.prompts = sizes[0], tables.rows = sizes[1], tables.columns = sizes[2];
-  tables.page_tokens = sizes[3], tables.page_count = sizes[4], tables.slots = sizes[5];
-  tables.pages = table.as<int32_t>(), tables.pages_stride = table.stride[0];
-  tables.prefix_len = static_cast<int32_t*>(address(prefix_len));
-  tables.first_row = static_cast<int32_t*>(address(first_row));
-  tables.slot = static_cast<int32_t*>(address(slot));
-  const std::string fault = pyengine::tree_fault(tables);
+// sizes: tokens of a page, pages, tokens of a leaf, leaves, columns of pages, columns of leaves, prompts,
+// rows, new tokens of a row. tree: its tables, int32 on the CPU and contiguous.
+void check_tree(std::array<int64_t, 9> sizes, std::array<py::object, 5> tree) {
+  pyengine::TreeTables t{};
+  t.page_tokens = sizes[0], t.page_count = sizes[1], t.leaf_tokens = sizes[2], t.leaf_count = sizes[3];
+  t.columns = t.pages_stride = sizes[4], t.leaf_columns = t.leaves_stride = sizes[5];
+  t.prompts = sizes[6], t.rows = sizes[7], t.tokens = sizes[8];
+  const int32_t** const tables[] = {&t.pages, &t.prefix_len, &t.first_row, &t.leaves, &t.tail_len};
+  for (size_t i = 0; i < tree.size(); ++i) *tables[i] = static_cast<int32_t*>(address(tree[i]));
+  const std::string fault = pyengine::tree_fault(t);
   if (!fault.empty()) throw py::value_error("tree_attention: " + fault);
 }
 
@@ -280,20 +278,19 @@ void check_tree(std::array<int64_t, 6> sizes, py::handle pages, py::handle prefi
 // call for every layer. Owns its tensors.
 class TreeCall {
  public:
-  // stores: prefix keys, prefix values, tail keys, tail values. tree: pages, prefix_len, first_row, slot,
-  // int32. shape: prompts, rows, kv_heads, width, page_tokens, room.
-  TreeCall(std::array<int64_t, 6> shape, int type, std::array<py::object, 4> stores,
-           std::array<py::object, 4> tree, const char* isa)
-      : room_(shape[5]),
-        stores_(std::move(stores)),
-        tree_(std::move(tree)),
-        kernels_(available(pyengine::tree_kernels, isa)) {
+  // stores: prefix keys, prefix values, tail keys, tail values. tree: pages, prefix_len, first_row, leaves,
+  // tail_len, int32; the tail_len of each run is what its memory holds then. shape: prompts, rows, kv_heads,
+  // width, tokens of a page, of a leaf, columns of leaves.
+  TreeCall(std::array<int64_t, 7> shape, int type, std::array<py::object, 4> stores,
+           std::array<py::object, 5> tree, const char* isa)
+      : stores_(std::move(stores)), tree_(std::move(tree)), kernels_(available(pyengine::tree_kernels, isa)) {
     const auto store = [&](size_t i, size_t inner) {
       const View x(stores_[i]);
       return pyengine::Store{x.as<char>(), x.stride[0], x.stride[1], x.stride[inner]};
     };
     args_.prompts = shape[0], args_.rows = shape[1];
-    args_.kv_heads = shape[2], args_.width = shape[3], args_.page_tokens = shape[4];
+    args_.kv_heads = shape[2], args_.width = shape[3], args_.page_tokens = shape[4],
+    args_.leaf_tokens = shape[5];
     args_.type = DType(type);
     args_.prefix_key = store(0, 3), args_.prefix_value = store(1, 2);
     args_.tail_key = store(2, 3), args_.tail_value = store(3, 2);
@@ -301,18 +298,22 @@ class TreeCall {
     args_.pages = pages.as<int32_t>(), args_.pages_stride = pages.stride[0];
     args_.prefix_len = static_cast<int32_t*>(address(tree_[1]));
     args_.first_row = static_cast<int32_t*>(address(tree_[2]));
-    args_.slot = static_cast<int32_t*>(address(tree_[3]));
+    const View leaves(tree_[3]);
+    args_.leaves = leaves.as<int32_t>(), args_.leaves_stride = leaves.stride[0];
+    args_.tail_len = static_cast<int32_t*>(address(tree_[4]));
+    for (int64_t n = 0; n < args_.rows; ++n)
+      room_.push_back(args_.leaf_tokens *
+                      pyengine::count_leaves(args_.leaves + n * args_.leaves_stride, shape[6]));
   }
 
   // query, new_key, new_value: [rows, tokens, heads, width], or packed as a model's layers have them,
   // [heads, rows * tokens, width]. False, and nothing done, where one does not fit.
   bool run(py::handle query, py::handle new_key, py::handle new_value, bool packed, int64_t heads,
-           int64_t tokens, int64_t tail_len, float scale, float softcap, int64_t window, py::handle sinks,
-           py::handle out, int threads) const {
-    if (tokens > tail_len || tail_len > room_) {
-      throw py::value_error("tree_attention: tail_len is " + std::to_string(tail_len) + ": it counts the " +
-                            std::to_string(tokens) + " new tokens, and tails have room for " +
-                            std::to_string(room_));
+           int64_t tokens, float scale, float softcap, int64_t window, py::handle sinks, py::handle out,
+           int threads) const {
+    for (int64_t n = 0; n < args_.rows; ++n) {
+      const std::string fault = pyengine::tail_fault(n, args_.tail_len[n], tokens, room_[size_t(n)]);
+      if (!fault.empty()) throw py::value_error("tree_attention: " + fault);
     }
     if (heads % args_.kv_heads || window < 0 || softcap < 0) return false;
     pyengine::TreeArgs args = args_;
@@ -321,7 +322,6 @@ class TreeCall {
         !rows(new_key, packed, args.kv_heads, tokens, &args.key) ||
         !rows(new_value, packed, args.kv_heads, tokens, &args.value))
       return false;
-    args.tail_len = tail_len;
     args.scale = scale, args.softcap = softcap, args.window = window;
     args.sinks = View(sinks).as<float>();
     args.out = static_cast<char*>(address(out));
@@ -350,8 +350,9 @@ class TreeCall {
     return true;
   }
 
-  int64_t room_;
-  std::array<py::object, 4> stores_, tree_;
+  std::vector<int64_t> room_;  // of each row, in tokens
+  std::array<py::object, 4> stores_;
+  std::array<py::object, 5> tree_;
   const TreeKernels& kernels_;
   pyengine::TreeArgs args_{};
 };
@@ -366,7 +367,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("fold_logits", &fold_logits);
   m.def("logit_gradient", &logit_gradient);
   py::class_<TreeCall>(m, "TreeCall", "pyengine/ops/tree_attention.py holds the contract.")
-      .def(py::init<std::array<int64_t, 6>, int, std::array<py::object, 4>, std::array<py::object, 4>,
+      .def(py::init<std::array<int64_t, 7>, int, std::array<py::object, 4>, std::array<py::object, 5>,
                     const char*>())
       .def("run", &TreeCall::run);
   m.def("check_tree", &check_tree);

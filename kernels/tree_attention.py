@@ -28,21 +28,26 @@ def append_kernel(
     new_token,
     new_head,
     tail,
-    tail_slot,
+    tail_leaf,
     tail_head,
     tail_token,
     tail_inner,
-    slot,
+    leaves,
+    leaves_row,
     tail_len,
     width,
     TOKENS: tl.constexpr,
     WIDTH: tl.constexpr,
+    LEAF: tl.constexpr,
 ):
     row, token, head = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
-    d = tl.arange(0, WIDTH)
+    length, d = tl.load(tail_len + row), tl.arange(0, WIDTH)
+    if length == 0:
+        return
     x = tl.load(new + row * new_row + token * new_token + head * new_head + d, mask=d < width)
-    at = tl.load(tail_len) - TOKENS + token
-    to = tail + tl.load(slot + row).to(tl.int64) * tail_slot + head * tail_head + at * tail_token
+    at = length - TOKENS + token
+    leaf = tl.load(leaves + row * leaves_row + at // LEAF).to(tl.int64)
+    to = tail + leaf * tail_leaf + head * tail_head + at % LEAF * tail_token
     tl.store(to + d * tail_inner, x, mask=d < width)
 
 
@@ -81,12 +86,12 @@ def tree_attention_kernel(
     value_token,
     value_inner,
     tail_key,
-    tail_key_slot,
+    tail_key_leaf,
     tail_key_head,
     tail_key_token,
     tail_key_inner,
     tail_value,
-    tail_value_slot,
+    tail_value_leaf,
     tail_value_head,
     tail_value_token,
     tail_value_inner,
@@ -94,7 +99,8 @@ def tree_attention_kernel(
     pages_row,
     prefix_len,
     first_row,
-    slot,
+    leaves,
+    leaves_row,
     tail_len,
     factor,
     softcap,
@@ -109,6 +115,7 @@ def tree_attention_kernel(
     ROWS: tl.constexpr,
     WIDTH: tl.constexpr,
     PAGE: tl.constexpr,
+    LEAF: tl.constexpr,
     SPLIT: tl.constexpr,
     TILE: tl.constexpr,
     COLUMNS: tl.constexpr,
@@ -118,7 +125,7 @@ def tree_attention_kernel(
 ):
     split, kv_head, prompt = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     splits, heads = tl.num_programs(0) - 1, tl.num_programs(1) * GROUP
-    length, tail = tl.load(prefix_len + prompt), tl.load(tail_len)
+    length = tl.load(prefix_len + prompt)
     first, last = tl.load(first_row + prompt), tl.load(first_row + prompt + 1)
     each: tl.constexpr = TOKENS * GROUP
     count = (last - first) * each
@@ -131,7 +138,8 @@ def tree_attention_kernel(
         head = kv_head * GROUP + row % GROUP
         at_query = branch.to(tl.int64) * query_row + token * query_token + head * query_head
         q = tl.load(query + at_query[:, None] + d[None, :], mask=there[:, None] & inside[None, :], other=0.0)
-        place = tail - TOKENS + token  # of the query, in its tail
+        tail = tl.load(tail_len + branch, mask=there, other=0)
+        busy, place = tail > 0, tail - TOKENS + token  # of the query, in its tail
         top = tl.full([ROWS], float("-inf"), tl.float32)
         total = tl.zeros([ROWS], tl.float32)
         mixed = tl.zeros([ROWS, WIDTH], tl.float32)
@@ -152,29 +160,30 @@ def tree_attention_kernel(
                     mask=kept[:, None] & inside[None, :],
                     other=0.0,
                 )
-                seen = kept[None, :] & there[:, None]
+                seen = kept[None, :] & busy[:, None]
                 if WINDOWED:
                     seen &= at[None, :] > (length + place - window)[:, None]
                 top, total, mixed = attend(q, k, v, seen, factor, softcap, top, total, mixed, CAPPED, UPCAST)
         else:
             for b in range(start_row // each, tl.cdiv(tl.minimum(start_row + ROWS, count), each)):
-                own = tl.load(slot + first + b).to(tl.int64)
-                keys = tail_key + own * tail_key_slot + kv_head * tail_key_head
-                values = tail_value + own * tail_value_slot + kv_head * tail_value_head
-                for start in range(0, tail, COLUMNS):
+                own = tl.load(tail_len + first + b)
+                for start in range(0, own, COLUMNS):
+                    leaf = tl.load(leaves + (first + b).to(tl.int64) * leaves_row + start // LEAF).to(tl.int64)
                     at = start + tl.arange(0, COLUMNS)
-                    kept = at < tail
+                    kept, held = at < own, start % LEAF + tl.arange(0, COLUMNS)
+                    keys = tail_key + leaf * tail_key_leaf + kv_head * tail_key_head
                     k = tl.load(
-                        keys + at[None, :] * tail_key_token + d[:, None] * tail_key_inner,
+                        keys + held[None, :] * tail_key_token + d[:, None] * tail_key_inner,
                         mask=kept[None, :] & inside[:, None],
                         other=0.0,
                     )
+                    values = tail_value + leaf * tail_value_leaf + kv_head * tail_value_head
                     v = tl.load(
-                        values + at[:, None] * tail_value_token + d[None, :] * tail_value_inner,
+                        values + held[:, None] * tail_value_token + d[None, :] * tail_value_inner,
                         mask=kept[:, None] & inside[None, :],
                         other=0.0,
                     )
-                    seen = (branch == first + b)[:, None] & there[:, None] & (at[None, :] <= place[:, None])
+                    seen = (branch == first + b)[:, None] & busy[:, None] & (at[None, :] <= place[:, None])
                     if WINDOWED:
                         seen &= at[None, :] > (place - window)[:, None]
                     top, total, mixed = attend(q, k, v, seen, factor, softcap, top, total, mixed, CAPPED, UPCAST)
@@ -190,9 +199,11 @@ def merge_kernel(
     tops,
     totals,
     sinks,
+    tail_len,
     out,
     rows_in_all,
     heads,
+    each,
     width,
     parts,
     PARTS: tl.constexpr,
@@ -218,7 +229,8 @@ def merge_kernel(
         if here > float("-inf"):  # a split that saw nothing wrote no sums worth reading
             x = tl.load(sums + (p * rows_in_all + row) * width + d, mask=d < width, other=0.0)
             mixed += tl.exp2(here - most) * x
-    tl.store(out + row * width + d, (mixed / whole).to(out.dtype.element_ty), mask=d < width)
+    mixed = tl.where(tl.load(tail_len + row // each) == 0, 0.0, mixed / whole)
+    tl.store(out + row * width + d, mixed.to(out.dtype.element_ty), mask=d < width)
 
 
 def tree_attention(
@@ -232,7 +244,7 @@ def tree_attention(
     pages: Tensor,
     prefix_len: Tensor,
     first_row: Tensor,
-    slot: Tensor,
+    leaves: Tensor,
     tail_len: Tensor,
     scale: float,
     window: int,
@@ -241,7 +253,8 @@ def tree_attention(
 ) -> Tensor:
     """`pyengine.ops.tree_attention` in Triton, on arguments that are already checked.
 
-    query, key and value have unit stride along D; pages hold a multiple of 64 tokens. window and softcap: 0 is none.
+    query, key and value have unit stride along D; pages hold a multiple of 64 tokens, leaves of 16. window and softcap:
+    0 is none.
     """
     rows, tokens, heads, width = query.shape
     kv_heads, padded = prefix_key.shape[1], max(16, triton.next_power_of_2(width))
@@ -255,11 +268,13 @@ def tree_attention(
                 *new.stride()[:3],
                 tail,
                 *tail.stride(),
-                slot,
+                leaves,
+                leaves.stride(0),
                 tail_len,
                 width,
                 TOKENS=tokens,
                 WIDTH=padded,
+                LEAF=tail.shape[2],
                 num_warps=1,
             )
     group = heads // kv_heads
@@ -284,7 +299,8 @@ def tree_attention(
         pages.stride(0),
         prefix_len,
         first_row,
-        slot,
+        leaves,
+        leaves.stride(0),
         tail_len,
         factor,
         softcap * LOG2E,
@@ -299,6 +315,7 @@ def tree_attention(
         ROWS=max(16, min(MOST_ROWS if query.dtype.itemsize == 2 else MOST_ROWS // 4, branch_rows)),
         WIDTH=padded,
         PAGE=prefix_key.shape[2],
+        LEAF=tail_key.shape[2],
         SPLIT=SPLIT,
         TILE=TILE,
         COLUMNS=COLUMNS,
@@ -313,9 +330,11 @@ def tree_attention(
         tops,
         totals,
         query if sinks is None else sinks,
+        tail_len,
         out,
         in_all,
         heads,
+        tokens * heads,
         width,
         parts,
         PARTS=triton.next_power_of_2(parts),

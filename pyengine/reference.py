@@ -368,14 +368,16 @@ def select_block(
 class Tree(NamedTuple):
     """Which keys each row of `tree_attention` sees: B paged prefixes and, for each of N rows, one tail.
 
-    Everything is int32. A row's sequence is its prompt's prefix, then its own tail; all tails are equally long.
+    Everything is int32. A row's sequence is its prompt's prefix, then its own tail: token j of the tail of row n lies
+    in leaf leaves[n, j // LEAF] at j % LEAF, of tail stores [leaves, Hkv, LEAF, D]. A row without a tail is idle (it
+    pads a bucket): nothing is written for it, and its output is 0.
     """
 
     pages: Tensor  # [B, T]: page t of prompt b
     prefix_len: Tensor  # [B], tokens
     first_row: Tensor  # [B + 1]: the rows of prompt b are first_row[b] .. first_row[b + 1] - 1
-    slot: Tensor  # [N]: the tail of each row; no two rows share one
-    tail_len: Tensor  # []: tokens in each tail, the S new ones among them
+    leaves: Tensor  # [N, L]: leaf l of row n's tail, -1 after its last; no leaf is there twice
+    tail_len: Tensor  # [N]: tokens in each row's tail, the S new ones among them; 0: idle
 
 
 def tree_attention(
@@ -395,7 +397,7 @@ def tree_attention(
     heads, width = query.shape[2:]
     group = heads // prefix_key.shape[1]
     out = torch.empty_like(query, dtype=torch.float32)
-    tail = int(tree.tail_len)
+    leaf = tail_key.shape[2]
     for b, (start, stop) in enumerate(zip(tree.first_row[:-1].tolist(), tree.first_row[1:].tolist(), strict=True)):
         length = int(tree.prefix_len[b])
         prefix = [
@@ -403,7 +405,12 @@ def tree_attention(
             for store in (prefix_key, prefix_value)
         ]
         for row in range(start, stop):
-            own = (store[int(tree.slot[row]), :, :tail] for store in (tail_key, tail_value))
+            tail = int(tree.tail_len[row])
+            if tail == 0:
+                out[row] = 0
+                continue
+            leaves = tree.leaves[row, : -(-tail // leaf)].long()
+            own = (store[leaves].transpose(0, 1).flatten(1, 2)[:, :tail] for store in (tail_key, tail_value))
             key, value = (
                 torch.cat(both, 1).double().repeat_interleave(group, 0) for both in zip(prefix, own, strict=True)
             )

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from pyengine import InputError
-from pyengine.cache import PAGE, BranchingCache
+from pyengine.cache import PAGE, STEP, BranchingCache
 
 LAYERS = [(2, 16), (1, 32), (2, 16)]  # as Gemma 3n and 4 mix them
 TOKEN = sum(2 * heads * width * 4 for heads, width in LAYERS)
@@ -131,15 +131,14 @@ def test_a_fork_shares_whole_pages_and_copies_the_last():
     two = cache.fork(one)
     assert two.pages[0] == one.pages[0]
     assert two.pages[1] != one.pages[1]
-    cache.open(4, 16)
     for layer in range(len(LAYERS)):
         for store in cache.layers[layer][2:]:
-            store[2, :, :5], store[3, :, :5] = 1000, 2000
-    cache.commit([(one, 2), (two, 3)], 5)
+            store[2, :, :5], store[3, :, :7] = 1000, 2000
+    cache.commit([(one, [2], 5), (two, [3], 7)])
     for layer in range(len(LAYERS)):
         for which in (0, 1):
             assert held(cache, one, layer, which) == [*range(PAGE + 10), *[1000] * 5]
-            assert held(cache, two, layer, which) == [*range(PAGE + 10), *[2000] * 5]
+            assert held(cache, two, layer, which) == [*range(PAGE + 10), *[2000] * 7]
     cache.release(one)
     cache.check_integrity()
     assert held(cache, two)[:3] == [0, 1, 2]
@@ -148,25 +147,25 @@ def test_a_fork_shares_whole_pages_and_copies_the_last():
     cache.check_integrity()
 
 
-def test_a_commit_crosses_a_page_and_moves_nothing_else():
+def test_a_commit_crosses_pages_and_leaves_and_moves_nothing_else():
     cache = make(pages=6, tails=128)
-    for pair in (*cache._pages, *cache._tail_memory):
+    for pair in (*cache._pages, *cache._tails):
         for store in pair:
             store.fill_(math.nan)
     one, two = cache.add(tokens(PAGE - 3), 30), cache.add(tokens(5, start=9), 3)
     fill(cache, one)
     fill(cache, two)
-    cache.open(4, 16)
     for layer in range(len(LAYERS)):
         for store in cache.layers[layer][2:]:
-            store[1, :, :16] = torch.arange(100.0, 116.0)[None, :, None]
-    cache.commit([(one, 1)], 9)
+            for leaf, first in ((3, 100.0), (1, 116.0), (2, 200.0)):
+                store[leaf] = torch.arange(first, first + STEP)[None, :, None]
+    cache.commit([(one, [3, 1], 19), (two, [2], 2)])
     for layer in range(len(LAYERS)):
         for which in (0, 1):
-            assert held(cache, one, layer, which) == [*range(PAGE - 3), *range(100, 109)]
-            assert held(cache, two, layer, which) == [0, 1, 2, 3, 4]
+            assert held(cache, one, layer, which) == [*range(PAGE - 3), *range(100, 119)]
+            assert held(cache, two, layer, which) == [0, 1, 2, 3, 4, 200, 201]
             written = cache.layers[layer][:2][which].isfinite().any(-1).any(1).sum()
-            assert written == PAGE - 3 + 9 + 5
+            assert written == PAGE - 3 + 19 + 5 + 2
 
 
 def test_tails_are_as_many_as_fit():
@@ -175,7 +174,9 @@ def test_tails_are_as_many_as_fit():
     slots = cache.most_slots(17)
     cache.open(slots, 17)
     assert cache.room == 32
-    assert cache.layers[1][2].shape == (slots, 1, 32, 32)
+    assert cache.layers[1][2].shape == (cache.tail_capacity // STEP, 1, STEP, 32)
+    leaves = [leaf for slot in range(slots) for leaf in cache.leaves_of(slot)]
+    assert leaves == list(range(2 * slots))
     with pytest.raises(ValueError, match="do not fit"):
         cache.open(slots + 1, 17)
 

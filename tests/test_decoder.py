@@ -34,7 +34,7 @@ def load(directory):
 
 def poison(decoder):
     """NaN wherever nobody has written: what is read from there shows."""
-    for pair in (*decoder.cache._pages, *decoder.cache._tail_memory):
+    for pair in (*decoder.cache._pages, *decoder.cache._tails):
         for store in pair:
             store.fill_(float("nan"))
 

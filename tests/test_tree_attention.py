@@ -9,12 +9,13 @@ from functools import partial
 
 import pytest
 import torch
+from torch.nn.functional import scaled_dot_product_attention
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from pyengine import ops, reference
 from pyengine.ops.tree_attention import prepare, run_prepared
 
-PAGE = 64
+PAGE, LEAF = 64, 16
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 8e-3, torch.float16: 1e-3}  # relative to values of size 1
 
 
@@ -35,44 +36,92 @@ class Problem:
         return self(key=self.key, value=self.value, **options)
 
 
+def ragged(rows, tokens, longest, g):
+    """Tail lengths, the new tokens among them: the first is the longest, and of many rows the second is idle."""
+    tails = torch.randint(tokens, longest + 1, (rows,), generator=g)
+    tails[0] = longest
+    if rows > 2:
+        tails[1] = 0
+    return tails.tolist()
+
+
+def laid(contents, table, size, count, dense):
+    """A store [count, Hkv, size, D] of sequences [Hkv, T, D] in the pages or leaves of a table. dense: with tokens side
+    by side in memory."""
+    heads, _, width = contents[0].shape
+    store = torch.full((count, heads, width, size) if dense else (count, heads, size, width), math.nan).mT
+    store = (store if dense else store.mT).to(contents[0].dtype)
+    for own, content in zip(table, contents, strict=True):
+        for piece, at in zip(content.split(size, 1), own, strict=False):
+            store[at, :, : piece.shape[1]] = piece
+    return store
+
+
 def problem(
-    lengths=(150, 64, 5), branches=(3, 1, 2), tokens=1, tail=7, heads=(6, 2), width=32, dtype=torch.float32, kernel=True
+    lengths=(150, 64, 5),
+    branches=(3, 1, 2),
+    tokens=1,
+    tail=39,
+    heads=(6, 2),
+    width=32,
+    dtype=torch.float32,
+    kernel=True,
+    leaf=LEAF,
 ):
-    """kernel: keys with tokens side by side, as the CPU kernel reads them; else with width side by side."""
+    """tail: the longest. Leaves are shuffled, every other row has one to spare, an idle row has none. kernel: keys lie
+    with tokens side by side, as the CPU kernel reads them; else with width side by side."""
     g = torch.Generator().manual_seed(sum(lengths) + 10 * tail + tokens)
-    most, rows = max(-(-n // PAGE) for n in lengths), sum(branches)
-    count, slots, room = most * len(lengths) + 2, rows + 2, -(-tail // 16) * 16
-    shuffled = torch.randperm(count, generator=g)[: most * len(lengths)].view(len(lengths), most)
-    slot = torch.randperm(slots, generator=g)[:rows]
-
-    def store(at, inner, dense):
-        out = torch.full((at, heads[1], width, inner) if dense else (at, heads[1], inner, width), math.nan, dtype=dtype)
-        return out.transpose(2, 3) if dense else out
-
-    stores = tuple(store(n, i, dense) for n, i in ((count, PAGE), (slots, room)) for dense in (kernel, False))
-    for store_ in stores[:2]:
-        for table, length in zip(shuffled, lengths, strict=True):
-            for start in range(0, length, PAGE):
-                n = min(PAGE, length - start)
-                store_[table[start // PAGE], :, :n] = torch.randn(heads[1], n, width, generator=g).to(dtype)
-    for store_ in stores[2:]:
-        store_[slot, :, :tail] = torch.randn(rows, heads[1], tail, width, generator=g).to(dtype)
-    tree = ops.Tree(
-        shuffled.int(),
-        torch.tensor(lengths, dtype=torch.int32),
-        torch.tensor([0, *itertools.accumulate(branches)], dtype=torch.int32),
-        slot.int(),
-        torch.tensor(tail, dtype=torch.int32),
-    )
+    rows, most = sum(branches), max(-(-n // PAGE) for n in lengths)
+    tails = ragged(rows, tokens, tail, g)
     query = 2 * torch.randn(rows, tokens, heads[0], width, generator=g)
-    new = [s[slot, :, tail - tokens : tail].transpose(1, 2).clone() for s in stores[2:]]
+    query[[row for row in range(rows) if not tails[row]]] = math.nan
+    keys, values = (
+        [torch.randn(heads[1], n, width, generator=g).to(dtype) for n in (*lengths, *tails)] for _ in range(2)
+    )
+    pages = torch.randperm(most * len(lengths) + 2, generator=g)[:-2].view(len(lengths), most)
+    each = [(-(-n // leaf) + row % 2) * (n > 0) for row, n in enumerate(tails)]
+    pool = torch.randperm(sum(each) + 2, generator=g).split([*each, 2])[:-1]
+    leaves = torch.nn.utils.rnn.pad_sequence(pool, batch_first=True, padding_value=-1)
+    b = len(lengths)
+    stores = (
+        *(laid(x[:b], pages, PAGE, pages.numel() + 2, dense) for x, dense in ((keys, kernel), (values, False))),
+        *(laid(x[b:], leaves, leaf, sum(each) + 2, dense) for x, dense in ((keys, kernel), (values, False))),
+    )
+    tables = (pages, lengths, [0, *itertools.accumulate(branches)], leaves, tails)
+    tree = ops.Tree(*(torch.as_tensor(x, dtype=torch.int32) for x in tables))
+    new = [torch.full((rows, tokens, heads[1], width), math.nan, dtype=dtype) for _ in range(2)]
+    for to, contents in zip(new, (keys, values), strict=True):
+        for row, content in enumerate(contents[b:]):
+            to[row, : content.shape[1]] = content[:, -tokens:].transpose(0, 1)
     return Problem(query.to(dtype), stores, tree, *new)
+
+
+def sequence(p, b, row, which):
+    """Keys (0) or values (1) of a row's prefix and tail, [Hkv, T, D]."""
+    parts = (
+        (p.stores[which], p.tree.pages[b], int(p.tree.prefix_len[b])),
+        (p.stores[2 + which], p.tree.leaves[row], int(p.tree.tail_len[row])),
+    )
+    return torch.cat([torch.cat([store[i] for i in table if i >= 0], 1)[:, :n] for store, table, n in parts if n], 1)
+
+
+def new_places(p):
+    """(row, new token, leaf, offset in it) of what is to be written."""
+    leaf, tokens = p.stores[2].shape[2], p.query.shape[1]
+    places = [
+        (row, s, int(p.tree.leaves[row, (tail - tokens + s) // leaf]), (tail - tokens + s) % leaf)
+        for row, tail in enumerate(p.tree.tail_len.tolist())
+        for s in range(tokens)
+        if tail
+    ]
+    return torch.tensor(places).T
 
 
 SHAPES = {
     "decode": {},
     "long, several splits": {"lengths": (1300, 520), "branches": (4, 2)},
     "new tokens": {"tokens": 5},
+    "long tails": {"tail": 300, "tokens": 3, "branches": (4, 1, 3)},
     "a whole tail of new tokens": {"tokens": 70, "tail": 70, "lengths": (70, 200), "branches": (2, 2)},
     "no prefix": {"lengths": (0, 3), "branches": (1, 2)},
     "MHA": {"heads": (4, 4)},
@@ -80,6 +129,8 @@ SHAPES = {
     "width 256": {"width": 256, "lengths": (90,), "branches": (5,)},
     "more rows than a unit": {"branches": (40, 1, 2), "heads": (8, 2)},
     "a prompt without branches": {"branches": (2, 0, 1)},
+    "leaves of a page": {"leaf": 64, "tail": 90},
+    "leaves that straddle tiles": {"leaf": 48, "tail": 150, "tokens": 4},
 }
 OPTIONS = {
     "plain": {},
@@ -105,7 +156,24 @@ def test_the_kernel_and_the_fallback_equal_the_reference(shape, options, isa):
         before = ops.LAUNCHES.copy()
         found = p(**chosen)
         assert ops.LAUNCHES - before == {f"tree_attention/{isa if kernel else 'sdpa'}": 1}
+        assert not found[p.tree.tail_len == 0].any()
         torch.testing.assert_close(found, p(reference.tree_attention, **chosen), atol=5e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("window", [None, 40])
+def test_the_reference_is_attention_over_each_row_alone(window):
+    p = problem(tokens=3, heads=(4, 2))
+    found = p(reference.tree_attention, window=window)
+    for b, rows in enumerate(itertools.pairwise(p.tree.first_row.tolist())):
+        for row in range(*rows):
+            if not p.tree.tail_len[row]:
+                assert torch.equal(found[row], torch.zeros(3, 4, 32))
+                continue
+            key, value = (sequence(p, b, row, which).repeat_interleave(2, 0) for which in (0, 1))
+            seen = torch.ones(3, key.shape[1], dtype=torch.bool).tril(key.shape[1] - 3)
+            seen &= ~seen.new_ones(seen.shape).tril(key.shape[1] - 3 - (window or key.shape[1]))
+            want = scaled_dot_product_attention(p.query[row].transpose(0, 1), key, value, attn_mask=seen)
+            torch.testing.assert_close(found[row].transpose(0, 1), want, atol=5e-6, rtol=1e-5)
 
 
 @pytest.mark.parametrize("kernel", [True, False])
@@ -121,7 +189,7 @@ def test_fp16_rounds_as_torch_does():
     p = problem(lengths=(0,), branches=(1,), tail=1, heads=(1, 1), width=256, dtype=torch.float16)
     bits = torch.arange(2**16, dtype=torch.int32).to(torch.int16).view(torch.float16).view(-1, 256)
     for row in bits:
-        p.stores[3][int(p.tree.slot[0]), 0, 0] = row
+        p.stores[3][p.tree.leaves[0, 0], 0, 0] = row
         want = torch.where(row.isfinite(), row, torch.nan)  # inf * 1 / 1 is inf; NaN stays NaN
         found = p()[0, 0, 0]
         assert torch.equal(found[row.isfinite()], want[row.isfinite()])
@@ -134,8 +202,8 @@ def test_halves_are_rounded_to_the_nearest(dtype, digits, isa):
     p = problem(lengths=(0,), branches=(1,), tail=2, heads=(1, 1), width=256, dtype=dtype)
     p.query.zero_()
     values = (torch.rand(2, 256, generator=torch.Generator().manual_seed(2)) + 0.5).to(dtype)
-    p.stores[3][int(p.tree.slot[0]), 0, :2] = values
-    p.stores[2][int(p.tree.slot[0]), 0, :2] = 0
+    p.stores[3][p.tree.leaves[0, 0], 0, :2] = values
+    p.stores[2][p.tree.leaves[0, 0], 0, :2] = 0
     mean = values.double().mean(0)
     unit = 2.0 ** (mean.abs().log2().floor() - digits)
     off = (p()[0, 0, 0].double() - mean).abs() / unit
@@ -145,16 +213,28 @@ def test_halves_are_rounded_to_the_nearest(dtype, digits, isa):
 
 @pytest.mark.parametrize("kernel", [True, False])
 def test_new_keys_and_values_join_the_tails(kernel, isa):
-    p = problem(tokens=3, kernel=kernel)
+    """In their places, of which some rows have two leaves; and nothing else is written, for an idle row neither."""
+    p = problem(tokens=20, tail=39, kernel=kernel)
     want = p()
+    row, token, leaf, inside = new_places(p)
+    before = [store.clone() for store in p.stores]
     for store in p.stores[2:]:
-        store[p.tree.slot.long(), :, 4:7] = math.nan
+        store[leaf, :, inside] = math.nan
     assert torch.equal(p.appending(), want)
     for store, new in zip(p.stores[2:], (p.key, p.value), strict=True):
-        assert torch.equal(store[p.tree.slot.long(), :, 4:7], new.transpose(1, 2))
-    untouched = sorted(set(range(len(p.stores[2]))) - set(p.tree.slot.tolist()))
-    assert p.stores[2][untouched].isnan().all()
-    assert p.stores[3][untouched].isnan().all()
+        assert torch.equal(store[leaf, :, inside], new[row, token])
+    assert all(torch.equal(a.nan_to_num(7), b.nan_to_num(7)) for a, b in zip(before, p.stores, strict=True))
+
+
+@pytest.mark.parametrize("kernel", [True, False])
+def test_rows_that_are_all_idle_write_nothing(kernel):
+    p = problem(kernel=kernel)
+    p.tree = p.tree._replace(tail_len=torch.zeros_like(p.tree.tail_len))
+    before = [store.clone() for store in p.stores]
+    assert torch.equal(p.appending(), torch.zeros_like(p.query))
+    p.tree = p.tree._replace(leaves=p.tree.leaves[:, :0])
+    assert torch.equal(p.appending(), torch.zeros_like(p.query))
+    assert all(torch.equal(a.nan_to_num(7), b.nan_to_num(7)) for a, b in zip(before, p.stores, strict=True))
 
 
 def only(p, b):
@@ -164,27 +244,53 @@ def only(p, b):
         p.tree.pages[b : b + 1],
         p.tree.prefix_len[b : b + 1],
         torch.tensor([0, rows.stop - rows.start], dtype=torch.int32),
-        p.tree.slot[rows].contiguous(),
-        p.tree.tail_len,
+        p.tree.leaves[rows],
+        p.tree.tail_len[rows],
     )
     return Problem(p.query[rows], p.stores, tree, p.key[rows], p.value[rows]), rows
 
 
-def test_a_row_depends_on_nothing_but_itself(isa):
+@pytest.mark.parametrize("window", [None, 90])
+def test_a_row_depends_on_nothing_but_itself(window, isa):
     """Bit for bit: alone, with its branches in another order, or on several threads."""
-    p = problem(lengths=(1300, 70, 600), branches=(5, 2, 3), heads=(8, 2), width=64)
-    want, before = p(), torch.get_num_threads()
+    p = problem(lengths=(1300, 70, 600), branches=(5, 2, 3), heads=(8, 2), width=64, tail=100, tokens=2)
+    want, before = p(window=window), torch.get_num_threads()
     for b in range(3):
         alone, rows = only(p, b)
-        assert torch.equal(alone(), want[rows])
+        assert torch.equal(alone(window=window), want[rows])
         order = torch.randperm(rows.stop - rows.start, generator=torch.Generator().manual_seed(b))
-        alone.query, alone.tree = alone.query[order], alone.tree._replace(slot=alone.tree.slot[order])
-        assert torch.equal(alone(), want[rows][order])
+        tree = alone.tree
+        alone.query = alone.query[order]
+        alone.tree = tree._replace(leaves=tree.leaves[order], tail_len=tree.tail_len[order])
+        assert torch.equal(alone(window=window), want[rows][order])
     torch.set_num_threads(3)
     try:
-        assert torch.equal(p(), want)
+        assert torch.equal(p(window=window), want)
     finally:
         torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("window", [None, 30, 90])
+def test_a_row_does_not_depend_on_the_tails_of_others(window, isa):
+    """Bit for bit: the others have shorter tails, tails of the new tokens alone, or none."""
+    p = problem(lengths=(1100,), branches=(6,), heads=(4, 2), tail=150, tokens=2)
+    want, tails = p(window=window), p.tree.tail_len
+    assert len(set(tails.tolist())) > 4
+    for row in range(6):
+        for others in (tails // 2 + (tails > 0), torch.full_like(tails, 2) * (tails > 0), torch.zeros_like(tails)):
+            changed = others.clone()
+            changed[row] = tails[row]
+            p.tree = p.tree._replace(tail_len=changed)
+            assert torch.equal(p(window=window)[row], want[row])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_row_does_not_depend_on_its_leaves(dtype, isa):
+    """Bit for bit: one leaf for all of a tail, or many, which straddle the tiles of the kernel or do not."""
+    shape = {"tail": 150, "tokens": 3, "heads": (4, 2), "dtype": dtype}
+    want = problem(**shape, leaf=160)(window=100)
+    for leaf in (16, 48, 64):
+        assert torch.equal(problem(**shape, leaf=leaf)(window=100), want)
 
 
 def test_a_strided_query_as_the_models_give_it():
@@ -197,7 +303,7 @@ def test_a_strided_query_as_the_models_give_it():
 
 def test_a_nan_in_a_visible_key_shows():
     p = problem()
-    p.stores[2][int(p.tree.slot[0]), 0, 2] = math.nan
+    p.stores[2][p.tree.leaves[0, 1], 0, 2] = math.nan
     found = p()
     assert found[0, :, :3].isnan().all()
     assert found[1:].isfinite().all()
@@ -229,13 +335,13 @@ def test_bad_arguments_are_named(change, message):
 
 def test_a_tree_that_would_be_read_out_of_bounds_is_refused():
     p = problem()
-    p.tree = p.tree._replace(slot=p.tree.slot.long())
-    with pytest.raises(ValueError, match=r"tree\.slot must be int32"):
+    p.tree = p.tree._replace(leaves=p.tree.leaves.long())
+    with pytest.raises(ValueError, match=r"tree\.leaves must be int32"):
         p()
-    for tail in (0, 17):
+    for name in ("leaves", "tail_len"):
         p = problem()
-        p.tree = p.tree._replace(tail_len=torch.tensor(tail, dtype=torch.int32))
-        with pytest.raises(ValueError, match=f"tail_len is {tail}: .* room for 16"):
+        p.tree = p.tree._replace(**{name: getattr(p.tree, name)[:5]})
+        with pytest.raises(ValueError, match=r"tree has leaves \[., 3\], tail_len \[.\], .* for 6 rows"):
             p()
 
 
@@ -253,9 +359,15 @@ def set_entry(**entries):
 
 
 WRONG_TABLES = {
-    "slot below": (set_entry(slot=(2, -1)), r"tree\.slot\[2\] is -1, there are 8 tails"),
-    "slot above": (set_entry(slot=(5, 8)), r"tree\.slot\[5\] is 8, there are 8 tails"),
-    "slot twice": (lambda p: p.tree._replace(slot=p.tree.slot[[0, 1, 2, 3, 4, 0]]), r"slot\[5\] is .*another row has"),
+    "leaf below": (set_entry(leaves=((2, 0), -2)), r"tree\.leaves\[2\] is -2, there are 15 leaves"),
+    "leaf above": (set_entry(leaves=((5, 0), 15)), r"tree\.leaves\[5\] is 15, there are 15 leaves"),
+    "leaf of another row": (lambda p: set_entry(leaves=((5, 0), int(p.tree.leaves[0, 1])))(p), r"leaves\[5\] .*taken"),
+    "leaf twice": (lambda p: set_entry(leaves=((0, 2), int(p.tree.leaves[0, 0])))(p), r"leaves\[0\] is .* taken"),
+    "leaf behind the last": (set_entry(leaves=((0, 1), -1)), r"leaves\[0\] is \d+, behind the row's last leaf"),
+    "tail without a leaf": (set_entry(tail_len=(1, 3)), r"tail_len\[1\] is 3: .*the row's leaves have room for 0"),
+    "tail beyond its leaves": (set_entry(tail_len=(0, 49)), r"tail_len\[0\] is 49: .* room for 48"),
+    "tail shorter than its new tokens": (set_entry(tail_len=(4, 1)), r"tail_len\[4\] is 1: it counts the 2 new tokens"),
+    "negative tail": (set_entry(tail_len=(4, -3)), r"tail_len\[4\] is -3"),
     "page below": (set_entry(pages=((0, 1), -1)), r"tree\.pages\[0\] is -1, there are 6 pages"),
     "page above": (set_entry(pages=((1, 0), 6)), r"tree\.pages\[1\] is 6, there are 6 pages"),
     "prefix longer than its pages": (set_entry(prefix_len=(0, 129)), r"prefix_len\[0\] is 129, its pages hold 128"),
@@ -272,15 +384,15 @@ WRONG_TABLES = {
 @pytest.mark.parametrize("wrong", WRONG_TABLES)
 @pytest.mark.parametrize("kernel", [True, False])
 def test_a_table_that_points_outside_is_refused_and_named(wrong, kernel):
-    p = problem(lengths=(100, 40), branches=(4, 2), kernel=kernel)
-    assert (p.stores[0].shape[0], p.stores[2].shape[0], tuple(p.tree.pages.shape)) == (6, 8, (2, 2))
+    p = problem(lengths=(100, 40), branches=(4, 2), tokens=2, kernel=kernel)
+    assert (p.stores[0].shape[0], p.stores[2].shape[0], tuple(p.tree.pages.shape)) == (6, 15, (2, 2))
     before = [store.clone() for store in p.stores]
     change, message = WRONG_TABLES[wrong]
     p.tree = change(p)
     with pytest.raises(ValueError, match=f"tree_attention: .*{message}"):
         p.appending()
     assert all(torch.equal(a.nan_to_num(7), b.nan_to_num(7)) for a, b in zip(before, p.stores, strict=True))
-    if kernel and wrong != "too few page rows":  # a shape, which the decoder that prepares does not get wrong
+    if kernel and wrong not in ("too few page rows", "tail shorter than its new tokens"):  # no tables, or a run's fault
         with pytest.raises(ValueError, match="tree_attention: "):
             prepare([p.stores], p.tree)
 
@@ -333,7 +445,7 @@ def test_prepared_calls_give_the_same_bits(shape, options, isa):
     (call,) = prepare([p.stores], p.tree)
     run = partial(run_prepared, call, packed(p.query), packed(p.key), packed(p.value), p.query.shape[1])
     before = ops.LAUNCHES.copy()
-    found = run(int(p.tree.tail_len), **chosen)
+    found = run(**chosen)
     assert ops.LAUNCHES - before == {f"tree_attention/{isa}": 1}
     assert found.equal(p.appending(**chosen).flatten(0, 1))
 
@@ -342,18 +454,32 @@ def test_prepared_calls_leave_alone_what_they_do_not_serve():
     p = problem()
     assert prepare([problem(kernel=False).stores], p.tree) == []
     (call,) = prepare([p.stores], p.tree)
-    query, key, value, tail = packed(p.query), packed(p.key), packed(p.value), int(p.tree.tail_len)
+    query, key, value = packed(p.query), packed(p.key), packed(p.value)
     plain = (None, None, None, None)
     for store in p.stores[2:]:
         store.fill_(0)
     for given in ((query[:, :-1], key, value), (query, key[:, :, :-1], value), (query[:5], key, value)):
-        assert run_prepared(call, *given, 1, tail, *plain) is None
+        assert run_prepared(call, *given, 1, *plain) is None
     strided = torch.stack((value, value), -1)[..., 0]
-    assert run_prepared(call, query, key, strided, 1, tail, *plain) is None
-    assert run_prepared(call, query, key, value, 1, tail, None, None, None, torch.zeros(5)) is None
+    assert run_prepared(call, query, key, strided, 1, *plain) is None
+    assert run_prepared(call, query, key, value, 1, None, None, None, torch.zeros(5)) is None
     with Watching():
-        assert run_prepared(call, query, key, value, 1, tail, *plain) is None
+        assert run_prepared(call, query, key, value, 1, *plain) is None
     assert not any(store.any() for store in p.stores[2:])
-    for wrong in (0, 17):
-        with pytest.raises(ValueError, match=f"tail_len is {wrong}"):
-            run_prepared(call, query, key, value, 1, wrong, *plain)
+
+
+def test_prepared_calls_read_the_tails_as_they_are_then():
+    p = problem(tokens=2)
+    (call,) = prepare([p.stores], p.tree)
+    run = partial(run_prepared, call, packed(p.query), packed(p.key), packed(p.value), 2, None, None, None, None)
+    before = p.tree.tail_len.clone()
+    p.tree.tail_len.sub_((before > 2).int())
+    assert run().equal(p.appending().flatten(0, 1))
+    for row, wrong, room in ((0, 1, 48), (0, 49, 48), (1, 2, 0), (5, -1, 16 * (p.tree.leaves[5] >= 0).sum())):
+        p.tree.tail_len.copy_(before)[row] = wrong
+        stores = [store.clone() for store in p.stores]
+        with pytest.raises(ValueError, match=rf"tail_len\[{row}\] is {wrong}: it counts the 2 .* room for {room}"):
+            run()
+        assert all(torch.equal(a.nan_to_num(7), b.nan_to_num(7)) for a, b in zip(stores, p.stores, strict=True))
+    with pytest.raises(ValueError, match="tail_len must be contiguous"):
+        prepare([p.stores], p.tree._replace(tail_len=before.repeat_interleave(2)[::2]))

@@ -46,6 +46,13 @@ int64_t partial_size(const TreeArgs& a, int64_t rows) {
   return rows * (a.width + int64_t(sizeof(RowSoftmax) / sizeof(float)));
 }
 
+// The first token of its prefix that a query sees; the queries of an idle row see none.
+int64_t first_seen(const TreeArgs& a, int64_t prompt, int64_t n, int64_t token) {
+  const int64_t length = a.prefix_len[prompt], tail = a.tail_len[n];
+  if (tail == 0) return length;
+  return a.window ? std::clamp<int64_t>(length + tail - a.tokens + token + 1 - a.window, 0, length) : 0;
+}
+
 void make_plan(const TreeArgs& a, Plan& plan) {
   const int64_t branch_rows = a.tokens * (a.heads / a.kv_heads);
   const int32_t branches = int32_t(std::max<int64_t>(1, kUnitRows / branch_rows));
@@ -53,14 +60,14 @@ void make_plan(const TreeArgs& a, Plan& plan) {
   int64_t floats = 0;
   int32_t groups = 0;
   for (int32_t b = 0; b < a.prompts; ++b) {
-    // The first token that the oldest query still sees.
-    const int64_t seen = a.window ? a.prefix_len[b] + a.tail_len - a.tokens + 1 - a.window : 0;
-    const int32_t from = int32_t(std::clamp<int64_t>(seen, 0, a.prefix_len[b]) / kSplitTokens);
     const int32_t splits = std::max<int32_t>(1, (a.prefix_len[b] + kSplitTokens - 1) / kSplitTokens);
     for (int32_t first = a.first_row[b]; first < a.first_row[b + 1]; first += branches) {
       const int32_t last = std::min(first + branches, a.first_row[b + 1]);
+      int64_t seen = a.prefix_len[b];  // from here on, by the oldest query of the rows
+      for (int32_t n = first; n < last; ++n) seen = std::min(seen, first_seen(a, b, n, 0));
+      const int32_t from = std::min(int32_t(seen / kSplitTokens), splits - 1);
       for (int32_t h = 0; h < a.kv_heads; ++h, ++groups)
-        for (int32_t s = std::min(from, splits - 1); s < splits; ++s) {
+        for (int32_t s = from; s < splits; ++s) {
           plan.units.push_back({b, first, last, h, s, splits, floats, groups});
           floats += partial_size(a, rows_of(a, plan.units.back()));
         }
@@ -71,6 +78,16 @@ void make_plan(const TreeArgs& a, Plan& plan) {
   for (const Unit& unit : plan.units) ++plan.unfinished[size_t(unit.group)];
 }
 
+// Up to kTileTokens tokens in a page, or in leaves one after another; all but the last leaf's are a multiple
+// of kTokens.
+struct Tile {
+  struct {
+    const char *key, *value;
+    int tokens;
+  } piece[kTileTokens / kTokens];
+  int pieces, tokens;
+};
+
 // One unit at work: its rows, and scratch for one tile of the cache.
 struct Worker {
   const TreeArgs& a;
@@ -78,8 +95,8 @@ struct Worker {
   const Unit& unit;
   float* const sums;  // [rows, width]
   RowSoftmax* const softmax;
-  std::vector<float>&query, &logits, &tile;
-  std::vector<float>& alpha;
+  std::vector<float>&query, &logits, &widened, &alpha;
+  std::vector<int64_t>& oldest;  // [rows], the first token of the prefix that each sees
 
   int group() const { return int(a.heads / a.kv_heads); }
   int branch_rows() const { return int(a.tokens) * group(); }
@@ -101,12 +118,18 @@ struct Worker {
     return (at * store.stride_at + unit.head * store.stride_head) * int64_t(size_of(a.type));
   }
 
-  // `inner` rows of `cols` numbers of a store in fp32, `stride` apart: in place, or in `scratch`.
-  const float* read(const Store& store, int64_t at, int64_t inner, int cols, int64_t& stride,
-                    float* scratch) {
+  // `tokens` more of a tile, from `start` on in a page or leaf.
+  void add(Tile& tile, const Store& keys, const Store& values, int64_t at, int64_t start, int tokens) const {
+    const int64_t size = int64_t(size_of(a.type));
+    tile.piece[tile.pieces++] = {keys.data + bytes_at(keys, at) + start * size,
+                                 values.data + bytes_at(values, at) + start * values.stride_inner * size,
+                                 tokens};
+    tile.tokens += tokens;
+  }
+
+  // `inner` rows of `cols` numbers in fp32, `stride` apart: in place, or in `scratch`.
+  const float* read(const char* data, int64_t inner, int cols, int64_t& stride, float* scratch) {
     const size_t size = size_of(a.type);
-    const char* data = store.data + bytes_at(store, at);
-    stride = store.stride_inner;
     if (a.type == DType::f32) return reinterpret_cast<const float*>(data);
     for (int64_t i = 0; i < inner; ++i)
       kernels.widen(data + i * stride * int64_t(size), a.type, cols, scratch + i * cols);
@@ -114,33 +137,39 @@ struct Worker {
     return scratch;
   }
 
-  // Rows [first, first + n) of the unit see a tile of at most kTileTokens; row i the tokens [from, to)[i].
+  // Rows [first, first + n) of the unit see a tile; row i the tokens [from, to)[i] of it. next: the page that
+  // is wanted after it, or -1.
   template <class Range>
-  void attend(int first, int n, const Store& keys, const Store& values, int64_t at, int64_t start, int count,
-              int64_t next, const Range& visible) {
-    const int cols = (count + kTokens - 1) / kTokens * kTokens, width = int(a.width);
-    Store key = keys, value = values;
-    key.data += start * int64_t(size_of(a.type));
-    value.data += start * values.stride_inner * int64_t(size_of(a.type));
-    int64_t key_stride, value_stride;
-    const int tile_bytes = width * kTileTokens * int(size_of(a.type));
-    const float* k = read(key, at, width, cols, key_stride, tile.data());
-    kernels.multiply(&query[size_t(first * width)], width, n, width, k, key_stride, cols, nullptr,
-                     logits.data(), kTileTokens, next < 0 ? nullptr : keys.data + bytes_at(keys, next),
-                     tile_bytes);
-    int low = count, high = 0;
+  void attend(int first, int n, const Store& keys, const Store& values, const Tile& tile, int64_t next,
+              const Range& visible) {
+    const auto padded = [](int count) { return (count + kTokens - 1) / kTokens * kTokens; };
+    const int width = int(a.width), tile_bytes = width * kTileTokens * int(size_of(a.type));
+    for (int p = 0, at = 0; p < tile.pieces; at += tile.piece[p++].tokens) {
+      int64_t stride = keys.stride_inner;
+      const int cols = padded(tile.piece[p].tokens);
+      const float* k = read(tile.piece[p].key, width, cols, stride, widened.data());
+      kernels.multiply(&query[size_t(first * width)], width, n, width, k, stride, cols, nullptr,
+                       &logits[size_t(at)], kTileTokens,
+                       next < 0 ? nullptr : keys.data + bytes_at(keys, next), tile_bytes);
+    }
+    int low = tile.tokens, high = 0;
     for (int i = 0; i < n; ++i) {
       const auto [from, to] = visible(i);
-      alpha[size_t(i)] = kernels.weights(&logits[size_t(i * kTileTokens)], cols, from, to, a.softcap * kLog2E,
-                                         softmax[first + i]);
+      alpha[size_t(i)] = kernels.weights(&logits[size_t(i * kTileTokens)], padded(tile.tokens), from, to,
+                                         a.softcap * kLog2E, softmax[first + i]);
       low = std::min(low, from), high = std::max(high, to);
     }
-    if (low >= high) return;
-    // Only tokens that some row sees: what lies beyond may be NaN, and 0 * NaN would not be 0.
-    const float* v = read(value, at, count, width, value_stride, tile.data() + a.width * kTileTokens);
-    kernels.multiply(&logits[size_t(low)], kTileTokens, n, high - low, v + low * value_stride, value_stride,
-                     width, alpha.data(), sums + int64_t(first) * width, width,
-                     next < 0 ? nullptr : values.data + bytes_at(values, next), tile_bytes);
+    for (int p = 0, at = 0; p < tile.pieces; at += tile.piece[p++].tokens) {
+      // Only tokens that some row sees: what lies beyond may be NaN, and 0 * NaN would not be 0.
+      const int from = std::max(low, at), to = std::min(high, at + tile.piece[p].tokens);
+      if (from >= to) continue;
+      int64_t stride = values.stride_inner;
+      const float* v = read(tile.piece[p].value, to - at, width, stride, widened.data());
+      kernels.multiply(&logits[size_t(from)], kTileTokens, n, to - from, v + (from - at) * stride, stride,
+                       width, alpha.data(), sums + int64_t(first) * width, width,
+                       next < 0 ? nullptr : values.data + bytes_at(values, next), tile_bytes);
+      std::fill_n(alpha.begin(), n, 1.0f);
+    }
   }
 
   void attend_prefix() {
@@ -148,46 +177,65 @@ struct Worker {
     const int64_t begin = int64_t(unit.split) * kSplitTokens, end = std::min(length, begin + kSplitTokens);
     const int32_t* pages = a.pages + unit.prompt * a.pages_stride;
     const int rows = int(rows_of(a, unit));
+    int64_t seen = length;
+    for (int i = 0; i < rows; ++i) {
+      oldest[size_t(i)] =
+          first_seen(a, unit.prompt, unit.first + i / branch_rows(), i % branch_rows() / group());
+      seen = std::min(seen, oldest[size_t(i)]);
+    }
     for (int64_t start = begin; start < end; start += kTileTokens) {
       const int count = int(std::min<int64_t>(kTileTokens, end - start));
-      const auto visible = [&](int i) {
-        const int64_t token = i % branch_rows() / group();
-        const int64_t seen = a.window ? length + a.tail_len - a.tokens + token + 1 - a.window : 0;
-        return std::pair<int, int>(int(std::clamp<int64_t>(seen - start, 0, count)), count);
-      };
-      if (visible(0).first == count) continue;
-      attend(0, rows, a.prefix_key, a.prefix_value, pages[start / a.page_tokens], start % a.page_tokens,
-             count, start + kTileTokens < end ? pages[(start + kTileTokens) / a.page_tokens] : -1, visible);
+      if (seen >= start + count) continue;
+      Tile tile{};
+      add(tile, a.prefix_key, a.prefix_value, pages[start / a.page_tokens], start % a.page_tokens, count);
+      const int64_t after = start + kTileTokens;
+      attend(0, rows, a.prefix_key, a.prefix_value, tile, after < end ? pages[after / a.page_tokens] : -1,
+             [&](int i) {
+               return std::pair<int, int>(int(std::clamp<int64_t>(oldest[size_t(i)] - start, 0, count)),
+                                          count);
+             });
     }
   }
 
   void attend_tails() {
     for (int32_t n = unit.first; n < unit.last; ++n) {
+      const int64_t tail = a.tail_len[n];
+      if (tail == 0) continue;
       if (a.key.data) append(n);
-      for (int64_t start = 0; start < a.tail_len; start += kTileTokens) {
-        const int count = int(std::min<int64_t>(kTileTokens, a.tail_len - start));
-        const auto visible = [&](int i) {
-          const int64_t at = a.tail_len - a.tokens + i / group();  // of the query, in the tail
-          const int64_t seen = a.window ? at + 1 - a.window : 0;
-          return std::pair<int, int>(int(std::clamp<int64_t>(seen - start, 0, count)),
-                                     int(std::clamp<int64_t>(at + 1 - start, 0, count)));
-        };
-        attend((n - unit.first) * branch_rows(), branch_rows(), a.tail_key, a.tail_value, a.slot[n], start,
-               count, -1, visible);
+      const int64_t seen = a.window ? std::max<int64_t>(0, tail - a.tokens + 1 - a.window) : 0;
+      for (int64_t start = seen / kTileTokens * kTileTokens; start < tail; start += kTileTokens) {
+        const int count = int(std::min<int64_t>(kTileTokens, tail - start));
+        Tile tile{};
+        while (tile.tokens < count) {
+          const int64_t at = start + tile.tokens, inside = at % a.leaf_tokens;
+          const int here = int(std::min<int64_t>(a.leaf_tokens - inside, count - tile.tokens));
+          add(tile, a.tail_key, a.tail_value, leaf(n, at), inside, here);
+        }
+        attend((n - unit.first) * branch_rows(), branch_rows(), a.tail_key, a.tail_value, tile, -1,
+               [&](int i) {
+                 const int64_t at = tail - a.tokens + i / group();  // of the query, in the tail
+                 const int64_t from = a.window ? at + 1 - a.window : 0;
+                 return std::pair<int, int>(int(std::clamp<int64_t>(from - start, 0, count)),
+                                            int(std::clamp<int64_t>(at + 1 - start, 0, count)));
+               });
       }
     }
+  }
+
+  int32_t leaf(int64_t n, int64_t token) const {
+    return a.leaves[n * a.leaves_stride + token / a.leaf_tokens];
   }
 
   // The new tokens of row n join its tail.
   void append(int64_t n) {
     const int64_t size = int64_t(size_of(a.type));
-    char* const key = a.tail_key.data + bytes_at(a.tail_key, a.slot[n]);
-    char* const value = a.tail_value.data + bytes_at(a.tail_value, a.slot[n]);
     const auto from = [&](const RowView& x, int64_t s) {
       return x.data + (n * x.stride_row + s * x.stride_token + unit.head * x.stride_head) * size;
     };
     for (int64_t s = 0; s < a.tokens; ++s) {
-      const int64_t at = a.tail_len - a.tokens + s;
+      const int64_t token = a.tail_len[n] - a.tokens + s, at = token % a.leaf_tokens;
+      char* const key = a.tail_key.data + bytes_at(a.tail_key, leaf(n, token));
+      char* const value = a.tail_value.data + bytes_at(a.tail_value, leaf(n, token));
       std::memcpy(value + at * a.tail_value.stride_inner * size, from(a.value, s), size_t(a.width * size));
       for (int64_t d = 0; d < a.width; ++d)
         std::memcpy(key + (d * a.tail_key.stride_inner + at) * size, from(a.key, s) + d * size, size_t(size));
@@ -244,56 +292,23 @@ void merge_units(const TreeArgs& a, const TreeKernels& kernels, const Unit* firs
       const float* const from = &partials[size_t(first[u].partial + r * a.width)];
       for (int64_t d = 0; d < a.width; ++d) out[size_t(d)] += from[d] * scale;
     }
-    for (float& x : out) x /= sum;
+    const bool idle = a.tail_len[first->first + token / a.tokens] == 0;
+    for (float& x : out) x = idle ? 0 : x / sum;
     const int64_t at = ((first->first * a.tokens + token) * a.heads + head) * a.width;
     narrow(out.data(), a.width, a.type, a.out + at * int64_t(size_of(a.type)));
   }
 }
 
 double work_of(const TreeArgs& a) {
-  double keys = double(a.rows) * double(a.tail_len);
+  double keys = 0;
+  for (int64_t n = 0; n < a.rows; ++n) keys += a.tail_len[n];
   for (int64_t b = 0; b < a.prompts; ++b)
     keys += double(a.first_row[b + 1] - a.first_row[b]) *
             double(a.window ? std::min<int64_t>(a.prefix_len[b], a.window) : a.prefix_len[b]);
   return keys * double(a.tokens * a.heads * a.width);
 }
 
-std::string out_of_range(const char* table, int64_t at, int64_t value, const std::string& bound) {
-  return std::string("tree.") + table + "[" + std::to_string(at) + "] is " + std::to_string(value) + ", " +
-         bound;
-}
-
 }  // namespace
-
-std::string tree_fault(const TreeTables& t) {
-  if (t.first_row[0] != 0) return out_of_range("first_row", 0, t.first_row[0], "it must be 0");
-  for (int64_t b = 0; b < t.prompts; ++b) {
-    if (t.first_row[b + 1] < t.first_row[b] || t.first_row[b + 1] > t.rows)
-      return out_of_range(
-          "first_row", b + 1, t.first_row[b + 1],
-          "it must be in " + std::to_string(t.first_row[b]) + " .. " + std::to_string(t.rows));
-    const int64_t length = t.prefix_len[b], room = t.columns * t.page_tokens;
-    if (length < 0 || length > room)
-      return out_of_range("prefix_len", b, length, "its pages hold " + std::to_string(room) + " tokens");
-    for (int64_t i = 0; i * t.page_tokens < length; ++i) {
-      const int32_t page = t.pages[b * t.pages_stride + i];
-      if (page < 0 || page >= t.page_count)
-        return out_of_range("pages", b, page, "there are " + std::to_string(t.page_count) + " pages");
-    }
-  }
-  if (t.first_row[t.prompts] != t.rows)
-    return out_of_range("first_row", t.prompts, t.first_row[t.prompts],
-                        "there are " + std::to_string(t.rows) + " rows");
-  std::vector<bool> taken(static_cast<size_t>(t.slots));
-  for (int64_t n = 0; n < t.rows; ++n) {
-    const int32_t slot = t.slot[n];
-    if (slot < 0 || slot >= t.slots)
-      return out_of_range("slot", n, slot, "there are " + std::to_string(t.slots) + " tails");
-    if (taken[size_t(slot)]) return out_of_range("slot", n, slot, "which another row has");
-    taken[size_t(slot)] = true;
-  }
-  return {};
-}
 
 const TreeKernels* tree_kernels(const char* forced) {
   return choose<TreeKernels>(PYENGINE_BUILDS(tree_kernels), forced);
@@ -304,17 +319,18 @@ void tree_attention(const TreeArgs& args, const TreeKernels& kernels, int thread
   make_plan(args, plan);
   Plan& shared = plan;  // the caller's, in every worker
   parallel_rows(int64_t(shared.units.size()), work_of(args) < kWorthwhile ? 1 : threads, [&](int64_t i) {
-    thread_local std::vector<float> query, logits, tile, alpha;
+    thread_local std::vector<float> query, logits, widened, alpha;
+    thread_local std::vector<int64_t> oldest;
     const Unit& unit = shared.units[size_t(i)];
     const size_t rows = size_t(rows_of(args, unit)), width = size_t(args.width);
     if (query.size() < rows * width) query.resize(rows * width);
-    if (alpha.size() < rows) alpha.resize(rows), logits.resize(rows * kTileTokens);
-    if (tile.size() < 2 * width * kTileTokens) tile.resize(2 * width * kTileTokens);
+    if (alpha.size() < rows) alpha.resize(rows), oldest.resize(rows), logits.resize(rows * kTileTokens);
+    if (widened.size() < width * kTileTokens) widened.resize(width * kTileTokens);
     float* const sums = &shared.partials[size_t(unit.partial)];
     RowSoftmax* const softmax = reinterpret_cast<RowSoftmax*>(sums + rows * width);
     std::fill(sums, sums + rows * width, 0.0f);
     std::fill(softmax, softmax + rows, RowSoftmax{-INFINITY, {}});
-    Worker worker{args, kernels, unit, sums, softmax, query, logits, tile, alpha};
+    Worker worker{args, kernels, unit, sums, softmax, query, logits, widened, alpha, oldest};
     worker.read_query();
     worker.attend_prefix();
     const bool last = unit.split == unit.splits - 1;

@@ -9,11 +9,11 @@
 namespace pyengine {
 
 // Keys are stored [width, tokens] with tokens side by side, values [tokens, width] with width side by side,
-// so that both products of attention run over whole vectors. kTileTokens divides a page; a tail's room is a
-// multiple of kTokens. All pointers are borrowed for the call; strides are in elements.
+// so that both products of attention run over whole vectors. kTileTokens divides a page; the tokens of a
+// leaf are a multiple of kTokens. All pointers are borrowed for the call; strides are in elements.
 constexpr int kTileTokens = 64, kTokens = 16;
 
-// The keys or the values of many pages, or tails: `at` strides over those, `inner` over the slower of
+// The keys or the values of many pages, or leaves: `at` strides over those, `inner` over the slower of
 // (width, tokens).
 struct Store {
   char* data;
@@ -27,13 +27,13 @@ struct RowView {
 };
 
 struct TreeArgs {
-  int64_t prompts, rows, tokens, heads, kv_heads, width, page_tokens;
+  int64_t prompts, rows, tokens, heads, kv_heads, width, page_tokens, leaf_tokens;
   DType type;  // of all tensors but the sinks
   RowView query;
   RowView key, value;  // of the new tokens, which are written to the tails first; null: they are there
   Store prefix_key, prefix_value, tail_key, tail_value;
-  const int32_t *pages, *prefix_len, *first_row, *slot;
-  int64_t pages_stride, tail_len;
+  const int32_t *pages, *prefix_len, *first_row, *leaves, *tail_len;
+  int64_t pages_stride, leaves_stride;
   float scale, softcap;  // softcap 0: none
   int64_t window;        // 0: none
   const float* sinks;    // [heads], or null
@@ -68,15 +68,22 @@ extern const TreeKernels tree_kernels_avx512;
 
 // The tables of a tree and the sizes of the stores that they point into.
 struct TreeTables {
-  int64_t prompts, rows, columns;  // pages is [prompts, columns]
-  int64_t page_tokens, page_count, slots;
-  const int32_t *pages, *prefix_len, *first_row, *slot;
-  int64_t pages_stride;
+  int64_t prompts, rows, tokens, columns,
+      leaf_columns;  // pages is [prompts, columns], leaves [rows, leaf_columns]
+  int64_t page_tokens, page_count, leaf_tokens, leaf_count;
+  const int32_t *pages, *prefix_len, *first_row, *leaves, *tail_len;
+  int64_t pages_stride, leaves_stride;
 };
 
 // The first entry that points outside the stores, or at what another row writes; empty where there is none.
 // The kernels trust the tables: this is looked at once for all layers and steps over one tree.
 std::string tree_fault(const TreeTables& tables);
+
+// The leaves of a row, before the first -1.
+int64_t count_leaves(const int32_t* leaves, int64_t columns);
+
+// What is wrong with row n's tail of so many tokens, in leaves with so much room; empty where nothing is.
+std::string tail_fault(int64_t n, int64_t tail, int64_t tokens, int64_t room);
 
 const TreeKernels* tree_kernels(const char* forced);  // as tilt_kernels
 

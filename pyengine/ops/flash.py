@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pyengine.ops import leaves
 from pyengine.reference import Tree
 
 PAGE = 256  # flash-attn 2 takes pages of a multiple of it
@@ -33,11 +34,18 @@ def tree_attention(
     softcap: float,
     sinks: Tensor | None,
 ) -> Tensor:
-    """As `ops.tree_attention`; reads no length on the host, so that it can be captured in a CUDA graph."""
+    """As `ops.tree_attention`; reads no length on the host, so that it can be captured in a CUDA graph.
+
+    The tails are copied side by side, as flash-attn takes no pages of the size of a leaf.
+    """
     import flash_attn
 
     rows, tokens, heads, width = query.shape
-    prefix_key, prefix_value, tail_key, tail_value = (store.transpose(1, 2) for store in stores)
+    prefix_key, prefix_value = (store.transpose(1, 2) for store in stores[:2])
+    if key is not None and value is not None:
+        leaves.append(stores[2], tree, key)
+        leaves.append(stores[3], tree, value)
+    tail_key, tail_value = (leaves.gather(store, tree).transpose(1, 2) for store in stores[2:])
     shared: dict[str, Any] = {"softmax_scale": scale, "softcap": softcap}
     prefix_len = tree.prefix_len.contiguous()
     over_prefix, lse_prefix, _ = flash_attn.flash_attn_varlen_func(
@@ -53,15 +61,11 @@ def tree_attention(
         block_table=tree.pages.contiguous(),
         **shared,
     )
-    before = tree.tail_len if key is None else tree.tail_len - tokens
     over_tail, lse_tail = flash_attn.flash_attn_with_kvcache(
         query,
         tail_key,
         tail_value,
-        k=key,
-        v=value,
-        cache_seqlens=before.to(torch.int32).expand(rows).contiguous(),
-        cache_batch_idx=tree.slot.contiguous(),
+        cache_seqlens=tree.tail_len.contiguous(),
         causal=True,
         return_softmax_lse=True,  # [N, Hq, S]
         **shared,
@@ -74,4 +78,5 @@ def tree_attention(
     if sinks is not None:
         total = torch.logaddexp(total, sinks)
     mixed = over_prefix.view_as(query) * (lse_prefix - total).exp()[..., None]
-    return (mixed + over_tail * (lse_tail - total).exp()[..., None]).to(query.dtype)
+    mixed = mixed + over_tail * (lse_tail - total).exp()[..., None]
+    return torch.where((tree.tail_len == 0)[:, None, None, None], 0, mixed).to(query.dtype)

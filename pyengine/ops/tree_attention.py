@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 import pyengine._C as _C
-from pyengine.ops import flash
+from pyengine.ops import flash, leaves
 from pyengine.ops.common import (
     ATTENTION,
     DEBUG,
@@ -32,7 +32,7 @@ TILE, TOKENS = 64, 16  # csrc/cpu/tree_attention.h kTileTokens, kTokens
 
 library.define(
     "tree_attention(Tensor query, Tensor? key, Tensor? value, Tensor prefix_key, Tensor prefix_value, "
-    "Tensor(a!) tail_key, Tensor(b!) tail_value, Tensor pages, Tensor prefix_len, Tensor first_row, Tensor slot, "
+    "Tensor(a!) tail_key, Tensor(b!) tail_value, Tensor pages, Tensor prefix_len, Tensor first_row, Tensor leaves, "
     "Tensor tail_len, float scale, int window, float softcap, Tensor? sinks) -> Tensor"
 )
 
@@ -56,16 +56,17 @@ def tree_attention(
 
     Row n of prompt b has the sequence prefix b + tail n; its queries are the last S tokens of the tail. The rows
     of a prompt share one read of the prefix, so that the bytes read grow with P + N * tail_len and not with
-    N * P (Hydragen, bifurcated attention).
+    N * P (Hydragen, bifurcated attention). A row whose tail_len is 0 is idle: nothing is written for it, and its output
+    is 0.
 
     Args:
         query: [N, S, Hq, D], fp32, bf16 or fp16; rows are grouped by prompt. Query head h reads key head
             h // (Hq / Hkv) (GQA).
         prefix_key, prefix_value: [pages, Hkv, page, D], read only. What lies beyond a prefix is never read into a
             result.
-        tail_key, tail_value: [slots, Hkv, room, D].
-        tree: pages, lengths and slots; int32 on the device of the tensors.
-        key, value: [N, S, Hkv, D] of the new tokens, written to the tails first, at tail_len - S; None: they are
+        tail_key, tail_value: [leaves, Hkv, LEAF, D], the tails in pieces of LEAF tokens.
+        tree: pages, leaves and lengths; int32 on the device of the tensors.
+        key, value: [N, S, Hkv, D] of the new tokens, written to the tails first, at tail_len[n] - S; None: they are
             there already.
         scale: of the logits; None is D^-1/2.
         window: a token sees itself and the window - 1 tokens before it; None is all.
@@ -73,17 +74,18 @@ def tree_attention(
         sinks: [Hq], a logit of each head that takes weight and has no value (gpt-oss).
 
     Returns:
-        [N, S, Hq, D] of the query's dtype, contiguous. A row's bits on a CPU do not depend on the other rows or the
-        threads. NaN in a visible key or value gives NaN; +inf logits give NaN, as a softmax does.
+        [N, S, Hq, D] of the query's dtype, contiguous. A row's bits from the CPU kernel depend neither on the other
+        rows, their tails and their number, nor on the leaves that its own tail lies in, nor on the threads. NaN in a
+        visible key or value gives NaN; +inf logits give NaN, as a softmax does.
 
     The CPU kernel wants keys stored with tokens side by side and values with D side by side (`cache.py` does), D a
-    multiple of 16, pages of a multiple of 64 tokens; anything else is served by torch's
+    multiple of 16, pages of a multiple of 64 tokens and leaves of a multiple of 16; anything else is served by torch's
     scaled_dot_product_attention over a gathered copy of the prefix. On a GPU PYENGINE_ATTENTION=flash sends layers
     without a window to flash-attn 2 in bf16 and fp16; the others run the Triton kernel.
 
     Raises:
         ValueError: a shape, dtype or parameter is out of range, or an entry of the tree points outside the stores or
-            at another row's tail; the message names it. On a GPU the entries are looked at with PYENGINE_DEBUG=1 only,
+            at another row's leaf; the message names it. On a GPU the entries are looked at with PYENGINE_DEBUG=1 only,
             since that reads them back.
     """
     stores = (prefix_key, prefix_value, tail_key, tail_value)
@@ -96,10 +98,11 @@ def tree_attention(
         and all(x.dtype == dtype and x.shape[1::2] == new[2:] and x.device == query.device for x in stores)
         and prefix_key.shape == prefix_value.shape
         and tail_key.shape == tail_value.shape
-        and all(x.dtype == torch.int32 for x in tree[:4])
-        and tree.pages.dim() == 2
+        and all(x.dtype == torch.int32 for x in tree)
+        and tree.pages.dim() == tree.leaves.dim() == 2
         and len(tree.pages) == len(tree.prefix_len)
-        and tree.slot.shape[0] == new[0]
+        and len(tree.leaves) == new[0]
+        and tree.tail_len.shape == new[:1]
         and tree.first_row.shape[0] == tree.prefix_len.shape[0] + 1
         and (key is None) == (value is None)
         and (key is None or (key.shape == value.shape == new and key.dtype == value.dtype == dtype))  # type: ignore[union-attr]
@@ -153,25 +156,23 @@ def _complain(
     if sinks is not None and sinks.shape != (heads,):
         fail(OP, f"sinks must have shape [{heads}], got {list(sinks.shape)}")
     for name, table in tree._asdict().items():
-        if name != "tail_len" and table.dtype != torch.int32:
+        if table.dtype != torch.int32:
             fail(OP, f"tree.{name} must be int32, got {table.dtype}")
     fail(
         OP,
-        f"tree has slots {list(tree.slot.shape)}, first_row {list(tree.first_row.shape)} and pages "
-        f"{list(tree.pages.shape)} of {len(tree.prefix_len)} prompts for {rows} rows",
+        f"tree has leaves {list(tree.leaves.shape)}, tail_len {list(tree.tail_len.shape)}, first_row "
+        f"{list(tree.first_row.shape)} and pages {list(tree.pages.shape)} of {len(tree.prefix_len)} prompts for {rows} "
+        "rows",
     )
 
 
-def check_tables(stores: tuple[Tensor, ...], tree: Tree) -> None:
-    """ValueError where an entry of the tree points outside the stores, or two rows have one tail."""
-    pages, prefix_len, first_row, slot = (x.cpu().contiguous() for x in tree[:4])
-    sizes = (len(prefix_len), len(slot), pages.shape[1], stores[0].shape[2], stores[0].shape[0], stores[2].shape[0])
-    _C.check_tree(sizes, pages, prefix_len, first_row, slot)
-
-
-def _check_tail(tail: int, tokens: int, room: int) -> None:
-    if not tokens <= tail <= room:
-        fail(OP, f"tail_len is {tail}: it counts the {tokens} new tokens, and tails have room for {room}")
+def check_tables(stores: tuple[Tensor, ...], tree: Tree, tokens: int = 0) -> None:
+    """ValueError where an entry of the tree points outside the stores, a leaf is there twice, or a tail does not fit
+    its leaves or is shorter than its new tokens."""
+    tables = [x.cpu().contiguous() for x in tree]
+    columns = (tree.pages.shape[1], tree.leaves.shape[1])
+    sizes = (stores[0].shape[2], len(stores[0]), stores[2].shape[2], len(stores[2]))
+    _C.check_tree((*sizes, *columns, len(tree.prefix_len), len(tree.leaves), tokens), tables)
 
 
 def kernel_serves(prefix_key: Tensor, prefix_value: Tensor, tail_key: Tensor, tail_value: Tensor) -> bool:
@@ -196,7 +197,7 @@ def _tree_attention_cpu(
     pages: Tensor,
     prefix_len: Tensor,
     first_row: Tensor,
-    slot: Tensor,
+    leaf_table: Tensor,
     tail_len: Tensor,
     scale: float,
     window: int,
@@ -204,8 +205,8 @@ def _tree_attention_cpu(
     sinks: Tensor | None,
 ) -> Tensor:
     stores = (prefix_key, prefix_value, tail_key, tail_value)
-    tree = Tree(pages, prefix_len, first_row, slot, tail_len)
-    check_tables(stores, tree)
+    tree = Tree(pages, prefix_len, first_row, leaf_table, tail_len)
+    check_tables(stores, tree, query.shape[1])
     if not kernel_serves(*stores):
         return _by_sdpa(query, key, value, stores, tree, scale, window, softcap, sinks)
     rows, tokens, heads, width = query.shape
@@ -214,24 +215,25 @@ def _tree_attention_cpu(
     out = query.new_empty(rows, tokens, heads, width)
     new = unit_strides(query, key, value)
     call = _prepare(stores, tree, isa)
-    numbers = (int(tail_len), scale, softcap, window)
-    if not call.run(*new, False, heads, tokens, *numbers, sinks, out, threads()):
+    if not call.run(*new, False, heads, tokens, scale, softcap, window, sinks, out, threads()):
         fail(OP, f"query {list(query.shape)} does not fit the stores and the tree")
     return out
 
 
 def _prepare(stores: tuple[Tensor, ...], tree: Tree, isa: str) -> Any:
     _, kv_heads, page, width = stores[0].shape
-    shape = (len(tree.prefix_len), len(tree.slot), kv_heads, width, page, stores[2].shape[2])
-    return _C.TreeCall(shape, DTYPE_CODE[stores[0].dtype], stores, unit_strides(*tree[:4]), isa)
+    shape = (len(tree.prefix_len), len(tree.leaves), kv_heads, width, page, stores[2].shape[2], tree.leaves.shape[1])
+    return _C.TreeCall(shape, DTYPE_CODE[stores[0].dtype], stores, unit_strides(*tree), isa)
 
 
 def prepare(layers: list[tuple[Tensor, Tensor, Tensor, Tensor]], tree: Tree) -> list[Any]:
     """A call of the CPU kernel for each layer's stores over one tree, to be run by `run_prepared`; none where another
     backend serves them. Good until the tree or the stores are other tensors, or hold other entries than the ones that
-    are checked here."""
+    are checked here, but for those of tail_len: each run reads and checks what they are then."""
     if layers[0][0].device.type != "cpu" or not all(kernel_serves(*stores) for stores in layers):
         return []
+    if not tree.tail_len.is_contiguous():
+        fail(OP, "tree.tail_len must be contiguous, since it is read in place")
     check_tables(layers[0], tree)
     return [_prepare(stores, tree, instruction_set()) for stores in layers]
 
@@ -242,7 +244,6 @@ def run_prepared(
     key: Tensor,
     value: Tensor,
     tokens: int,
-    tail_len: int,
     scale: float | None,
     window: int | None,
     softcap: float | None,
@@ -263,7 +264,7 @@ def run_prepared(
         sinks = sinks.float().contiguous()
     out = query.new_empty(packed, heads, width)
     numbers = (width**-0.5 if scale is None else scale, softcap or 0.0, window or 0)
-    served = call.run(query, key, value, True, heads, tokens, tail_len, *numbers, sinks, out, threads())
+    served = call.run(query, key, value, True, heads, tokens, *numbers, sinks, out, threads())
     if not served:
         return None
     launched(OP, instruction_set())
@@ -283,15 +284,17 @@ def _by_sdpa(
 ) -> Tensor:
     """Prompt by prompt: the prefix is gathered once, all tails follow it under a mask, query heads are folded."""
     launched(OP, "sdpa")
-    tail, tokens, slot = int(tree.tail_len), query.shape[1], tree.slot.long()
-    _check_tail(tail, tokens, stores[2].shape[2])
+    tokens, device = query.shape[1], query.device
     if key is not None and value is not None:
-        stores[2][slot, :, tail - tokens : tail] = key.transpose(1, 2)
-        stores[3][slot, :, tail - tokens : tail] = value.transpose(1, 2)
+        leaves.append(stores[2], tree, key)
+        leaves.append(stores[3], tree, value)
+    step = torch.arange(int(tree.tail_len.max()) if len(query) else 0, device=device)
+    unwritten = (step >= tree.tail_len[:, None])[:, None, :, None]
+    tails = [leaves.gather(x, tree)[:, :, : len(step)].masked_fill(unwritten, 0) for x in stores[2:]]
+    place = tree.tail_len[:, None, None] - tokens + torch.arange(tokens, device=device)[:, None]  # of queries, in tails
+    reach = window or torch.iinfo(torch.int32).max // 2
+    seen_tail = (step <= place) & (step > place - reach)  # [N, S, longest]
     out = torch.empty_like(query, memory_format=torch.contiguous_format)
-    step = torch.arange(tail, device=query.device)
-    behind = step[-tokens:, None] - step  # [S, tail]
-    seen_tail = (behind >= 0) & (behind < (window or tail + 1))
     bounds = tree.first_row.tolist()
     for b, length in enumerate(tree.prefix_len.tolist()):
         rows = slice(bounds[b], bounds[b + 1])
@@ -300,21 +303,20 @@ def _by_sdpa(
             torch.cat(
                 [
                     prefix[tree.pages[b].long()].transpose(0, 1).flatten(1, 2)[:, :length],
-                    own[slot[rows], :, :tail].transpose(0, 1).flatten(1, 2),
+                    own[rows].transpose(0, 1).flatten(1, 2),
                 ],
                 1,
             )
-            for prefix, own in ((stores[0], stores[2]), (stores[1], stores[3]))
+            for prefix, own in zip(stores[:2], tails, strict=True)
         )
-        ahead = length + step[-tokens:, None] - torch.arange(length, device=query.device)
-        seen_prefix = ahead < (window or length + tail + 1)
-        same = torch.eye(n, dtype=torch.bool, device=query.device)
-        own_tail = (same[:, None, :, None] & seen_tail[None, :, None]).flatten(2)  # [n, S, n * tail]
-        seen = torch.cat([seen_prefix.expand(n, -1, -1), own_tail], -1).flatten(0, 1)  # [n * S, T]
+        seen_prefix = torch.arange(length, device=device) > length + place[rows] - reach
+        same = torch.eye(n, dtype=torch.bool, device=device)
+        own_tail = (same[:, None, :, None] & seen_tail[rows, :, None]).flatten(2)  # [n, S, n * longest]
+        seen = torch.cat([seen_prefix, own_tail], -1).flatten(0, 1)  # [n * S, T]
         q = query[rows].flatten(0, 1).transpose(0, 1)
         mixed = masked_attention(q, k, v, seen, scale, softcap or None, sinks)
         out[rows] = mixed.transpose(0, 1).unflatten(0, (n, tokens))
-    return out
+    return out.masked_fill_((tree.tail_len == 0)[:, None, None, None], 0)
 
 
 def masked_attention(
@@ -351,15 +353,14 @@ def masked_attention(
 def _tree_attention_gpu(query: Tensor, key: Tensor | None, value: Tensor | None, *rest: Any) -> Tensor:
     """rest: stores, tree, scale, window, softcap, sinks."""
     kernels = None if FORCED_GPU == "reference" else triton_kernels(OP)
-    page = rest[0].shape[2]
+    page, leaf = rest[0].shape[2], rest[2].shape[2]
     stores, tree, (scale, window, softcap, sinks) = rest[:4], Tree(*rest[4:9]), rest[9:]
     if DEBUG:
-        check_tables(stores, tree)
-        _check_tail(int(tree.tail_len), query.shape[1], stores[2].shape[2])
+        check_tables(stores, tree, query.shape[1])
     if ATTENTION == "flash" and flash.serves(query, page, window):
         launched(OP, "flash")
         return flash.tree_attention(query, key, value, stores, tree, scale, softcap, sinks)
-    if kernels is None or page % TILE:
+    if kernels is None or page % TILE or leaf % TOKENS:
         return _by_sdpa(query, key, value, stores, tree, scale, window, softcap, sinks)
     launched(OP, "triton")
     return kernels.tree_attention(*unit_strides(query, key, value), *rest)
