@@ -192,7 +192,7 @@ class TestRaise:
 
     def test_what_is_known_before_is_raised_before_any_is_decoded(self, llama, monkeypatch):
         llama.set_scorer(letters)
-        monkeypatch.setattr(llama, "_decode", None)
+        monkeypatch.setattr(llama, "_outcomes", None)
         for prompts, message in ((["fine", ""], "prompt 1 is empty"), ([3, "fine"], "prompt 0 is not")):
             with pytest.raises(InputError, match=message):
                 llama.generate(prompts)

@@ -285,6 +285,7 @@ class Schedule:
             mix(request.seed, [b]) if b else request.seed,
             len(request.tokens) + there,
             request.room - there,
+            len(request.tokens) + request.room == request.limit,
             tuple(sorted(request.ends)),
             tuple(request.plan.tilts.get(scorer, 0.0) for scorer in tilts),
             request.plan.budget or 0.0,
@@ -393,6 +394,7 @@ class Schedule:
                 begun[request] = at[request, b]
                 for decoder in request.stems:
                     moves.setdefault(decoder, []).append((request, b, len(branch.tokens)))
+            request.branches = []
         for decoder, some in moves.items():
             self._make_room(decoder, some, begun)
         for decoder, some in moves.items():
@@ -448,11 +450,10 @@ class Schedule:
                 events.append(Event(picked.text, picked.tokens, block))
             request.told = len(request.blocks)
         elif request.error is None:
-            ended = [] if over else [token for branch in request.branches for token in branch.tokens]
-            new = [*request.tokens, *ended][request.told :]
+            new = [*request.tokens, *(t for branch in request.branches for t in branch.tokens)][request.told :]
             request.told += len(new)
-            pieces = [[token] for token in new] if handle.listening else [new]
-            events = [Event(request.text.push(p, last=over and p is pieces[-1]), p) for p in pieces if p]
+            pieces = [[token] for token in new] if handle.listening else [new] if new else []
+            events = [Event(request.text.push(p, last=over and p is pieces[-1]), p) for p in pieces]
         if over:
             events[-1].result = request.result()
         handle._events += events

@@ -38,13 +38,14 @@ class Draw(NamedTuple):
     min_p: float
     seed: int
     position: int  # response tokens that are there
-    room: int  # most tokens that it may still have; the row ends with the last of them
+    room: int  # most tokens that it may still have in this block
+    last: bool  # whether no token follows those
     ends: tuple[int, ...]  # tokens that end it
     weights: tuple[float, ...]  # λ of each tilt of the step
     budget: float  # nats a token; 0: none, the weights are λ
 
 
-PADDING = Draw(1.0, 0, 1.0, 0.0, 0, 0, 0, (), (), 0.0)
+PADDING = Draw(1.0, 0, 1.0, 0.0, 0, 0, 0, True, (), (), 0.0)
 
 
 class Follower(NamedTuple):
@@ -79,8 +80,9 @@ class Step:
         spare = len(self.planted.positions) - self.n if decoder.waits else 0
         frontier, draws = _spread(frontier, spare), [*draws, *[PADDING] * spare]
         self.logits, self.hidden = frontier
-        self.last: Hidden = dict(self.hidden)  # of rows that have not ended
-        self.previous: Hidden = dict(self.hidden)
+        # Of each row, at its last token and at the one before; of their own where tensors are written in place.
+        self.last: Hidden = {n: h.clone() if self.fixed else h for n, h in self.hidden.items()}
+        self.previous: Hidden = {n: h.clone() if self.fixed else h for n, h in self.hidden.items()}
         self.beside = {
             other: _Beside(torch.tensor(index, device=self.device), other.plant(theirs), there)
             for other, (index, theirs, there) in (beside or {}).items()
@@ -100,7 +102,7 @@ class Step:
 
         self.columns = {name: column(name) for name in ("temperature", "top_p", "min_p")}
         self.columns |= {name: column(name, torch.long) for name in ("top_k", "seed", "position")}
-        self.room = column("room", torch.long)
+        self.room, self.final = column("room", torch.long), column("last", torch.bool)
         most = max(1, *(len(draw.ends) for draw in draws))
         ends = [(*draw.ends, *[-1] * (most - len(draw.ends))) for draw in draws]
         self.ends = torch.tensor(ends, dtype=torch.long, device=self.device)
@@ -118,7 +120,7 @@ class Step:
 
     def _tensors(self) -> list[Tensor]:
         own = [self.logits, *self.hidden.values(), *self.last.values(), *self.previous.values()]
-        own += [*self.columns.values(), self.room, self.ends, self.alive, self.at]
+        own += [*self.columns.values(), self.room, self.final, self.ends, self.alive, self.at]
         return own + [x for x in (self.weights, self.budget) if x is not None]
 
     def take(self, other: Step) -> None:
@@ -184,9 +186,10 @@ class Step:
         if not self.decoder.waits and not bool(drawn.valid.all()):
             for row in (~drawn.valid & self.alive).nonzero()[:, 0].tolist():
                 self.bad.setdefault(row, "scorer" if _drawable(self.logits[row]) else "model")
-        going = self.alive & ~(drawn.token[:, None] == self.ends).any(-1) & (self.room > 1)
-        if not self.decoder.waits and not self.hidden and not bool(going.any()):
+        going = self.alive & ~(drawn.token[:, None] == self.ends).any(-1)
+        if not self.decoder.waits and not self.hidden and not bool((going & ((self.room > 1) | ~self.final)).any()):
             return False
+        going &= self.room > 1
         before, alive = self.hidden, self.alive[:, None]
         logits, hidden = self.decoder.step(self.planted, drawn.token, self.alive)
         self._set("previous", {n: torch.where(alive, before[n], h) for n, h in self.previous.items()})
