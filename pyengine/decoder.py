@@ -211,12 +211,12 @@ class BranchingDecoder:
 
     @torch.inference_mode()
     def prefill(self, stems: list[Stem], most: int) -> list[tuple[Stem, Frontier]]:
-        """In the order in which they joined, as a prompt may share pages of one before it. Where the prompt goes on
-        after this pass, it stops at the end of a page."""
+        """In the order in which they joined, as a prompt may share pages of one before it."""
         spans, ids, done = list[Span](), list[int](), list[tuple[Stem, int]]()
         for stem in stems:
-            room = most - len(ids)
-            stop = len(stem.ids) if len(stem.ids) - stem.filled <= room else (stem.filled + room) // PAGE * PAGE
+            stop = min(len(stem.ids), stem.filled + most - len(ids))
+            if self.steady and stop < len(stem.ids):
+                stop = stop // PAGE * PAGE
             if stop <= stem.filled:
                 break
             assert stem.sequence is not None

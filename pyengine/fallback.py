@@ -48,7 +48,7 @@ class _Unpaged:
 
     waits = False
 
-    def __init__(self, model: Any, layers: tuple[int, ...], max_rows: int) -> None:
+    def __init__(self, model: Any, layers: tuple[int, ...], max_rows: int = 256) -> None:
         self.model, self.layers, self.max_rows = model, layers, max_rows
         self.captured: dict[Hashable, Any] = {}  # nothing ever is
 

@@ -9,14 +9,15 @@ import torch
 import transformers
 
 import pyengine.attention as attention_module
-import pyengine.decoder as decoder_module
+import pyengine.group as group_module
 import pyengine.ops.linear as linear_module
 from pyengine import Engine, InputError, SamplingParams
 from pyengine.attention import Loan
 from pyengine.cache import PAGE, budget_for, token_bytes
 from pyengine.checkpoint import context_of
-from pyengine.decoder import BranchingDecoder, Prompt, _layer_shapes
+from pyengine.decoder import BranchingDecoder, Frontier, _layer_shapes
 from pyengine.fallback import TESTED, RecomputeDecoder, ReplicatedDecoder, choose_decoder
+from pyengine.group import Group
 
 BUDGET = 8e6  # bytes
 LAYERS = (1, -1)
@@ -25,7 +26,7 @@ SMALL = {"vocab_size": 128, "hidden_size": 32, "num_hidden_layers": 2, "num_atte
 
 def prompts(*lengths, vocab=300):
     generator = torch.Generator().manual_seed(sum(lengths))
-    return [Prompt(torch.randint(1, vocab, (n,), generator=generator).tolist(), 24) for n in lengths]
+    return [torch.randint(1, vocab, (n,), generator=generator).tolist() for n in lengths]
 
 
 def load(directory):
@@ -46,26 +47,26 @@ def walk(decoder, starting=(11, 3, 6), joining=()):
     generator = torch.Generator().manual_seed(0)
 
     def block(steps):
-        seen.append(decoder.fork())
+        seen.append(group.fork())
         for _ in range(steps):
-            seen.append(decoder.append(torch.randint(1, 300, (len(seen[-1].logits),), generator=generator)))
+            seen.append(group.append(torch.randint(1, 300, (len(seen[-1].logits),), generator=generator)))
 
-    decoder.open(3, 8)
+    group = Group(decoder, 3, 8)
     try:
-        decoder.join(prompts(*starting))
+        group.join(prompts(*starting))
         block(6)
-        decoder.commit(torch.tensor([2, 3, 7]))
+        group.commit(torch.tensor([2, 3, 7]))
         block(2)
-        seen.append(decoder.keep(torch.tensor([0, 4, 5, 8])))
-        seen.append(decoder.append(torch.tensor([5, 6, 7, 8])))
-        decoder.commit(torch.tensor([2, 0]))  # one prompt leaves, the others change places
+        seen.append(group.keep(torch.tensor([0, 4, 5, 8])))
+        seen.append(group.append(torch.tensor([5, 6, 7, 8])))
+        group.commit(torch.tensor([2, 0]))  # one prompt leaves, the others change places
         if joining:
-            decoder.join(prompts(*joining))
+            group.join(prompts(*joining))
         block(5)
-        decoder.commit(torch.tensor([4, 1]))
+        group.commit(torch.tensor([4, 1]))
         block(8)
     finally:
-        decoder.close()
+        group.close()
     return seen
 
 
@@ -96,7 +97,6 @@ def test_trees_that_stay_where_they_are_give_the_same(model_dirs):
     poison(decoder)
     decoder.waits = True
     assert_same(walk(decoder), walk(RecomputeDecoder(model, LAYERS)))
-    assert len(decoder._buckets) == 2  # four and two prompts of one page
 
 
 def test_all_tested_architectures_are_tested(model_dirs):
@@ -106,34 +106,28 @@ def test_all_tested_architectures_are_tested(model_dirs):
 
 @torch.inference_mode()
 def test_prompts_longer_than_a_page_join_while_others_decode(model_dirs):
-    """A recompute takes no newcomers, so each prompt is walked through alone."""
     model = load(model_dirs["llama"])
     decoder = BranchingDecoder(model, LAYERS, 64, BUDGET)
     poison(decoder)
-    alone = RecomputeDecoder(model, LAYERS)
     tokens = torch.tensor([[1, 2, 3], [4, 5, 6]])
     first, second = prompts(70), prompts(65)
 
     def two_blocks(each, before=(), after=()):
-        each.open(3, 8)
-        each.join(list(before))
-        each.fork()
-        each.append(tokens[0][: 3 * len(before)])
-        each.commit(torch.arange(len(before)) * 3 + 1)
-        if after:
-            each.join(list(after))
-        return each
+        group = Group(each, 3, 8)
+        group.join(list(before))
+        if before:
+            group.fork()
+            group.append(tokens[0][: 3 * len(before)])
+            group.commit(torch.arange(len(before)) * 3 + 1)
+        group.join(list(after))
+        group.fork()
+        return group
 
-    two_blocks(decoder, first, second).fork()
-    found = decoder.append(tokens.flatten())
-    decoder.close()
-    two_blocks(alone, first).fork()
-    assert_same([found.rows(torch.arange(3))], [alone.append(tokens[0])])
-    alone.close()
-    alone.open(3, 8)
-    alone.join(second)
-    alone.fork()
-    assert_same([found.rows(torch.arange(3, 6))], [alone.append(tokens[1])])
+    found = two_blocks(decoder, first, second).append(tokens.flatten())
+    want = two_blocks(RecomputeDecoder(model, LAYERS), first).append(tokens[0])
+    assert_same([found.rows(torch.arange(3))], [want])
+    want = two_blocks(RecomputeDecoder(model, LAYERS), (), second).append(tokens[1])
+    assert_same([found.rows(torch.arange(3, 6))], [want])
 
 
 @torch.inference_mode()
@@ -142,71 +136,76 @@ def test_a_shared_system_prompt_is_prefilled_once(model_dirs):
     decoder, seen = BranchingDecoder(model, (), 64, BUDGET, frozen=True), []
     forward = decoder._forward
     decoder._forward = lambda work, ids, *rest: seen.append(len(ids)) or forward(work, ids, *rest)
-    system = prompts(PAGE + 5)[0].ids
-    mine, yours = Prompt([*system, 5, 6, 7], 4), Prompt([*system, 8, 9], 4)
-    decoder.open(2, 4)
-    decoder.join([mine, yours])  # in one pass: yours reads what mine writes
+    system = prompts(PAGE + 5)[0]
+    mine, yours = [*system, 5, 6, 7], [*system, 8, 9]
+    group = Group(decoder, 2, 4)
+    group.join([mine, yours])  # in one pass: yours reads what mine writes
     assert seen == [PAGE + 8 + 7]
     assert decoder.cache.pages_in_use == 3
-    both = decoder.fork()
-    decoder.close()
-    decoder.open(1, 4)
-    decoder.join([yours])
+    both = group.fork()
+    group.close()
+    group = Group(decoder, 1, 4)
+    group.join([yours])
     assert seen[1:] == [7]
-    torch.testing.assert_close(decoder.fork().logits, both.logits[2:3], atol=2e-5, rtol=1e-5)
-    decoder.close()
-    recompute = RecomputeDecoder(model, ())
-    recompute.open(1, 4)
-    torch.testing.assert_close(recompute.prefill([mine.ids, yours.ids]).logits, both.logits[::2], atol=2e-5, rtol=1e-5)
+    torch.testing.assert_close(group.fork().logits, both.logits[2:3], atol=2e-5, rtol=1e-5)
+    group.close()
+    alone = Group(RecomputeDecoder(model, ()))
+    alone.join([mine, yours])
+    torch.testing.assert_close(alone.fork().logits, both.logits[::2], atol=2e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma3", "gpt-oss"])
 @torch.inference_mode()
 def test_a_long_prompt_is_read_in_several_passes(model_dirs, name, monkeypatch):
     """Its first page is shared, and windows begin in an earlier pass than they end in."""
-    monkeypatch.setattr(decoder_module, "PREFILL_TOKENS", 50)
+    monkeypatch.setattr(group_module, "PREFILL_TOKENS", 50)
     monkeypatch.setattr(attention_module, "QUERIES", 16)  # whose masks are written out at once
     model = load(model_dirs[name])
     decoder, seen = BranchingDecoder(model, LAYERS, 64, BUDGET), []
     forward = decoder._forward
     decoder._forward = lambda work, ids, *rest: seen.append(len(ids)) or forward(work, ids, *rest)
-    long = prompts(PAGE + 130)[0].ids
-    decoder.open(1, 4)
-    decoder.join([Prompt(long[: PAGE + 1], 4), Prompt([*long, 3], 4)])
-    assert seen == [50, 15, 50, 50, 31]
-    found = decoder.fork()
-    decoder.close()
-    recompute = RecomputeDecoder(model, LAYERS)
-    recompute.open(1, 4)
-    assert_same([found], [recompute.prefill([long[: PAGE + 1], [*long, 3]])])
+    long = prompts(PAGE + 130)[0]
+    group, alone = Group(decoder), Group(RecomputeDecoder(model, LAYERS))
+    for each in (group, alone):
+        each.join([long[: PAGE + 1], [*long, 3]])
+    assert seen == [50, 50, 50, 46]
+    assert_same([group.fork()], [alone.fork()])
+
+
+@torch.inference_mode()
+def test_pages_of_a_prompt_that_leaves_before_it_is_read_are_read_by_whoever_shares_them(model_dirs):
+    model = load(model_dirs["llama"])
+    decoder = BranchingDecoder(model, (), 64, BUDGET)
+    poison(decoder)
+    long = prompts(4 * PAGE)[0]
+    decoder.begin()
+    gone, mine, yours = (decoder.join([*long, last], 1) for last in (3, 5, 7))
+    assert mine.filled == yours.filled == 4 * PAGE
+    assert decoder.prefill([gone, mine, yours], PAGE + 9) == []
+    decoder.leave(gone)
+    found = []
+    while len(found) < 2:
+        found += decoder.prefill([stem for stem in (mine, yours) if stem.filled < len(stem.ids)], 100)
+    for stem, frontier in found:
+        want = model(input_ids=torch.tensor([stem.ids]), use_cache=False).logits[:, -1]
+        torch.testing.assert_close(frontier.logits, want, atol=2e-5, rtol=1e-5)
+    for stem in (mine, yours):
+        decoder.leave(stem)
+    decoder.cache.check_integrity()
+    assert decoder.cache.pages_in_use == 0
 
 
 @torch.inference_mode()
 def test_a_prompt_that_is_cached_whole_still_has_a_token_to_read(model_dirs):
     model = load(model_dirs["llama"])
-    decoder = BranchingDecoder(model, (), 64, BUDGET)
+    decoder = BranchingDecoder(model, (), 64, BUDGET, frozen=True)
     found = []
     for _ in range(2):
-        decoder.open(1, 4)
-        decoder.join(prompts(PAGE))
-        found.append(decoder.fork().logits)
-        decoder.close()
+        group = Group(decoder)
+        group.join(prompts(PAGE))
+        found.append(group.fork().logits)
+        group.close()
     torch.testing.assert_close(*found, atol=2e-5, rtol=1e-5)
-
-
-@torch.inference_mode()
-def test_rollback_leaves_no_trace(model_dirs):
-    model = load(model_dirs["mistral"])
-    decoder = BranchingDecoder(model, LAYERS, 64, BUDGET)
-    decoder.open(2, 8)
-    decoder.join(prompts(9, 20))
-    tokens = torch.tensor([3, 4, 5, 6])
-    want = [decoder.fork(), decoder.append(tokens), decoder.append(tokens)]
-    decoder.append(tokens)
-    found = [decoder.rollback(), decoder.append(tokens), decoder.append(tokens)]
-    for a, b in zip(found, want, strict=True):
-        assert torch.equal(a.logits, b.logits)
-    decoder.close()
 
 
 @torch.inference_mode()
@@ -216,13 +215,14 @@ def test_permuting_prompts_and_branches_permutes_the_frontier(model_dirs):
     tokens = torch.arange(12).view(3, 4) + 7
 
     def run(order, branches):
-        decoder.open(4, 4)
-        decoder.join([prompts(5, 90, 33)[i] for i in order])
-        decoder.fork()
-        found = decoder.append(tokens[order][:, branches].flatten())
-        decoder.commit(torch.tensor([branches.index(2) + 4 * i for i in range(3)]))
-        found = found.then(decoder.fork()).then(decoder.append(tokens[order][:, branches].flatten()))
-        decoder.close()
+        group = Group(decoder, 4, 4)
+        group.join([prompts(5, 90, 33)[i] for i in order])
+        group.fork()
+        found = [group.append(tokens[order][:, branches].flatten())]
+        group.commit(torch.tensor([branches.index(2) + 4 * i for i in range(3)]))
+        found += [group.fork(), group.append(tokens[order][:, branches].flatten())]
+        group.close()
+        found = Frontier.of(found)
         return found.logits.view(3, 3, 4, -1)
 
     straight, turned = run([0, 1, 2], [0, 1, 2, 3]), run([2, 0, 1], [3, 1, 0, 2])
@@ -234,35 +234,39 @@ def test_permuting_prompts_and_branches_permutes_the_frontier(model_dirs):
 def test_what_fails_while_joining_leaves_nothing_behind(model_dirs):
     model = load(model_dirs["llama"])
     decoder = BranchingDecoder(model, (), 64, BUDGET)
-    decoder.open(1, 4)
+    decoder.begin()
+    stems = [decoder.join(ids, 1) for ids in prompts(70, 70)]
 
     def fall(*_):
         raise RuntimeError("no memory")
 
     forward, decoder._forward = decoder._forward, fall
     with pytest.raises(RuntimeError, match="no memory"):
-        decoder.join(prompts(70, 70))
+        decoder.prefill(stems, 4096)
     decoder._forward = forward
+    for stem in stems:
+        decoder.leave(stem)
     assert decoder.cache.pages_in_use == 0
     assert not decoder.cache._named, "pages that were never filled may not be shared"
     decoder.cache.check_integrity()
-    decoder.close()
 
 
 def test_what_does_not_fit_is_said_or_waits(model_dirs):
     model = load(model_dirs["llama"])
-    decoder = BranchingDecoder(model, (), 64, 1.0e6)  # 2 * 2 * 16 * 4 * 3 = 768 bytes a token: 15 pages, 325 of tails
+    decoder = BranchingDecoder(model, (), 64, 1.0e6)  # 2 * 2 * 16 * 4 * 3 = 768 bytes a token: 15 pages, 20 leaves
     assert decoder.cache.capacity == 15
-    with pytest.raises(InputError, match=r"100 branches of 16 tokens need a cache of 0\.00492 GB .*cache_gb"):
-        decoder.open(100, 16)
-    decoder.open(5, 16)
-    assert decoder.cache.slots == 20, "fewer prompts at once than max_rows asks for"
-    waiting = [Prompt([1] * 200, 100)] * 5
-    assert decoder.fits(waiting) == 3
-    assert "200 tokens that may grow by 1000 needs 19 pages of cache, there are 15" in decoder.refuses(200, 1000)
-    assert decoder.refuses(200, 760) is None
-    assert decoder.refuses(200, 761) is not None
-    decoder.close()
+    assert decoder.cache.leaves == 20
+    said = decoder.refuses(5, 5, 100, 16)
+    assert re.search(r"100 branches of 16 tokens need a cache of 0\.00492 GB .*cache_gb", said)
+    assert decoder.refuses(5, 5, 20, 16) is None
+    assert "200 tokens that may grow by 1000 needs 19 pages of cache, there are 15" in decoder.refuses(200, 1000, 1, 16)
+    assert decoder.refuses(200, 760, 1, 16) is None
+    assert decoder.refuses(200, 761, 1, 16) is not None
+    stems = [decoder.join([i] * 200, 1) for i in range(5)]
+    assert [stem is None for stem in stems] == [False] * 3 + [True] * 2
+    decoder.leave(stems[1])
+    assert decoder.join([9] * 200, 21) is None, "as many leaves as there are"
+    assert decoder.join([9] * 200, 20) is not None
     with pytest.raises(InputError, match="too small"):
         BranchingDecoder(model, (), 64, 1000)
 
@@ -273,48 +277,26 @@ def test_ten_thousand_blocks_end_with_no_page_in_use(model_dirs, monkeypatch):
     zeros = torch.zeros
 
     def skip(work, ids, positions, rows=None):
-        from pyengine.decoder import Frontier
-
         return Frontier(zeros(len(ids) if rows is None else len(rows), 1), {})
 
     monkeypatch.setattr(decoder, "_forward", skip)
     generator = torch.Generator().manual_seed(0)
     blocks = 0
     while blocks < 10_000:
-        decoder.open(3, 4)
-        decoder.join(prompts(*torch.randint(1, 200, (4,), generator=generator).tolist()))
-        live = 4
-        while live:
-            decoder.fork()
+        group = Group(decoder, 3, 4)
+        group.join(prompts(*torch.randint(1, 200, (4,), generator=generator).tolist()))
+        while group.stems:
+            group.fork()
             for _ in range(3):
-                decoder.append(zeros(3 * live, dtype=torch.long))
-            stay = [i for i in range(live) if torch.rand((), generator=generator) < 0.8]
-            grown = [s.length + 3 <= PAGE * len(s.pages) for s in decoder._sequences]
-            stay = [i for i in stay if grown[i]]
-            decoder.commit(torch.tensor([3 * i + 1 for i in stay], dtype=torch.long))
-            live = len(stay)
+                group.append(zeros(3 * len(group.stems), dtype=torch.long))
+            stay = [i for i in range(len(group.stems)) if torch.rand((), generator=generator) < 0.8]
+            group.commit(torch.tensor([3 * i + 1 for i in stay], dtype=torch.long))
             blocks += 1
         decoder.cache.check_integrity()
-        decoder.close()
+        assert decoder.cache.leaves_free == decoder.cache.leaves
+        group.close()
     assert decoder.cache.pages_in_use == 0
     decoder.cache.check_integrity()
-
-
-@torch.inference_mode()
-def test_frontiers_that_cannot_be_joined_leave_nothing_behind(model_dirs, monkeypatch):
-    decoder = BranchingDecoder(load(model_dirs["llama"]), (), 64, BUDGET)
-    decoder.open(1, 4)
-    decoder.join(prompts(70))
-
-    def fall(*_):
-        raise RuntimeError("no memory")
-
-    monkeypatch.setattr(decoder_module.Frontier, "then", fall)
-    with pytest.raises(RuntimeError, match="no memory"):
-        decoder.join(prompts(80))
-    assert decoder.cache.pages_in_use == 2
-    decoder.close()
-    assert decoder.cache.pages_in_use == 0
 
 
 @torch.inference_mode()
@@ -323,18 +305,17 @@ def test_new_weights_read_a_prompt_anew(model_dirs):
     decoder = BranchingDecoder(model, (), 64, BUDGET)
 
     def logits():
-        decoder.open(1, 4)
-        decoder.join(prompts(PAGE + 9))
-        found = decoder.fork().logits
-        decoder.close()
+        group = Group(decoder)
+        group.join(prompts(PAGE + 9))
+        found = group.fork().logits
+        group.close()
         decoder.cache.check_integrity()
         return found
 
     logits()
     with torch.inference_mode(False), torch.no_grad():
         model.model.layers[0].self_attn.v_proj.weight.mul_(-1)
-    recompute = RecomputeDecoder(model, ())
-    recompute.open(1, 4)
+    recompute = Group(RecomputeDecoder(model, ()))
     recompute.join(prompts(PAGE + 9))
     torch.testing.assert_close(logits(), recompute.fork().logits, atol=1e-5, rtol=0)
 
@@ -450,11 +431,11 @@ def test_a_trial_asks_nothing_of_the_engines_own_rows_and_memory(name, max_rows,
     decoder = choose_decoder(model, (), max_rows, budget_for(each, 1, tail_tokens))
     assert isinstance(decoder, BranchingDecoder)
     assert decoder.max_rows == max_rows
-    assert decoder.cache.tail_capacity in range(tail_tokens, 4 * tail_tokens)
-    decoder.open(1, 8)
-    decoder.join([Prompt([5, 6, 7, 8, 9, 10, 11], 8)])
-    found = [decoder.fork().logits, decoder.append(torch.tensor([12])).logits]
-    decoder.close()
+    assert 16 * decoder.cache.leaves in range(tail_tokens, 4 * tail_tokens)
+    group = Group(decoder)
+    group.join([[5, 6, 7, 8, 9, 10, 11]])
+    found = [group.fork().logits, group.append(torch.tensor([12])).logits]
+    group.close()
     whole = model(input_ids=torch.tensor([[5, 6, 7, 8, 9, 10, 11, 12]]), use_cache=False).logits[0, -2:]
     torch.testing.assert_close(torch.cat(found), whole, atol=1e-5, rtol=0)
 
@@ -520,11 +501,10 @@ def test_what_a_message_asks_for_is_enough(model_dirs):
         BranchingDecoder(model, (), 64, 1000)
     BranchingDecoder(model, (), 64, named(str(caught.value)))
     decoder = BranchingDecoder(model, (), 64, 1e6)
-    with pytest.raises(InputError) as caught:
-        decoder.open(100, 20)
-    BranchingDecoder(model, (), 64, named(str(caught.value))).open(100, 20)
-    larger = BranchingDecoder(model, (), 64, named(decoder.refuses(3000, 77)))
-    assert larger.refuses(3000, 77) is None
+    said = decoder.refuses(5, 5, 100, 20)
+    assert BranchingDecoder(model, (), 64, named(said)).refuses(5, 5, 100, 20) is None
+    larger = BranchingDecoder(model, (), 64, named(decoder.refuses(3000, 77, 1, 16)))
+    assert larger.refuses(3000, 77, 1, 16) is None
 
 
 def test_unknown_architecture_that_branches_is_accepted():

@@ -18,7 +18,6 @@ from pyengine import (
     SamplingParams,
     Tokenwise,
 )
-from pyengine.decoder import Prompt
 from pyengine.reader import reader_of
 from pyengine.scorers import Scorer
 
@@ -109,7 +108,7 @@ def test_a_candidate_beyond_the_judges_context_is_refused(engine):
 def test_one_judge_twice_in_a_sum_is_read_once_and_given_back(engine):
     judge = reward_model(engine.tokenizer)
     engine.set_scorer([(1.0, judge), (0.5, judge)])
-    assert next(iter(engine._readers.values())) is engine._readers[1]
+    assert len(engine._readers) == 1
     result = engine.generate("the quick", Blockwise(2, 4), SamplingParams(max_tokens=8, seed=1))[0]
     assert result.rewards["judge"] == result.rewards["judge-2"]
     assert engine.generate("the quick", None, SamplingParams(max_tokens=2, seed=1))[0].rewards["judge"] is not None
@@ -135,6 +134,15 @@ def prefix_model(tokenizer):
     return PrefixModel(judge.model.model, tokenizer, PrefixScorer(64, 320, 32))
 
 
+def joined(reader, prompts):
+    """Read to their ends."""
+    reader.begin()
+    stems = [reader.join(prompt, 0) for prompt in prompts]
+    for stem, frontier in reader.prefill(stems, 4096):
+        stem.at = frontier
+    return stems
+
+
 @pytest.mark.parametrize("columns", [1, 2, 3, 64])
 @pytest.mark.parametrize("make", [reward_model, prefix_model])
 def test_each_branch_is_read_at_its_own_last_token(engine, monkeypatch, make, columns):
@@ -147,19 +155,20 @@ def test_each_branch_is_read_at_its_own_last_token(engine, monkeypatch, make, co
 
     prompts, rows = [tokens(9), tokens(5)], []
     monkeypatch.setattr(reader_module, "PREFILL_TOKENS", 8 * columns)
-    reader.open(4, 8)
-    reader.join([Prompt(prompt, 24) for prompt in prompts])
+    stems = joined(reader, prompts)
     try:
         for lengths in ((1, 2, 8, 4, 6, 5, 8, 3), (3, 1, 8, 6, 2, 4, 8, 7)):  # whole ones are committed
             tails = [tokens(length) for length in lengths]
             rows += [
                 (prompts[i // 4] + tail, score)
-                for i, (tail, score) in enumerate(zip(tails, reader.score(tails).tolist(), strict=True))
+                for i, (tail, score) in enumerate(
+                    zip(tails, reader.score(stems, [tails[:4], tails[4:]]).tolist(), strict=True)
+                )
             ]
             prompts = [prompts[0] + tails[2], prompts[1] + tails[6]]
-            reader.commit(torch.tensor([2, 6]))
+            reader.keep([(stems[0], 2), (stems[1], 2)])
     finally:
-        reader.close()
+        reader.end()
     wanted = [reader.recompute(ids) for ids, _ in rows]
     assert [score for _, score in rows] == pytest.approx(wanted, abs=1e-4)
 
@@ -167,14 +176,13 @@ def test_each_branch_is_read_at_its_own_last_token(engine, monkeypatch, make, co
 def test_a_branch_that_only_ends_has_the_score_of_what_was_there(engine):
     reader = reader_of(reward_model(engine.tokenizer), engine.tokenizer, 8, BUDGET)
     prompts = [[5, 9, 31, 7], [12, 8, 40]]
-    reader.open(2, 4)
-    reader.join([Prompt(prompt, 8) for prompt in prompts])
+    stems = joined(reader, prompts)
     try:
-        some = reader.score([[0], [17, 0], [0], [21, 22]], {0}).tolist()
-        reader.fork()
-        none = reader.score([[0]] * 4, {0}).tolist()
+        some = reader.score(stems, [reader.given([[0], [17, 0]], {0}), reader.given([[0], [21, 22]], {0})]).tolist()
+        reader.keep([(stems[0], 0), (stems[1], 0)])
+        none = reader.score(stems, [reader.given([[0]] * 2, {0})] * 2).tolist()
     finally:
-        reader.close()
+        reader.end()
     empty = [reader.recompute(prompt) for prompt in prompts]
     assert some[::2] == pytest.approx(empty, abs=1e-4)
     assert some[1] == pytest.approx(reader.recompute([*prompts[0], 17]), abs=1e-4)
