@@ -8,7 +8,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from pyengine import ops
 
-HEADS, KEY_HEADS, WIDTH, TAIL, PAGE = 32, 8, 128, 16, 64  # Llama 3.1 8B
+HEADS, KEY_HEADS, WIDTH, TAIL, PAGE, LEAF = 32, 8, 128, 16, 64, 16  # Llama 3.1 8B
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -23,23 +23,26 @@ def problem(
     prompts=1,
     device="cpu",
     page=PAGE,
+    tail=TAIL,
 ):
     """(query, prefix and tail stores, tree) of prompts * branches rows, as `pyengine.cache` lays them out."""
     torch.manual_seed(0)
-    each, rows = -(-prefix // page), prompts * branches
+    each, rows, leaves = -(-prefix // page), prompts * branches, -(-tail // LEAF)
 
     def store(count, inner, dense):
         shape = (count, key_heads, width, inner) if dense else (count, key_heads, inner, width)
         out = torch.randn(shape, device=device).to(dtype)
         return out.transpose(2, 3) if dense else out
 
-    stores = tuple(store(n, i, dense) for n, i in ((prompts * each, page), (rows, TAIL)) for dense in (kernel, False))
+    stores = tuple(
+        store(n, i, dense) for n, i in ((prompts * each, page), (rows * leaves, LEAF)) for dense in (kernel, False)
+    )
     tree = (
         torch.randperm(prompts * each).view(prompts, each),
         torch.full((prompts,), prefix),
         torch.arange(0, rows + 1, branches),
-        torch.arange(rows),
-        torch.tensor(TAIL),
+        torch.randperm(rows * leaves).view(rows, leaves),
+        torch.full((rows,), tail),
     )
     tree = ops.Tree(*(x.to(device=device, dtype=torch.int32) for x in tree))
     return torch.randn(rows, 1, heads, width, device=device).to(dtype), stores, tree
@@ -47,12 +50,12 @@ def problem(
 
 def replicated(query, stores, tree):
     """Every branch's keys and values in one piece, [B * K, Hkv, P + S, D], as a cache that copies them holds them."""
-    prefix, branches = int(tree.prefix_len[0]), len(query) // len(tree.prefix_len)
+    prefix, branches, tail = int(tree.prefix_len[0]), len(query) // len(tree.prefix_len), int(tree.tail_len[0])
     return tuple(
         torch.cat(
             [
                 pages[tree.pages.long()].transpose(1, 2).flatten(2, 3)[:, :, :prefix].repeat_interleave(branches, 0),
-                tails[tree.slot.long(), :, :TAIL],
+                tails[tree.leaves.long()].transpose(1, 2).flatten(2, 3)[:, :, :tail],
             ],
             2,
         ).contiguous()
@@ -108,7 +111,7 @@ def test_peers(race, rows, prefix, branches, dtype, threads):
 
 
 def test_smoke(benchmark):
-    query, stores, tree = problem(200, 3, torch.float32, heads=4, key_heads=2, width=32)
+    query, stores, tree = problem(200, 3, torch.float32, heads=4, key_heads=2, width=32, tail=40)
     key, value = replicated(query, stores, tree)
     found = benchmark.pedantic(ops.tree_attention, (query, *stores, tree), rounds=1)
     for peer in (by_enable_gqa, by_folding):

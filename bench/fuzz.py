@@ -241,11 +241,12 @@ def case_linear(random: Random) -> bool:
 
 
 def case_attention(random: Random) -> bool:
-    width, page, room = 16, 64, 32
+    width, page, leaf = 16, 64, 16
     prompts, kv_heads, group = int(random.integers(1, 3)), int(random.integers(1, 3)), int(random.integers(1, 4))
     per = random.integers(1, 4, prompts)
     rows, tokens = int(per.sum()), int(random.integers(1, 4))
-    tail = int(random.integers(tokens, room + 1))
+    tail_len = random.integers(tokens, 4 * leaf + 1, rows) * (random.random(rows) < 0.9)  # or idle
+    leaves, count = np.full((rows, 5), -1), -(-tail_len // leaf) + random.integers(0, 2, rows)
     lengths = random.integers(0, 3 * page, prompts)
     dtype = DTYPES[random.integers(len(DTYPES))]
 
@@ -253,12 +254,16 @@ def case_attention(random: Random) -> bool:
         return torch.from_numpy(random.standard_normal(shape)).to(dtype)
 
     stores = [normal(3 * prompts, kv_heads, page, width) for _ in range(2)]
-    tails = [normal(rows + 1, kv_heads, room, width) for _ in range(2)]
+    pool = random.permutation(count.sum() + 1)
+    for row, end in enumerate(np.cumsum(count)):
+        leaves[row, : count[row]] = pool[end - count[row] : end]
+    tails = [normal(len(pool), kv_heads, leaf, width) for _ in range(2)]
     query = normal(rows, tokens, kv_heads * group, width)
     pages = torch.from_numpy(random.permutation(3 * prompts).reshape(prompts, 3)).int()
-    slot = torch.from_numpy(random.permutation(rows + 1)[:rows]).int()
     first = torch.from_numpy(np.concatenate([[0], np.cumsum(per)])).int()
-    tree = ops.Tree(pages, torch.from_numpy(lengths).int(), first, slot, torch.tensor(tail, dtype=torch.int32))
+    tree = ops.Tree(
+        pages, torch.from_numpy(lengths).int(), first, *(torch.from_numpy(x).int() for x in (leaves, tail_len))
+    )
     options = {
         "window": None if random.random() < 0.6 else int(random.integers(1, 150)),
         "softcap": None if random.random() < 0.7 else 5.0,

@@ -294,18 +294,20 @@ def check_attention(found: Any, query: Any, stores: Any, tails: Any, tree: Any, 
     tail_keys, tail_values = (x.double().numpy() for x in tails)
     q, out, page = query.double().numpy(), found.double().numpy(), keys.shape[2]
     _, tokens, heads, width = q.shape
-    group, tail, scale = heads // keys.shape[1], int(tree.tail_len), options["scale"]
+    group, leaf, scale = heads // keys.shape[1], tail_keys.shape[2], options["scale"]
     scale = width**-0.5 if scale is None else scale
     firsts, lengths, pages = tree.first_row.tolist(), tree.prefix_len.tolist(), tree.pages.numpy()
     for prompt, length in enumerate(lengths):
         where = [(pages[prompt, i // page], i % page) for i in range(length)]
         for row in range(firsts[prompt], firsts[prompt + 1]):
-            slot = int(tree.slot[row])
+            tail = int(tree.tail_len[row])
+            assert tail or not out[row].any(), f"row {row} is idle and gives {out[row][out[row] != 0][:3]}"
+            own = [(int(tree.leaves[row, i // leaf]), i % leaf) for i in range(tail)]
             for head in range(heads):
                 kv = head // group
-                k = np.array([keys[a, kv, b] for a, b in where] + list(tail_keys[slot, kv, :tail]))
-                v = np.array([values[a, kv, b] for a, b in where] + list(tail_values[slot, kv, :tail]))
-                for token in range(tokens):
+                k = np.array([keys[a, kv, b] for a, b in where] + [tail_keys[a, kv, b] for a, b in own])
+                v = np.array([values[a, kv, b] for a, b in where] + [tail_values[a, kv, b] for a, b in own])
+                for token in range(tokens if tail else 0):
                     here = length + tail - tokens + token
                     x = k[: here + 1] @ q[row, token, head] * scale
                     if options["softcap"] is not None:

@@ -403,10 +403,9 @@ def test_flash_attention_equals_the_reference(tokens):
     problems = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(problems)
     query, stores, tree, key, value = problems.problem(tokens)
-    for store, x in zip(stores[2:], (key, value), strict=True):
-        store[tree.slot.long(), :, 7 - tokens : 7] = x.transpose(1, 2)
-    want = reference.tree_attention(query, *stores, tree)
     on_gpu = [x.cuda() for x in (query, key, value)]
-    tree = ops.Tree(*(x.cuda() for x in tree))
-    found = flash.tree_attention(*on_gpu, tuple(s.cuda() for s in stores), tree, 32**-0.5, 0.0, None)
+    stores_on_gpu, tree_on_gpu = tuple(s.cuda() for s in stores), ops.Tree(*(x.cuda() for x in tree))
+    found = flash.tree_attention(*on_gpu, stores_on_gpu, tree_on_gpu, 32**-0.5, 0.0, None)
+    problems.append(stores, tree, key, value)
+    want = reference.tree_attention(query, *stores, tree)
     torch.testing.assert_close(found.cpu(), want, atol=0.03, rtol=0.02)

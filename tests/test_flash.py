@@ -64,25 +64,23 @@ class Double(types.ModuleType):
 
     @staticmethod
     def flash_attn_with_kvcache(
-        q, k_cache, v_cache, *, k, v, cache_seqlens, cache_batch_idx, softmax_scale, causal, softcap, return_softmax_lse
+        q, k_cache, v_cache, *, cache_seqlens, softmax_scale, causal, softcap, return_softmax_lse
     ):  # fmt: skip
         assert return_softmax_lse
         assert k_cache.stride(-1) == v_cache.stride(-1) == 1
-        assert cache_seqlens.dtype == cache_batch_idx.dtype == torch.int32
+        assert cache_seqlens.dtype == torch.int32
         assert cache_seqlens.is_contiguous()
+        assert cache_seqlens.shape == k_cache.shape[:1] == v_cache.shape[:1] == q.shape[:1]
         outs, lses = [], []
-        for row, (length, slot) in enumerate(zip(cache_seqlens.tolist(), cache_batch_idx.tolist(), strict=True)):
-            if k is not None:
-                k_cache[slot, length : length + k.shape[1]] = k[row]
-                v_cache[slot, length : length + k.shape[1]] = v[row]
-                length += k.shape[1]
-            out, lse = attention(q[row], k_cache[slot, :length], v_cache[slot, :length], softmax_scale, softcap, causal)
+        for row, length in enumerate(cache_seqlens.tolist()):
+            out, lse = attention(q[row], k_cache[row, :length], v_cache[row, :length], softmax_scale, softcap, causal)
             outs.append(out)
             lses.append(lse)
         return torch.stack(outs), torch.stack(lses)
 
 
-def problem(tokens=1, lengths=(300, 0, 512), branches=(3, 2, 1), tail=7):
+def problem(tokens=1, lengths=(300, 0, 512), branches=(3, 2, 1), tails=(7, 39, 0, 16, 33, 5)):
+    """What no row may read is NaN; the new tokens are not in the tails yet, the third row is idle."""
     g = torch.Generator().manual_seed(0)
     heads, key_heads, width, rows = 4, 2, 32, sum(branches)
     pages = torch.tensor([[4, 1], [0, 0], [2, 5]], dtype=torch.int32)
@@ -91,16 +89,31 @@ def problem(tokens=1, lengths=(300, 0, 512), branches=(3, 2, 1), tail=7):
         for i in range(length):
             for store in stores:
                 store[row[i // 256], :, i % 256] = torch.randn(key_heads, width, generator=g)
-    stores += [torch.full((8, key_heads, 16, width), math.nan) for _ in range(2)]
-    slot = torch.randperm(8, generator=g)[:rows].int()
-    for store in stores[2:]:
-        store[slot.long(), :, : tail - tokens] = torch.randn(rows, key_heads, tail - tokens, width, generator=g)
+    stores += [torch.full((16, key_heads, 16, width), math.nan) for _ in range(2)]
+    leaves = torch.full((rows, 4), -1, dtype=torch.int32)
+    pool = torch.randperm(16, generator=g).tolist()
+    for row, tail in enumerate(tails):
+        for at in range(tail):
+            if at % 16 == 0:
+                leaves[row, at // 16] = pool.pop()
+            for store in stores[2:]:
+                if at < tail - tokens:
+                    store[leaves[row, at // 16], :, at % 16] = torch.randn(key_heads, width, generator=g)
     stores = tuple(store.bfloat16() for store in stores)
     first = torch.tensor([0, *torch.tensor(branches).cumsum(0)], dtype=torch.int32)
-    tree = reference.Tree(pages, torch.tensor(lengths, dtype=torch.int32), first, slot, torch.tensor(tail).int())
+    tree = reference.Tree(pages, torch.tensor(lengths).int(), first, leaves, torch.tensor(tails).int())
     query = torch.randn(rows, tokens, heads, width, generator=g).bfloat16()
     key, value = torch.randn(2, rows, tokens, key_heads, width, generator=g).bfloat16()
     return query, stores, tree, key, value
+
+
+def append(stores, tree, key, value):
+    """The new tokens join the tails, one by one."""
+    for row, tail in enumerate(tree.tail_len.tolist()):
+        for s in range(key.shape[1] if tail else 0):
+            at = tail - key.shape[1] + s
+            for store, new in zip(stores[2:], (key, value), strict=True):
+                store[tree.leaves[row, at // 16], :, at % 16] = new[row, s]
 
 
 @pytest.mark.parametrize("tokens", [1, 5])
@@ -109,15 +122,17 @@ def test_two_calls_and_their_merge_equal_the_reference(monkeypatch, tokens, opti
     """A prompt without a prefix is among them: flash-attn's LSE of no keys is +inf (flash-attention#978)."""
     monkeypatch.setitem(sys.modules, "flash_attn", Double("flash_attn"))
     query, stores, tree, key, value = problem(tokens)
-    own, new = tuple(store.clone() for store in stores), slice(7 - tokens, 7)
-    for store, x in zip(own[2:], (key, value), strict=True):
-        store[tree.slot.long(), :, new] = x.transpose(1, 2)
+    own = tuple(store.clone() for store in stores)
+    append(own, tree, key, value)
     want = reference.tree_attention(query, *own, tree, **options)
     scale, softcap, sinks = options.get("scale", 32**-0.5), options.get("softcap", 0.0), options.get("sinks")
     assert flash.serves(query, 256, 0)
     found = flash.tree_attention(query, key, value, stores, tree, scale, softcap, sinks)
     torch.testing.assert_close(found, want, atol=0.03, rtol=0.02)
-    assert torch.equal(stores[2].nan_to_num(9), own[2].nan_to_num(9)), "the new keys are in the tails"
+    for store, x in zip(stores, own, strict=True):
+        assert torch.equal(store.nan_to_num(9), x.nan_to_num(9)), (
+            "the new keys and values are in the tails, and only they"
+        )
     again = flash.tree_attention(query, None, None, stores, tree, scale, softcap, sinks)
     assert torch.equal(again, found)
 

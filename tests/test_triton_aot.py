@@ -79,9 +79,9 @@ def launch_select(scores, hidden, probe):
 
 def launch_tree(dtype, width=128, window=0, softcap=0.0, sinks=None):
     """8 prompts of 16 branches, 32 query heads on 8: a decode step of Llama 3.1 8B."""
-    pages, tails = meta(2048, 8, 64, width, dtype=dtype), meta(128, 8, 16, width, dtype=dtype)
+    pages, tails = meta(2048, 8, 64, width, dtype=dtype), meta(512, 8, 16, width, dtype=dtype)
     new, query = meta(128, 1, 8, width, dtype=dtype), meta(128, 1, 32, width, dtype=dtype)
-    tree = [meta(*shape, dtype=torch.int32) for shape in ((8, 128), (8,), (9,), (128,), ())]
+    tree = [meta(*shape, dtype=torch.int32) for shape in ((8, 128), (8,), (9,), (128, 4), (128,))]
     tree_attention.tree_attention(query, new, new, pages, pages, tails, tails, *tree, 0.1, window, softcap, sinks)
 
 

@@ -653,18 +653,17 @@ def run_tree(p, append=False, scale=None, window=None, softcap=None, sinks=None)
     """The wrapper on the device; `append` lets the kernel write the new keys and values."""
     stores = on_device(*p.stores)
     if append:
-        new = slice(int(p.tree.tail_len) - p.query.shape[1], int(p.tree.tail_len))
+        _, _, leaf, inside = on_device(*TREES.new_places(p))
         for store in stores[2:]:
-            store[p.tree.slot.long(), :, new] = math.nan
+            store[leaf, :, inside] = math.nan
     new = on_device(p.key, p.value) if append else (None, None)
     scale = scale or p.query.shape[3] ** -0.5
     query, sinks = on_device(p.query, sinks)
     found = tree_attention.tree_attention(
         query, *new, *stores, *on_device(*p.tree), scale, window or 0, softcap or 0.0, sinks
     )
-    if append:
-        for store, given in zip(stores[2:], p.stores[2:], strict=True):
-            assert torch.equal(store[p.tree.slot.long()].nan_to_num().cpu(), given[p.tree.slot.long()].nan_to_num())
+    for store, given in zip(stores, p.stores, strict=True):
+        assert torch.equal(store.cpu().nan_to_num(7), given.nan_to_num(7)), "not only the new tokens were written"
     return found.cpu()
 
 
@@ -686,10 +685,16 @@ def test_tree_attention_in_half_precision(shape, dtype):
 
 
 def test_a_branch_of_tree_attention_depends_on_nothing_but_itself():
-    """Bit for bit: a prompt alone, its branches in another order."""
-    p = TREES.problem(lengths=(300, 70), branches=(3, 2))
-    want = run_tree(p)
+    """Bit for bit: a prompt alone, its branches in another order, the others with other tails or none."""
+    p = TREES.problem(lengths=(300, 70), branches=(4, 2), tail=40)
+    want, tails = run_tree(p, window=60), p.tree.tail_len
     for b in range(2):
         alone, rows = TREES.only(p, b)
-        alone.query, alone.tree = alone.query.flip(0), alone.tree._replace(slot=alone.tree.slot.flip(0))
-        assert torch.equal(run_tree(alone).flip(0), want[rows])
+        tables = {name: getattr(alone.tree, name).flip(0) for name in ("leaves", "tail_len")}
+        alone.query, alone.tree = alone.query.flip(0), alone.tree._replace(**tables)
+        assert torch.equal(run_tree(alone, window=60).flip(0), want[rows])
+    for row in (0, 3):
+        for others in (tails.clamp(max=3), torch.zeros_like(tails)):
+            others[row] = tails[row]
+            p.tree = p.tree._replace(tail_len=others)
+            assert torch.equal(run_tree(p, window=60)[row], want[row])
