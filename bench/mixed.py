@@ -14,7 +14,6 @@ import hashlib
 import json
 import random
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +48,25 @@ KINDS = (
     "base", "tokenwise", "budget", "two heads", "prefix model", "blockwise", "probe", "reward model", "soft",
     "function", "two scorers", "best of k",
 )  # fmt: skip
-WORDS = "the quick brown fox jumps over a lazy dog and film was good bad long never again".split()
+WORDS = [
+    "the",
+    "quick",
+    "brown",
+    "fox",
+    "jumps",
+    "over",
+    "a",
+    "lazy",
+    "dog",
+    "and",
+    "film",
+    "was",
+    "good",
+    "bad",
+    "long",
+    "never",
+    "again",
+]
 
 
 def seeded(model: Any, seed: int, scale: float) -> Any:
@@ -175,17 +192,19 @@ def record() -> None:
                 (result,) = engine.generate([prompt], strategy, sampling, progress=False)
             goldens[name].append(summary(result))
     lines = [
-        json.dumps(name) + ": [\n" + ",\n".join(json.dumps(row) for row in rows) + "\n]" for name, rows in goldens.items()
+        json.dumps(name) + ": [\n" + ",\n".join(json.dumps(row) for row in rows) + "\n]"
+        for name, rows in goldens.items()
     ]
     GOLDENS.write_text("{\n" + ",\n".join(lines) + "\n}\n")
 
 
 def check(count: int = COUNT) -> None:
-    """All requests of a model together: each as it was alone."""
+    """All requests of a model together: each as it was alone; to the bit where the model can promise it, as another
+    product's last bits move a draw in a hundred thousand."""
     goldens = json.loads(GOLDENS.read_text())
     wrong = 0
     for name in MODELS:
-        engine, found = engine_of(name), scorers()
+        engine, found = engine_of(name, batch_invariant=name != "gptj"), scorers()
         handles = []
         for number in range(min(count, COUNT)):
             _, prompt, strategy, scorer, sampling = request(number, found)

@@ -59,13 +59,13 @@ class Frontier(NamedTuple):
 
 @dataclass(eq=False)
 class Stem:
-    """A request's place in a decoder: its prefix, and while a block is on its way its branches. The decoder writes it."""
+    """A request's place in a decoder: its prefix, and while a block is on its way its branches."""
 
     ids: list[int]  # read, or to be read
     sequence: Sequence | None = None
     filled: int = 0  # tokens of ids that are in the pages
     leaves: list[list[int]] = field(default_factory=list)  # of each branch
-    lengths: list[int] = field(default_factory=list)  # tokens of each branch, where a step does not count them
+    lengths: list[int] = field(default_factory=list)  # tokens of each branch when it is planted
     at: Frontier | None = None  # of the prefix, where a reader keeps it
     state: Any = None  # what a kind of decoder keeps besides
 

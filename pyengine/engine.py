@@ -96,9 +96,7 @@ class Engine:
         self._decoder = choose_decoder(model, (), max_rows, budget, frozen, batch_invariant)
         self._panel = Panel(self.policy, max_rows, budget, frozen, batch_invariant)
         self._judge = Judge(self.policy, self.codec, batch_invariant)
-        self._core = Core(
-            Schedule(self._decoder, self._judge, self.policy.name, batch_invariant, model.device)
-        )
+        self._core = Core(Schedule(self._decoder, self._judge, self.policy.name, batch_invariant, model.device))
         self.parts: list[Part] = []
         self._readers: dict[Scorer, Reader] = {}
         self.set_scorer(scorer)
@@ -305,7 +303,7 @@ class Engine:
         self._core.start()
 
     def drain(self, timeout: float | None = None) -> bool:
-        """Take no more requests, and finish those that are there; False where they are not done after so many seconds."""
+        """Take no more requests, and finish what is there; False where that is not done after so many seconds."""
         return self._core.drain(timeout)
 
     def close(self) -> None:

@@ -133,9 +133,7 @@ class ReplicatedDecoder(_Unpaged):
         longest, device = max(len(stem.ids) for stem in stems), self.model.device
         ids = torch.tensor([[0] * (longest - len(s.ids)) + s.ids for s in stems], device=device)
         cohort = _Cohort([(stem, -1) for stem in stems])
-        cohort.mask = torch.tensor(
-            [[0] * (longest - len(s.ids)) + [1] * len(s.ids) for s in stems], device=device
-        )
+        cohort.mask = torch.tensor([[0] * (longest - len(s.ids)) + [1] * len(s.ids) for s in stems], device=device)
         frontier = self._forward(cohort, ids, (cohort.mask.cumsum(-1) - 1).clamp(min=0))
         for row, stem in enumerate(stems):
             stem.state = (cohort, row)

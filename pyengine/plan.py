@@ -4,15 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 from pyengine.errors import InputError
+from pyengine.reader import Reader
 from pyengine.results import SamplingParams
 from pyengine.scorers import Part, PrefixModel, Scorer
 from pyengine.strategies import BestOfK, Blockwise, Strategy, Tokenwise
-
-if TYPE_CHECKING:
-    from pyengine.reader import Reader
 
 
 @dataclass(frozen=True)

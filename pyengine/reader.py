@@ -35,7 +35,13 @@ class Reader(BranchingDecoder):
         steady: bool = False,
     ) -> None:
         super().__init__(scorer.model, layers, max_rows, budget, frozen, steady)
-        self.name, self.longest = scorer.name, scorer.longest
+        self.name = scorer.name
+        self.scorer: RewardModel | PrefixModel = scorer
+
+    @property
+    def longest(self) -> float:
+        """Tokens that it reads."""
+        return self.scorer.longest
 
     def refuses(self, tokens: int, growth: int, k: int, room: int) -> str | None:
         return self.too_long(tokens + 1) or super().refuses(tokens, growth, 1, 1)
@@ -123,11 +129,13 @@ class Reader(BranchingDecoder):
 class RewardReader(Reader):
     """A causal sequence classifier; its "logits" are those of its head [N, labels] at each prefix."""
 
+    scorer: RewardModel
+
     def __init__(
         self, scorer: RewardModel, max_rows: int, budget: float | None, frozen: bool, steady: bool = False
     ) -> None:
         super().__init__(scorer, (), max_rows, budget, frozen, steady)
-        self.scorer, self._embedded = scorer, scorer.model.get_input_embeddings().weight.shape[0]
+        self._embedded = scorer.model.get_input_embeddings().weight.shape[0]
 
     def _read(self, ids: Tensor, positions: Tensor, rows: Tensor | None) -> Frontier:
         ids = ids.clamp(max=self._embedded - 1)  # as PrefixReader's
@@ -152,11 +160,13 @@ class RewardReader(Reader):
 class PrefixReader(Reader):
     """A prefix model: its frontier carries the hidden states that the head reads, and no logits."""
 
+    scorer: PrefixModel
+
     def __init__(
         self, scorer: PrefixModel, max_rows: int, budget: float | None, frozen: bool, steady: bool = False
     ) -> None:
         super().__init__(scorer, (scorer.head.layer,), max_rows, budget, frozen, steady)
-        self.scorer, self.head, self._states = scorer, scorer.head, torch.empty(0)
+        self.head, self._states = scorer.head, torch.empty(0)
 
     def _read(self, ids: Tensor, positions: Tensor, rows: Tensor | None) -> Frontier:
         # A base policy may draw a row that pads its vocabulary, which this model does not embed.

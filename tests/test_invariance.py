@@ -11,6 +11,7 @@ from transformers.pytorch_utils import Conv1D
 
 import pyengine
 from pyengine import BestOfK, Blockwise, Engine, InputError, SamplingParams, Tokenwise
+from pyengine.decode.step import _values
 from pyengine.decoder import BranchingDecoder
 from pyengine.invariance import BY_VECTORS, MAPPED, why_not
 from pyengine.ops.linear import VECTORS, steady, steady_linear
@@ -266,13 +267,9 @@ def test_foreign_scorers_read_a_row_or_a_request_at_a_time():
 
 @torch.inference_mode()
 def test_the_head_of_a_prefix_scorer_is_steady_at_any_width():
-    from pyengine.proposal import Tilt
-    from pyengine.scorers import Part
-
     torch.manual_seed(0)
     scorer = PrefixScorer(40, 333, width=50)
     hidden = torch.randn(70, 40)
-    tilt = Tilt([(1.0, Part(1.0, "prefix", scorer))], steady=True)
-    whole = tilt.values([{-1: hidden}], 340)
-    alone = [tilt.values([{-1: hidden[i : i + 1]}], 340) for i in range(70)]
-    assert torch.equal(torch.cat(alone, 1), whole)
+    whole = _values(scorer, {-1: hidden}, 340, steady=True)
+    alone = [_values(scorer, {-1: hidden[i : i + 1]}, 340, steady=True) for i in range(70)]
+    assert torch.equal(torch.cat(alone), whole)

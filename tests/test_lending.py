@@ -254,9 +254,10 @@ def test_a_reward_that_calls_its_own_engine_is_told(model_dirs):
 
 
 class TestThreads:
-    def test_one_call_at_a_time_whatever_the_threads(self, model_dirs):
-        """Where a scorer has a transform, two used to get in."""
+    def test_calls_of_several_threads_share_the_engine(self, model_dirs):
+        """The second comes while a scorer of the first is at work, follows another scorer, and is what it is alone."""
         engine = Engine.from_pretrained(model_dirs["llama"], cache_gb=0.01)
+        want = engine.generate("sphinx", None, SAMPLING)
         inside, go = threading.Event(), threading.Event()
 
         def slow(prompts, completions):
@@ -264,23 +265,23 @@ class TestThreads:
             assert go.wait(10)
             return [0.0] * len(completions)
 
-        engine.set_scorer(pyengine.lsc(slow, 0.0))
         done = []
-        thread = threading.Thread(target=lambda: done.extend(engine.generate("the quick", BestOfK(2), SAMPLING)))
+        handle = engine.submit("the quick", BestOfK(2), SAMPLING, pyengine.lsc(slow, 0.0))
+        thread = threading.Thread(target=lambda: done.append(handle.result()))
         thread.start()
         assert inside.wait(10)
-        for call in (
-            lambda: engine.generate("sphinx"),
-            lambda: list(engine.stream("sphinx")),
-            lambda: engine.set_scorer(None),
-            engine.forget,
-        ):
-            with pytest.raises(InputError, match="this engine is decoding: end or close the stream"):
-                call()
+        other = engine.submit("sphinx", None, SAMPLING)
+        with pytest.raises(TimeoutError, match=r"not done after 0\.1 seconds"):
+            other.result(timeout=0.1)
+        engine.set_scorer(None)
+        with pytest.raises(InputError, match="this engine is decoding: end or close what is open before changing its"):
+            engine.forget()
         go.set()
         thread.join()
         assert len(done) == 1
-        assert engine.generate("sphinx", None, SAMPLING)
+        assert done[0].rewards
+        assert [other.result()] == want
+        engine.forget()
 
     def test_a_scorer_may_ask_the_engine_while_it_is_being_set(self, model_dirs):
         engine, found = Engine.from_pretrained(model_dirs["llama"], cache_gb=0.01), []
@@ -401,7 +402,9 @@ class Interrupted:
         for decoder in (self.engine._decoder, *self.engine._readers.values()):
             decoder.cache.check_integrity()
             assert decoder.cache.pages_in_use == 0, where
-        assert self.engine._holder is None, where
+            assert decoder.cache.leaves_free == decoder.cache.leaves, where
+        assert self.engine._core._driver is None, where
+        assert self.engine._core.schedule.idle, where
         assert self.engine.parts == self.parts, where
 
 

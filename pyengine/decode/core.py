@@ -52,15 +52,16 @@ class Core:
                 raise TimeoutError(f"not done after {timeout:g} seconds")
             with self._changed:
                 if self._driver == me:
-                    raise InputError("this engine is decoding, and waits for the scorer that asks it: use another engine")
+                    raise InputError("this engine is decoding, and waits for the scorer that asks it: take another one")
                 if self._driver is not None or self._thread is not None:
                     if not ready():
-                        self._changed.wait(0.5 if until is None else max(0.0, min(0.5, until - time.monotonic())))
+                        left = 0.5 if until is None else until - time.monotonic()
+                        self._changed.wait(max(0.0, min(0.5, left)))
                     continue
             self._step(me, tick)
 
     def _step(self, me: int, tick: Tick) -> None:
-        """One step by this thread, if nobody else steps. Whatever cuts it short ends the requests that were under way."""
+        """One step by this thread, if nobody else steps. What cuts it short ends the requests that were under way."""
         # Given back once more where an interrupt cuts the first time short.
         try:
             try:
@@ -122,7 +123,7 @@ class Core:
                     if self.schedule.idle:
                         return
                 self._step(me, int)
-        except Exception as error:  # every handle has it already
+        except Exception as error:  # noqa: BLE001 - every handle has it already
             self._dead = error
         finally:
             with self._changed:

@@ -11,9 +11,7 @@ from pyengine.scorers import Part, Policy, Scorer
 class Panel:
     """One reader for each scorer, alive as long as somebody follows it: a request's plan, or the engine by default."""
 
-    def __init__(
-        self, policy: Policy, max_rows: int, budget: float | None, frozen: bool, steady: bool
-    ) -> None:
+    def __init__(self, policy: Policy, max_rows: int, budget: float | None, frozen: bool, steady: bool) -> None:
         self._policy = policy
         self._readers_get = (max_rows, budget, frozen, steady)
         self._readers: WeakValueDictionary[Scorer, Reader] = WeakValueDictionary()

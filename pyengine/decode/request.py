@@ -10,10 +10,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from pyengine import ledger
+from pyengine.cache import LEAF
 from pyengine.codec import Text
 from pyengine.decoder import Decoder, Frontier, Stem
 from pyengine.errors import RequestError
 from pyengine.plan import Plan
+from pyengine.reader import Reader
 from pyengine.results import Block, Event, FinishReason, Result, SamplingParams
 from pyengine.scorers import Hidden
 
@@ -78,6 +80,25 @@ class Request:
     @property
     def over(self) -> bool:
         return self.error is not None or self.finish_reason is not None or self.cancelled
+
+    @property
+    def next_room(self) -> int:
+        """Tokens of a branch of its next block. A single branch has blocks too: where they end must not depend on what
+        is decoded beside it, as the split between prefix and tail orders the sums."""
+        left = self.limit - len(self.tokens)
+        if not self.plan.selects:
+            return min(LEAF - len(self.tokens) % LEAF, left)
+        return min(self.plan.strategy.block_tokens or left, left)
+
+    def stepping(self) -> list[tuple[Decoder, Stem]]:
+        """Where it has a row for each branch; a reader by which it selects sees whole blocks."""
+        return [(d, stem) for d, stem in self.stems.items() if not (isinstance(d, Reader) and self.plan.selects)]
+
+    def fork(self) -> None:
+        """The branches of its next block."""
+        self.branches, self.room = [Branch() for _ in range(self.plan.k)], self.next_room
+        for decoder, stem in self.stepping():
+            decoder.fork(stem, self.plan.k, self.room)
 
     def fail(self, reason: str, cause: Exception | None = None) -> None:
         """It cannot be finished; the first reason stays."""

@@ -13,14 +13,13 @@ from collections.abc import Callable
 import torch
 
 from pyengine.cache import LEAF
-from pyengine.decode.request import Branch, Request, mix
+from pyengine.decode.request import Request
+from pyengine.decode.rows import Begun, Rows
 from pyengine.decode.settle import Judge
-from pyengine.decode.step import HORIZON, Draw, Follower, Graph, Step
-from pyengine.decoder import PREFILL_TOKENS, BranchingDecoder, Decoder, Frontier, Stem
+from pyengine.decoder import PREFILL_TOKENS, BranchingDecoder, Decoder, Stem
 from pyengine.errors import RequestError
 from pyengine.reader import Reader
 from pyengine.results import Event, Result
-from pyengine.scorers import Scorer
 
 BESIDE_TOKENS = {"cpu": 512, "cuda": 8192}  # of prompts that are read between two steps of others
 
@@ -28,20 +27,16 @@ BESIDE_TOKENS = {"cpu": 512, "cuda": 8192}  # of prompts that are read between t
 class Schedule:
     """decoder: the base policy's; name: what messages call it."""
 
-    def __init__(
-        self, decoder: Decoder, judge: Judge, name: str, steady: bool, device: torch.device
-    ) -> None:
+    def __init__(self, decoder: Decoder, judge: Judge, name: str, steady: bool, device: torch.device) -> None:
         self.decoder, self.judge = decoder, judge
-        self.name, self.steady, self.device = name, steady, device
+        self.device = device
         self.incoming: deque[Request] = deque()  # the one place where other threads write
         self.waiting: list[Request] = []  # in the order in which they are to be admitted
         self.reading: list[Request] = []  # whose prompts are being read
         self.running: list[Request] = []  # that have rows
         self.counts: Counter[str] = Counter()
         self._begun: list[Decoder] = []  # decoders that have prompts, or had since nobody was there
-        self._step: Step | None = None
-        self._rows: list[tuple[Request, int]] = []  # (request, branch) of each row of the step
-        self._followed: dict[Reader, list[tuple[Request, int]]] = {}  # rows that a reader tilts, in its order
+        self.rows = Rows(decoder, name, steady)
         self._stale = False  # a request with rows has left since they were planted
         self.whole = True  # no step was cut short that `abort` has not seen to the end
 
@@ -56,7 +51,7 @@ class Schedule:
         found: dict[str, int | float] = {
             "running": len(self.running) + len(self.reading),
             "waiting": len(self.waiting) + len(self.incoming),
-            "rows": len(self._rows),
+            "rows": len(self.rows.table),
             "captured_graphs": len(self.decoder.captured),
         }
         if isinstance(self.decoder, BranchingDecoder):
@@ -70,7 +65,7 @@ class Schedule:
         plan, tokens = request.plan, len(request.prompt_ids)
         for decoder in self._decoders(request):
             growth = request.limit if plan.grows else 0
-            reason = decoder.refuses(tokens, growth, plan.k, min(plan.strategy.block_tokens or request.limit, request.limit))
+            reason = decoder.refuses(tokens, growth, plan.k, request.next_room)
             if reason:
                 request.fail(reason)
 
@@ -84,10 +79,10 @@ class Schedule:
         self._admit()
         self._prefill()
         if self._stale:
-            self._stale = False
-            self._replant(self.running, {})
+            self._replant({})
         if self.running:
-            self._decode(tick)
+            self.counts["drawn_tokens"] += len(self.rows.table) * self.rows.run(tick)
+            self._settle()
         if self.idle:
             self._end(True)
         self.whole = True
@@ -96,7 +91,8 @@ class Schedule:
         """A step was cut short: nobody that was on its way can go on, and the memory is whole again."""
         requests = self.requests()
         self.incoming.clear()
-        self.waiting, self.reading, self.running, self._step, self._rows = [], [], [], None, []
+        self.waiting, self.reading, self.running = [], [], []
+        self.rows.clear()
         self._stale = False
         self._end(False)
         self.whole = True
@@ -142,13 +138,12 @@ class Schedule:
     def _join(self, request: Request) -> bool:
         """A stem for it in each decoder that follows it, or none in any."""
         ids = request.prompt_ids + request.tokens
-        room = self._room(request)
         for decoder in self._decoders(request):
             if decoder not in self._begun:
                 decoder.begin()
                 self._begun.append(decoder)
             selecting = isinstance(decoder, Reader) and request.plan.selects
-            stem = self._place(decoder, request, ids, 0 if selecting else request.plan.k * -(-room // LEAF))
+            stem = self._place(decoder, request, ids, 0 if selecting else _leaves(request))
             if stem is None:
                 for there, own in request.stems.items():
                     there.leave(own)
@@ -163,19 +158,11 @@ class Schedule:
         """Leaves and pages of those that are still being read are spoken for."""
         for other in self.reading:
             if decoder in other.stems and not (isinstance(decoder, Reader) and other.plan.selects):
-                leaves += other.plan.k * -(-self._room(other) // LEAF)
+                leaves += _leaves(other)
         return decoder.join(ids, leaves)
 
     def _decoders(self, request: Request) -> list[Decoder]:
         return [self.decoder, *request.plan.follows()]
-
-    def _room(self, request: Request) -> int:
-        """Tokens of a branch of its next block. A single branch has blocks too: where they end must not depend on what
-        is decoded beside it, as the split between prefix and tail orders the sums."""
-        left = request.limit - len(request.tokens)
-        if not request.plan.selects:
-            return min(LEAF - len(request.tokens) % LEAF, left)
-        return min(request.plan.strategy.block_tokens or left, left)
 
     def _prefill(self) -> None:
         if not self.reading:
@@ -189,169 +176,18 @@ class Schedule:
         ready = [r for r in self.reading if len(r.at) == len(r.stems)]
         if ready:
             self.reading = [r for r in self.reading if r not in ready]
-            begun: dict[Request, int | None] = dict.fromkeys(ready)
-            self._replant([*self.running, *ready], begun)
+            self.running += ready
+            self._replant(dict.fromkeys(ready))
 
-    # Rows
-
-    def _fork(self, request: Request) -> None:
-        """The branches of its next block."""
-        request.branches = [Branch() for _ in range(request.plan.k)]
-        request.room = self._room(request)
-        for decoder, stem in self._stepping(request):
-            decoder.fork(stem, request.plan.k, request.room)
-
-    def _stepping(self, request: Request) -> list[tuple[Decoder, Stem]]:
-        """Where it has a row for each branch; a reader by which it selects sees whole blocks."""
-        return [
-            (decoder, stem)
-            for decoder, stem in request.stems.items()
-            if not (isinstance(decoder, Reader) and request.plan.selects)
-        ]
-
-    def _replant(self, requests: list[Request], begun: dict[Request, int | None]) -> None:
-        """The step goes on with these requests. begun: those that begin a block, from the row of their winner or, where
-        that is None, from a prompt that has been read; these come last. Branches that have ended have no row more."""
-        before, old = self._step, {row: i for i, row in enumerate(self._rows)}
-        self.running, self._rows = requests, []
-        sources: list[int] = []  # rows of the step before
-        fresh: list[tuple[Request, int]] = []  # prompts, and how many rows begin there
-        for request in requests:
-            if request in begun:
-                self._fork(request)
-            going = [b for b, branch in enumerate(request.branches) if not branch.ended]
-            for decoder, stem in self._stepping(request):
-                stem.lengths = [len(branch.tokens) for branch in request.branches]
-            self._rows += [(request, b) for b in going]
-            winner = begun.get(request)
-            if request not in begun:
-                sources += [old[request, b] for b in going]
-            elif winner is not None:
-                sources += [winner] * len(going)
-            else:
-                fresh.append((request, len(going)))
-        if not self._rows:
-            self._step = None
-            return
-        self._step = self._planted(before, sources, fresh)
-        if self._step.fixed:
-            graph = self.decoder.captured.setdefault(self._step.key, Graph(self._step))
-            if graph.state is not self._step:
-                graph.state.take(self._step)
-                self._step = graph.state
-
-    def _planted(
-        self,
-        before: Step | None,
-        sources: list[int],
-        fresh: list[tuple[Request, int]],
-    ) -> Step:
-        tilts = list(dict.fromkeys(scorer for request in self.running for scorer in request.plan.tilts))
-        readers = {s: r for request in self.running for s, r in request.plan.readers.items() if s in request.plan.tilts}
-        beside = {}
-        followed, self._followed = self._followed, {}
-        for reader in dict.fromkeys(readers.values()):
-            theirs = [(i, row) for i, row in enumerate(self._rows) if reader in row[0].stems and row[0].plan.tilts]
-            was, self._followed[reader] = followed.get(reader, []), [row for _, row in theirs]
-            there = None if before is None else before.beside.get(reader)
-            stay = [was.index(row) for _, row in theirs if reader not in row[0].at]
-            new = [(row[0].at[reader], 1) for _, row in theirs if reader in row[0].at]
-            stems = [(row[0].stems[reader], row[1]) for _, row in theirs]
-            frontier = _carried(None if there is None else there.frontier, stay, new)
-            beside[reader] = ([i for i, _ in theirs], stems, frontier)
-        step = Step(
-            self.decoder,
-            [(request.stems[self.decoder], b) for request, b in self._rows],
-            [self._draw(request, request.branches[b], tilts) for request, b in self._rows],
-            _carried(None if before is None else before.frontier(), sources, [(r.at[self.decoder], n) for r, n in fresh]),
-            [Follower(scorer, readers.get(scorer)) for scorer in tilts],
-            beside,
-            self.steady,
-        )
-        if before is not None:  # rows in the middle of a block know the states at their last tokens
-            step.carry(before, sources)
-        for request, _ in fresh:
-            request.at = {}
-        return step
-
-    def _draw(self, request: Request, branch: Branch, tilts: list[Scorer]) -> Draw:
-        """How the next token of a branch is drawn; `mix` gives every branch but the first a seed of its own."""
-        p, b, there = request.params, request.branches.index(branch), len(branch.tokens)
-        return Draw(
-            p.temperature,
-            p.top_k,
-            p.top_p,
-            p.min_p,
-            mix(request.seed, [b]) if b else request.seed,
-            len(request.tokens) + there,
-            request.room - there,
-            len(request.tokens) + request.room == request.limit,
-            tuple(sorted(request.ends)),
-            tuple(request.plan.tilts.get(scorer, 0.0) for scorer in tilts),
-            request.plan.budget or 0.0,
-        )
-
-    # Tokens
-
-    def _decode(self, tick: Callable[[], object]) -> None:
-        if any(request.over for request in self.running):
-            raise AssertionError("a request that is over has rows")
-        step = self._step
-        assert step is not None
-        steps = self._horizon()
-        graph = self.decoder.captured[step.key] if step.fixed else None
-        for _ in range(steps):
-            tick()
-            if graph is not None:
-                graph()
-            elif not step.step():
-                break
-        self._read(step, steps)
-        self._settle(step)
-
-    def _horizon(self) -> int:
-        """Steps before the host looks: to the nearest end of a block, one where somebody waits for each token."""
-        if not self.decoder.waits or any(r.handle.listening and not r.plan.selects for r in self.running):
-            return 1
-        left = min(request.room - len(request.branches[b].tokens) for request, b in self._rows)
-        return max(1, min(HORIZON, left))
-
-    def _read(self, step: Step, steps: int) -> None:
-        """What was drawn joins the branches."""
-        for tokens, logp_base, logp_policy, kl, valid in step.read(steps):
-            for row, (request, b) in enumerate(self._rows):
-                branch = request.branches[b]
-                if branch.ended or request.error:
-                    continue
-                if not valid[row]:
-                    self._blame(request, branch, step, row)
-                    continue
-                branch.tokens.append(tokens[row])
-                branch.logp_base.append(logp_base[row])
-                branch.logp_policy.append(logp_policy[row])
-                branch.kl += kl[row]
-                if tokens[row] in request.ends:
-                    branch.finish_reason = "stop"
-                elif len(request.tokens) + len(branch.tokens) == request.limit:
-                    branch.finish_reason = "length"
-                branch.ended = branch.finish_reason is not None or len(branch.tokens) == request.room
-        self.counts["drawn_tokens"] += steps * len(self._rows)
-
-    def _blame(self, request: Request, branch: Branch, step: Step, row: int) -> None:
-        at = f"at token {len(request.tokens) + len(branch.tokens)}"
-        either = "either" if request.plan.tilts else "model"  # looking would read every row of logits once more
-        who = step.bad.get(row, either)
-        if who == "model":
-            request.fail(f"{self.name} gave NaN or infinite logits {at}; check the checkpoint and its dtype")
-        else:
-            either = f"{self.name} or the scorer" if who == "either" else "the scorer"
-            request.fail(f"{either} gave NaN or infinite values {at}; check the scorer and its weight")
+    def _replant(self, begun: Begun) -> None:
+        self._stale = False
+        self.rows.replant(self.running, begun)
 
     # The ends of blocks
 
-    def _settle(self, step: Step) -> None:
+    def _settle(self) -> None:
         ended = [r for r in self.running if not r.error and all(branch.ended for branch in r.branches)]
-        self._note_states(step)
+        self.rows.note_states()
         blocks = [r for r in ended if r.plan.selects]
         chosen = self.judge.select(blocks) if blocks else {}
         singles = [r for r in ended if not r.plan.selects]
@@ -363,24 +199,19 @@ class Schedule:
         over = [r for r in self.running if r.over]
         for request in over:
             self._leave(request)
-        dead = sum(request.branches[b].ended for request, b in self._rows if request in self.running and request not in begun)
-        rows = len(self._rows)
-        if begun or over or 2 * dead > rows or (dead and not isinstance(self.decoder, BranchingDecoder)) or self._stale:
-            self._stale = False
-            self._replant(self.running, begun)
+        there = set(self.running)
+        dead = sum(
+            request.branches[b].ended for request, b in self.rows.table if request in there and request not in begun
+        )
+        drop = dead if not isinstance(self.decoder, BranchingDecoder) else 2 * dead > len(self.rows.table)
+        if begun or drop or self._stale:
+            self._replant(begun)
 
-    def _note_states(self, step: Step) -> None:
-        """Branches that have ended keep the states that their scorers read."""
-        for row, (request, b) in enumerate(self._rows):
-            branch = request.branches[b]
-            if branch.ended and not branch.hidden and step.hidden:
-                branch.hidden, branch.previous = step.states(row)
-
-    def _commit(self, chosen: dict[Request, int]) -> dict[Request, int | None]:
+    def _commit(self, chosen: dict[Request, int]) -> Begun:
         """The winners' tokens join their requests, and where these go on their prefixes. Those that begin a block, with
         the row that they go on from."""
-        at = {row: i for i, row in enumerate(self._rows)}
-        begun: dict[Request, int | None] = {}
+        at = {row: i for i, row in enumerate(self.rows.table)}
+        begun: Begun = {}
         moves: dict[Decoder, list[tuple[Request, int, int]]] = {}
         for request, b in chosen.items():
             branch = request.branches[b]
@@ -415,7 +246,7 @@ class Schedule:
                     request.fail(reason)
         return request.error is not None
 
-    def _make_room(self, decoder: Decoder, moves: list[tuple[Request, int, int]], begun: dict[Request, int | None]) -> None:
+    def _make_room(self, decoder: Decoder, moves: list[tuple[Request, int, int]], begun: Begun) -> None:
         """While there are not the pages, the youngest of the least urgent gives up its own, and is read again later."""
         if not isinstance(decoder, BranchingDecoder):
             return
@@ -483,18 +314,6 @@ class Schedule:
             request.handle.tell(request.index)
 
 
-def _carried(old: Frontier | None, sources: list[int], fresh: list[tuple[Frontier, int]]) -> Frontier:
-    """Rows of the step before, then so many of each prompt that has been read. A layer that nobody read before is 0."""
-    parts = []
-    if sources:
-        assert old is not None
-        same = sources == list(range(len(old.logits)))
-        parts.append(old if same else old.rows(torch.tensor(sources, device=old.logits.device)))
-    parts += [f if n == 1 else f.rows(torch.zeros(n, dtype=torch.long, device=f.logits.device)) for f, n in fresh]
-    shapes = {layer: h for part in parts for layer, h in part.hidden.items()}
-    if any(len(part.hidden) < len(shapes) for part in parts):
-        parts = [
-            Frontier(p.logits, {n: p.hidden.get(n, h.new_zeros(len(p.logits), h.shape[1])) for n, h in shapes.items()})
-            for p in parts
-        ]
-    return Frontier.of(parts)
+def _leaves(request: Request) -> int:
+    """Of the branches of its next block."""
+    return request.plan.k * -(-request.next_room // LEAF)

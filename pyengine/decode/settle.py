@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from itertools import groupby
 
 import torch
@@ -16,6 +17,7 @@ from pyengine.errors import InputError, first_line
 from pyengine.reader import Reader
 from pyengine.results import Block, Candidate
 from pyengine.scorers import Candidates, Part, Policy, RewardModel, Scorer
+from pyengine.strategies import Tokenwise
 
 Owned = list[tuple[Request, Branch]]
 
@@ -28,13 +30,9 @@ class Judge:
 
     def refuse(self, requests: Sequence[Request]) -> None:
         """Fail requests whose prompt a transform cannot serve, as one without a reference, before any is decoded."""
-        for request in requests:
-            for part in request.plan.parts:
-                self._each(
-                    lambda some, part=part: part.utilities(torch.zeros(len(some)), [r.prompt for r, _ in some]),
-                    part.name,
-                    [(request, Branch())],
-                )
+        owned = [(request, Branch()) for request in requests]
+        zeros = dict.fromkeys(range(len(owned)), torch.zeros(()))
+        self._transformed(owned, dict.fromkeys((p.scorer for r in requests for p in r.plan.parts), zeros))
 
     # Scores
 
@@ -56,25 +54,21 @@ class Judge:
             if reader is not None and selecting:
                 found = self._read(reader, some)
             else:
-                found = self._each(lambda x, s=scorer, r=reader: self._score(s, r, x), names[scorer], some)
+                found = self._each(partial(self._score, scorer, reader), names[scorer], some)
             raw[scorer] = dict(zip(places, found, strict=True))
         return self._transformed(owned, raw)
 
-    def _transformed(self, owned: Owned, raw: dict[Scorer, dict[int, Tensor]]) -> dict[int, Tensor]:
+    def _transformed(self, owned: Owned, raw: Mapping[Scorer, Mapping[int, Tensor]]) -> dict[int, Tensor]:
         out: dict[int, list[Tensor]] = {i: [] for i in range(len(owned))}
         plans = {id(request.plan.parts): request.plan.parts for request, _ in owned}
         for key, parts in plans.items():
             places = [i for i, (request, _) in enumerate(owned) if id(request.plan.parts) == key]
             for part in parts:
-                column = torch.stack([raw[part.scorer][i] for i in places])
-                at = {id(branch): j for j, (_, branch) in enumerate(owned[i] for i in places)}
-
-                def utilities(some: Owned, part: Part = part, column: Tensor = column, at: dict[int, int] = at) -> Tensor:
-                    return part.utilities(column[[at[id(b)] for _, b in some]], [r.prompt for r, _ in some])
-
-                for i, score in zip(places, self._each(utilities, part.name, [owned[i] for i in places]), strict=True):
+                scores = {owned[i][1]: raw[part.scorer][i] for i in places}
+                found = self._each(partial(_utilities, part, scores), part.name, [owned[i] for i in places])
+                for i, score in zip(places, found, strict=True):
                     out[i].append(score)
-        return {i: torch.stack(scores) for i, scores in out.items()}
+        return {i: torch.stack(scores) for i, scores in out.items() if scores}
 
     def _read(self, reader: Reader, owned: Owned) -> Tensor:
         """Raw scores of all branches of these requests by a scorer that has a cache of its own."""
@@ -153,21 +147,23 @@ class Judge:
         scores = self.score(owned, selecting=True)
         chosen: dict[Request, int] = {}
         first = 0
-        alike: dict[object, list[tuple[Request, Tensor]]] = {}
+        # One call for requests of as many branches and the same weights and beta; most of a server's are alike.
+        alike: dict[tuple[int, float, tuple[float, ...]], list[tuple[Request, Tensor]]] = {}
         for request in requests:
             own = torch.stack([scores[first + j] for j in range(len(request.branches))])
             first += len(request.branches)
             if request.error is None:
                 strategy, weights = request.plan.strategy, tuple(part.weight for part in request.plan.parts)
-                alike.setdefault((strategy.k, strategy.beta, weights), []).append((request, own))  # type: ignore[union-attr]
-        for (_, beta, weights), group in alike.items():  # type: ignore[misc]
+                beta = 0.0 if isinstance(strategy, Tokenwise) else strategy.beta or 0.0
+                alike.setdefault((strategy.k, beta, weights), []).append((request, own))
+        for (_, beta, weights), group in alike.items():
             rows = torch.stack([own for _, own in group])
             if rows.isnan().any():
                 warnings.warn("a scorer returned NaN; such candidates rank last", RuntimeWarning, stacklevel=2)
             picked = ops.select_block(
                 rows,
                 torch.tensor(weights, device=rows.device),
-                beta=beta or 0.0,
+                beta=beta,
                 seed=torch.tensor([r.seed for r, _ in group], device=rows.device),
                 position=torch.tensor([len(r.tokens) for r, _ in group], device=rows.device),
             )
@@ -186,11 +182,18 @@ class Judge:
                 request.scores = scores[i].tolist()
 
 
+def _utilities(part: Part, scores: Mapping[Branch, Tensor], owned: Owned) -> Tensor:
+    """Raw scores of these branches, transformed."""
+    return part.utilities(torch.stack([scores[branch] for _, branch in owned]), [r.prompt for r, _ in owned])
+
+
 def _owners(owned: Owned) -> list[Request]:
     return list(dict.fromkeys(request for request, _ in owned))
 
 
-def _record(request: Request, chosen: int, utility: list[float], probability: list[float], scores: list[list[float]]) -> None:
+def _record(
+    request: Request, chosen: int, utility: list[float], probability: list[float], scores: list[list[float]]
+) -> None:
     grown = [request.text.copy() for _ in request.branches]
     candidates = [
         Candidate(

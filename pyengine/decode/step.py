@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Hashable, Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -100,7 +99,7 @@ class Step:
         def column(name: str, dtype: torch.dtype = torch.float32) -> Tensor:
             return torch.tensor([getattr(draw, name) for draw in draws], dtype=dtype, device=self.device)
 
-        self.columns = {name: column(name) for name in ("temperature", "top_p", "min_p")}
+        self.columns: dict[str, Any] = {name: column(name) for name in ("temperature", "top_p", "min_p")}
         self.columns |= {name: column(name, torch.long) for name in ("top_k", "seed", "position")}
         self.room, self.final = column("room", torch.long), column("last", torch.bool)
         most = max(1, *(len(draw.ends) for draw in draws))
@@ -140,8 +139,9 @@ class Step:
         for i, (scorer, decoder) in enumerate(self.tilts):
             index, hidden = self._followers(i, decoder)
             values = _padded(_values(scorer, hidden, vocab, self.steady), vocab)
-            whole = index is None or len(index) == len(self.logits)
-            found.append(values if whole else values.new_zeros(len(self.logits), vocab).index_copy_(0, index, values))
+            if index is not None and len(index) < len(self.logits):
+                values = values.new_zeros(len(self.logits), vocab).index_copy_(0, index, values)
+            found.append(values)
         return torch.stack(found)
 
     def _followers(self, tilt: int, decoder: Any) -> tuple[Tensor | None, Hidden]:
@@ -244,7 +244,8 @@ class Step:
 
     def states(self, row: int) -> tuple[Hidden, Hidden]:
         """Hidden states [D] at the row's last token, and at the one before."""
-        return ({n: h[row].clone() for n, h in self.last.items()}, {n: h[row].clone() for n, h in self.previous.items()})
+        last, previous = ({n: h[row].clone() for n, h in its.items()} for its in (self.last, self.previous))
+        return last, previous
 
 
 class Graph:

@@ -1,0 +1,188 @@
+"""The rows of the step: which branches have one, where they came from, and what was drawn for them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from pyengine.decode.request import Branch, Request, mix
+from pyengine.decode.step import HORIZON, Draw, Follower, Graph, Step
+from pyengine.decoder import Decoder, Frontier
+from pyengine.reader import Reader
+from pyengine.scorers import Scorer
+
+Begun = dict[Request, int | None]  # requests that begin a block: the row of their winner, None for a prompt just read
+
+
+class Rows:
+    """One row for each branch that has not ended, request by request. name: what messages call the base policy."""
+
+    def __init__(self, decoder: Decoder, name: str, steady: bool) -> None:
+        self.decoder, self.name, self.steady = decoder, name, steady
+        self.table: list[tuple[Request, int]] = []  # (request, branch) of each row
+        self.step: Step | None = None
+        self._followed: dict[Reader, list[tuple[Request, int]]] = {}  # rows that a reader tilts, in its order
+
+    def clear(self) -> None:
+        self.table, self.step, self._followed = [], None, {}
+
+    def replant(self, requests: list[Request], begun: Begun) -> None:
+        """The step goes on with these requests; those whose prompt has just been read come last. Branches that have
+        ended have no row any more."""
+        before, old = self.step, {row: i for i, row in enumerate(self.table)}
+        self.table = []
+        sources: list[int] = []  # rows of the step before
+        fresh: list[tuple[Request, int]] = []  # prompts, and how many rows begin there
+        for request in requests:
+            if request in begun:
+                request.fork()
+            going = [b for b, branch in enumerate(request.branches) if not branch.ended]
+            for _, stem in request.stepping():
+                stem.lengths = [len(branch.tokens) for branch in request.branches]
+            self.table += [(request, b) for b in going]
+            winner = begun.get(request)
+            if request not in begun:
+                sources += [old[request, b] for b in going]
+            elif winner is not None:
+                sources += [winner] * len(going)
+            else:
+                fresh.append((request, len(going)))
+        if not self.table:
+            self.clear()
+            return
+        self.step = self._made(requests, before, sources, fresh)
+        if self.step.fixed:
+            graph = self.decoder.captured.setdefault(self.step.key, Graph(self.step))
+            if graph.state is not self.step:
+                graph.state.take(self.step)
+                self.step = graph.state
+
+    def _made(
+        self, requests: list[Request], before: Step | None, sources: list[int], fresh: list[tuple[Request, int]]
+    ) -> Step:
+        tilts = list(dict.fromkeys(scorer for request in requests for scorer in request.plan.tilts))
+        readers = {s: r for request in requests for s, r in request.plan.readers.items() if s in request.plan.tilts}
+        old = None if before is None else before.frontier()
+        beside = {}
+        followed, self._followed = self._followed, {}
+        for reader in dict.fromkeys(readers.values()):
+            theirs = [(i, row) for i, row in enumerate(self.table) if reader in row[0].stems and row[0].plan.tilts]
+            was, self._followed[reader] = followed.get(reader, []), [row for _, row in theirs]
+            there = None if before is None else before.beside.get(reader)
+            stay = [was.index(row) for _, row in theirs if reader not in row[0].at]
+            new = [(row[0].at[reader], 1) for _, row in theirs if reader in row[0].at]
+            stems = [(row[0].stems[reader], row[1]) for _, row in theirs]
+            frontier = _carried(None if there is None else there.frontier, stay, new)
+            beside[reader] = ([i for i, _ in theirs], stems, frontier)
+        step = Step(
+            self.decoder,
+            [(request.stems[self.decoder], b) for request, b in self.table],
+            [self._draw(request, request.branches[b], tilts) for request, b in self.table],
+            _carried(old, sources, [(request.at[self.decoder], n) for request, n in fresh]),
+            [Follower(scorer, readers.get(scorer)) for scorer in tilts],
+            beside,
+            self.steady,
+        )
+        if before is not None:  # rows in the middle of a block know the states at their last tokens
+            step.carry(before, sources)
+        for request, _ in fresh:
+            request.at = {}
+        return step
+
+    def _draw(self, request: Request, branch: Branch, tilts: list[Scorer]) -> Draw:
+        """How the next token of a branch is drawn; `mix` gives every branch but the first a seed of its own."""
+        p, b, there = request.params, request.branches.index(branch), len(branch.tokens)
+        return Draw(
+            p.temperature,
+            p.top_k,
+            p.top_p,
+            p.min_p,
+            mix(request.seed, [b]) if b else request.seed,
+            len(request.tokens) + there,
+            request.room - there,
+            len(request.tokens) + request.room == request.limit,
+            tuple(sorted(request.ends)),
+            tuple(request.plan.tilts.get(scorer, 0.0) for scorer in tilts),
+            request.plan.budget or 0.0,
+        )
+
+    # Tokens
+
+    def run(self, tick: Callable[[], object]) -> int:
+        """A few tokens for every row; returns how many steps it made. What was drawn joins the branches."""
+        step = self.step
+        assert step is not None
+        steps = self._horizon()
+        graph = self.decoder.captured[step.key] if step.fixed else None
+        for _ in range(steps):
+            tick()
+            if graph is not None:
+                graph()
+            else:
+                step.step()
+        self._read(step, steps)
+        return steps
+
+    def _horizon(self) -> int:
+        """Steps before the host looks: to the nearest end of a block, one where somebody waits for each token."""
+        if not self.decoder.waits or any(r.handle.listening and not r.plan.selects for r, _ in self.table):
+            return 1
+        left = min(request.room - len(request.branches[b].tokens) for request, b in self.table)
+        return max(1, min(HORIZON, left))
+
+    def _read(self, step: Step, steps: int) -> None:
+        """What was drawn joins the branches."""
+        for tokens, logp_base, logp_policy, kl, valid in step.read(steps):
+            for row, (request, b) in enumerate(self.table):
+                branch = request.branches[b]
+                if branch.ended or request.error:
+                    continue
+                if not valid[row]:
+                    self._blame(request, branch, step, row)
+                    continue
+                branch.tokens.append(tokens[row])
+                branch.logp_base.append(logp_base[row])
+                branch.logp_policy.append(logp_policy[row])
+                branch.kl += kl[row]
+                if tokens[row] in request.ends:
+                    branch.finish_reason = "stop"
+                elif len(request.tokens) + len(branch.tokens) == request.limit:
+                    branch.finish_reason = "length"
+                branch.ended = branch.finish_reason is not None or len(branch.tokens) == request.room
+
+    def _blame(self, request: Request, branch: Branch, step: Step, row: int) -> None:
+        at = f"at token {len(request.tokens) + len(branch.tokens)}"
+        either = "either" if request.plan.tilts else "model"  # looking would read every row of logits once more
+        who = step.bad.get(row, either)
+        if who == "model":
+            request.fail(f"{self.name} gave NaN or infinite logits {at}; check the checkpoint and its dtype")
+        else:
+            either = f"{self.name} or the scorer" if who == "either" else "the scorer"
+            request.fail(f"{either} gave NaN or infinite values {at}; check the scorer and its weight")
+
+    def note_states(self) -> None:
+        """Branches that have ended keep the states that their scorers read."""
+        step = self.step
+        assert step is not None
+        for row, (request, b) in enumerate(self.table):
+            branch = request.branches[b]
+            if branch.ended and not branch.hidden and step.hidden:
+                branch.hidden, branch.previous = step.states(row)
+
+
+def _carried(old: Frontier | None, sources: list[int], fresh: list[tuple[Frontier, int]]) -> Frontier:
+    """Rows of the step before, then so many of each prompt that has been read. A layer that nobody read before is 0."""
+    parts = []
+    if sources:
+        assert old is not None
+        same = sources == list(range(len(old.logits)))
+        parts.append(old if same else old.rows(torch.tensor(sources, device=old.logits.device)))
+    parts += [f if n == 1 else f.rows(torch.zeros(n, dtype=torch.long, device=f.logits.device)) for f, n in fresh]
+    shapes = {layer: h for part in parts for layer, h in part.hidden.items()}
+    if any(len(part.hidden) < len(shapes) for part in parts):
+        parts = [
+            Frontier(p.logits, {n: p.hidden.get(n, h.new_zeros(len(p.logits), h.shape[1])) for n, h in shapes.items()})
+            for p in parts
+        ]
+    return Frontier.of(parts)
