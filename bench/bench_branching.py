@@ -17,7 +17,9 @@ import transformers
 from transformers import DynamicCache
 
 from pyengine import ops
-from pyengine.decoder import BranchingDecoder, Prompt
+from pyengine.cache import LEAF, PAGE
+from pyengine.decoder import BranchingDecoder
+from pyengine.group import Group
 from pyengine.ops.linear import lent, quick_forwards
 
 TESTS = ("cache", "decoder", "tree_attention")
@@ -60,33 +62,33 @@ def probe_of(model):
 class Ours:
     """The engine's loop without its bookkeeping for people: fork, draw, append, select, commit."""
 
-    def __init__(self, model, prompt, k, tokens, blocks=8):
+    def __init__(self, model, prompt, k, tokens):
         self.k, self.tokens = k, tokens
         self.probe = probe_of(model)
         self.seed = torch.arange(k, device=model.device)
         self.decoder = BranchingDecoder(model, (-1,), k, budget=2e9)
-        self.decoder.open(k, tokens)
-        self.decoder.join([Prompt(prompt.tolist(), blocks * tokens)])
+        self.group = Group(self.decoder, k, tokens)
+        self.group.join([prompt.tolist()])
         self.position = 0
 
     @torch.inference_mode()
     def block(self):
-        frontier, drawn = self.decoder.fork(), []
+        frontier, drawn = self.group.fork(), []
         for step in range(self.tokens):
             drawn.append(ops.tilt_sample(frontier.logits, seed=self.seed, position=self.position + step).token)
-            frontier = self.decoder.append(drawn[-1])
+            frontier = self.group.append(drawn[-1])
         picked = ops.select_block(hidden=frontier.hidden[-1][None], probe=self.probe).index
-        self.decoder.commit(picked)
+        self.group.commit(picked)
         self.position += self.tokens
         return torch.stack(drawn)[:, picked[0]]
 
     def close(self):
-        self.decoder.close()
+        self.group.close()
 
     @property
     def cache_bytes(self):
         cache = self.decoder.cache
-        tokens = sum(len(s.pages) for s in self.decoder._sequences) * 64 + cache.slots * cache.room
+        tokens = cache.pages_in_use * PAGE + self.k * cache.leaves_for(self.tokens) * LEAF
         return tokens * cache.token_bytes
 
 

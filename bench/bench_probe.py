@@ -18,7 +18,8 @@ from torch.nn.functional import logsigmoid
 from torch.utils.data import DataLoader, TensorDataset
 
 from pyengine import Probe, ops
-from pyengine.decoder import BranchingDecoder, Prompt
+from pyengine.decoder import BranchingDecoder
+from pyengine.group import Group
 from pyengine.scorers import Candidates
 from pyengine.training.embeddings import Pairs
 from pyengine.training.probe import train_probe
@@ -140,16 +141,16 @@ class Block:
         self.tokens, self.k = tokens, k
         self.probe = Probe(model.config.hidden_size, hidden=hidden)
         self.decoder = BranchingDecoder(model, (-1,), k, budget=2e9)
-        self.decoder.open(k, tokens)
-        self.decoder.join([Prompt(list(range(1, prefix + 1)), tokens)])
+        self.group = Group(self.decoder, k, tokens)
+        self.group.join([list(range(1, prefix + 1))])
         self.given = None
 
     @torch.inference_mode()
     def decode(self):
-        frontier = self.decoder.fork()
+        frontier = self.group.fork()
         for step in range(self.tokens):
             token = ops.tilt_sample(frontier.logits, seed=torch.arange(self.k), position=step).token
-            frontier = self.decoder.append(token)
+            frontier = self.group.append(token)
         self.given = Candidates([""] * self.k, [[1]] * self.k, frontier.hidden, {}, lambda _: [])
 
     @torch.inference_mode()
@@ -179,7 +180,7 @@ def test_overhead_peers(rows, model, branches, hidden):
             start = time.perf_counter()
             getattr(block, name)()
             times.append(time.perf_counter() - start)
-    block.decoder.close()
+    block.group.close()
     decode, choose = (statistics.median(times[1:]) for times in seconds.values())
     rows.append(
         {
@@ -206,4 +207,4 @@ def test_smoke(benchmark):
     block = Block(small, 3, 4, 9)
     block.decode()
     assert 0 <= block.choose()[0] < 3
-    block.decoder.close()
+    block.group.close()

@@ -11,7 +11,6 @@ up behind. Fractions are of the rates of this machine, measured first.
 
 from __future__ import annotations
 
-import math
 import sys
 from functools import partial
 from importlib.util import find_spec
@@ -28,9 +27,8 @@ from rig import Rig, Skipped, backends, gpu_only, speedup, under
 from torch.nn.functional import cross_entropy, linear
 
 from pyengine import ops
+from pyengine.decode.step import HORIZON, Draw, Graph, Step
 from pyengine.ops import common, flash, logit_tiles
-from pyengine.proposal import Row, Tilt, propose
-from pyengine.results import SamplingParams
 
 LOGPROB, PREFERENCE, HEAD = (
     sys.modules[f"pyengine.ops.{op}"] for op in ("linear_logprob", "linear_preference", "head_tilt")
@@ -338,13 +336,22 @@ def tree_attention(rig: Rig):
 
 
 class Replayed(bench_branching.Ours):
-    """The same block through the engine's proposal, whose steps are replayed from a graph."""
+    """The same block through the engine's step, which is replayed from a graph."""
 
     @torch.inference_mode()
     def block(self):
-        rows = [Row(SamplingParams(), j, self.position, 2**30, math.inf) for j in range(self.k)]
-        tail = propose(self.decoder, rows, self.tokens, (), Tilt(), int)
-        self.decoder.commit(ops.select_block(hidden=tail.hidden[-1][None], probe=self.probe).index)
+        frontier = self.group.fork()
+        draws = [Draw(1.0, 0, 1.0, 0.0, j, self.position, self.tokens, False, (), (), 0.0) for j in range(self.k)]
+        step = Step(self.decoder, [(self.group.stems[0], j) for j in range(self.k)], draws, frontier)
+        graph = self.decoder.captured.setdefault(step.key, Graph(step))
+        if graph.state is not step:
+            graph.state.take(step)
+        for i in range(self.tokens):
+            graph()
+            if (i + 1) % HORIZON == 0:
+                graph.state.read(HORIZON)
+        self.group.note(self.tokens, graph.state.frontier())
+        self.group.commit(ops.select_block(hidden=graph.state.last[-1][None, : self.k], probe=self.probe).index)
         self.position += self.tokens
 
 
@@ -361,7 +368,7 @@ def decode(rig: Rig):
     for branches in (1, 16):
         prompt = bench_branching.prompt_of(model, prefix)
         for name, kind in (("replayed", Replayed), ("launched", bench_branching.Ours)):
-            ours = kind(model, prompt, branches, tokens, blocks=256)
+            ours = kind(model, prompt, branches, tokens)
             row = rig.race(f"a block, {name}", {"pyengine": ours.block}, 5, prefix=prefix, branches=branches)
             ours.close()
             keys = prefix + branches * tokens // 2

@@ -2,6 +2,7 @@
 
     python -m bench.mixed record    # one `generate` for each request; writes bench/results/mixed_goldens.json
     python -m bench.mixed check [N] # N requests of each model together, held against what was recorded
+    python -m bench.mixed soak [N]  # N steps of joins, cancellations, faults and preemptions in a small cache
     python -m bench.mixed time      # one by one, sorted by kind and mixed; writes bench/results/mixed.json
 
 Three small models with random weights: a Llama, a Mistral whose window is shorter than its prompts, and a GPT-J, which
@@ -14,6 +15,7 @@ import hashlib
 import json
 import random
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +23,14 @@ import torch
 import transformers
 
 import pyengine
+import pyengine.cache as cache_module
 from pyengine import BestOfK, Blockwise, Engine, SamplingParams, Tokenwise
 from pyengine.scorers import PrefixModel, PrefixScorer, Probe, RewardModel
 
 RESULTS = Path(__file__).parent / "results"
 GOLDENS, TIMES = RESULTS / "mixed_goldens.json", RESULTS / "mixed.json"
 COUNT = 140  # requests of each model
+SIZE = 3 * 2 * 2 * 16 * 4  # bytes of a token's keys and values
 WIDTH, VOCAB = 64, 1024
 SIZES = {
     "hidden_size": WIDTH,
@@ -85,14 +89,14 @@ def tokenizer() -> Any:
     return transformers.AutoTokenizer.from_pretrained(pyengine.embedded("policy"))
 
 
-def engine_of(name: str, **options: Any) -> Engine:
+def engine_of(name: str, cache_gb: float = 0.1, **options: Any) -> Engine:
     ends = {"eos_token_id": 0, "bos_token_id": None, "pad_token_id": 0}
     config = MODELS[name]()
     for key, value in ends.items():
         setattr(config, key, value)
     model = seeded(transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32), 1, 0.15)
     model.generation_config.eos_token_id = list(range(24))  # one draw in forty ends a branch
-    return Engine(model, tokenizer(), cache_gb=0.1, **options)
+    return Engine(model, tokenizer(), cache_gb=cache_gb, **options)
 
 
 def vowels(prompts: list[str], completions: list[str]) -> list[float]:
@@ -219,9 +223,65 @@ def check(count: int = COUNT) -> None:
     sys.exit(bool(wrong))
 
 
+def failing(prompts: list[str], completions: list[str]) -> list[float]:
+    raise ValueError("a fault of this request's own")
+
+
+def soak(steps: int = 10_000, pages: int = 70) -> None:
+    """Random joins, cancellations, faults and preemptions in a cache of a few pages, whose books are looked at after
+    every step; every request that is not meant to fail is what it was alone."""
+    goldens, found, draw = json.loads(GOLDENS.read_text())["llama"], scorers(), random.Random(0)
+    cache_module.TAIL_SHARE = 0.75  # so many leaves that it is pages that run out
+    engine = engine_of("llama", cache_gb=cache_module.budget_for(SIZE, pages, 1) / 1e9)
+    assert engine._decoder.cache.capacity == pages
+    core, counts, live = engine._core, Counter[str](), list[tuple[int, str, Any]]()
+    numbers = iter(range(10**9))
+    for step in range(steps):
+        while len(live) < 120 and draw.random() < 0.7:
+            number = next(numbers) % COUNT
+            if step // 100 % 2 and number % len(KINDS) > 4:  # single branches alone, which need pages more than leaves
+                continue
+            _, prompt, strategy, scorer, sampling = request(number, found)
+            fate = draw.choices(["end", "cancel", "fault"], [0.7, 0.2, 0.1])[0]
+            if fate == "fault" and isinstance(strategy, (Blockwise, BestOfK)):
+                scorer = failing
+            elif fate == "fault":
+                fate = "end"
+            priority = draw.choice([0, 0, 0, 1])
+            live.append((number, fate, engine.submit(prompt, strategy, sampling, scorer, priority=priority)))
+        for _, fate, handle in live:
+            if fate == "cancel" and draw.random() < 0.03:
+                handle.cancel()
+        core.turn()
+        for decoder in (engine._decoder, *engine._panel._readers.values()):
+            decoder.cache.check_integrity()
+        for number, fate, handle in [entry for entry in live if entry[2].done]:
+            live.remove((number, fate, handle))
+            outcome = handle.outcome()
+            if isinstance(outcome, Exception):
+                expected = {"cancel": "cancelled", "fault": "a fault of this request's own"}.get(fate, "")
+                assert expected, f"request {number} failed at step {step}: {outcome}"
+                assert expected in str(outcome), outcome
+            else:
+                assert fate != "fault", number
+                differ = differences(summary(outcome), goldens[number])
+                counts["differ"] += bool(differ)
+                if differ:
+                    print(f"step {step}: request {number} ({KINDS[number % len(KINDS)]}): {', '.join(differ)}")
+            counts[fate] += 1
+    for _, _, handle in live:
+        handle.cancel()
+    while not core.schedule.idle:
+        core.turn()
+    cache = engine._decoder.cache
+    assert (cache.pages_in_use, cache.leaves_free) == (0, cache.leaves)
+    print(f"{steps} steps: {dict(counts)}, {engine.stats()}")
+    sys.exit(counts["differ"] > 0)
+
+
 def main() -> None:
     torch.set_num_threads(1)
-    {"record": record, "check": check}[sys.argv[1]](*map(int, sys.argv[2:]))
+    {"record": record, "check": check, "soak": soak}[sys.argv[1]](*map(int, sys.argv[2:]))
 
 
 if __name__ == "__main__":

@@ -258,6 +258,7 @@ class BranchingDecoder:
     # Branches
 
     def fork(self, stem: Stem, k: int, room: int) -> None:
+        self._drop(stem)  # a block that was begun and not committed
         each = self.cache.leaves_for(room)
         taken = self.cache.take_leaves(k * each)
         stem.leaves = [taken[i * each : (i + 1) * each] for i in range(k)]

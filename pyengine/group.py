@@ -58,6 +58,10 @@ class Group:
         self.frontier = Frontier(found.logits[:n], {layer: h[:n] for layer, h in found.hidden.items()})
         return self.frontier
 
+    def note(self, steps: int, frontier: Frontier) -> None:
+        """Somebody else made so many steps of these rows."""
+        self._steps, self.frontier = steps, frontier
+
     def keep(self, rows: Tensor) -> Frontier:
         """These rows go on, the others are not looked at again."""
         self._rows = [self._rows[row] for row in rows.tolist()]

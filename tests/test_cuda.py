@@ -36,7 +36,8 @@ FILTERS = [
 def test_replayed_steps_equal_launched_ones(strategy, monkeypatch):
     """Twice with graphs, of which the second replays from its first step on; then without."""
     prompts = ["Review of the Harbour, a bakery:", "Review of the Kestrel, a desk lamp:"]
-    engine = Engine.from_pretrained(pyengine.embedded("policy"), pyengine.embedded("prefix"), "cuda", cache_gb=0.1)
+    policy, scorer = pyengine.embedded("policy"), pyengine.embedded("prefix")
+    engine = Engine.from_pretrained(policy, scorer, "cuda", cache_gb=0.1, frozen=True)
     sampling = [SamplingParams(seed=i, max_tokens=60) for i in range(2)]
     replayed = [engine.generate(prompts, strategy, sampling) for _ in range(2)]
     assert any(loop.graph is not None for loop in engine._decoder.captured.values())

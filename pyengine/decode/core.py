@@ -88,11 +88,14 @@ class Core:
                 self._driver = None
                 self._changed.notify_all()
 
+    def turn(self) -> None:
+        """One step, whoever waits for it."""
+        self._step(threading.get_ident(), int)
+
     def sweep(self) -> None:
         """Requests that were cancelled leave at once, where nobody is stepping who would see to it."""
-        me = threading.get_ident()
         if self._driver is None and self._thread is None:
-            self._step(me, int)
+            self.turn()
 
     @contextmanager
     def alone(self, what: str) -> Iterator[None]:
