@@ -122,7 +122,7 @@ SHAPES = {
     "long, several splits": {"lengths": (1300, 520), "branches": (4, 2)},
     "new tokens": {"tokens": 5},
     "long tails": {"tail": 300, "tokens": 3, "branches": (4, 1, 3)},
-    "a whole tail of new tokens": {"tokens": 70, "tail": 70, "lengths": (70, 200), "branches": (2, 2), "heads": (2, 1)},
+    "a whole tail of new tokens": {"tokens": 70, "tail": 70, "lengths": (70, 200), "branches": (2, 1), "heads": (2, 1)},
     "no prefix": {"lengths": (0, 3), "branches": (1, 2)},
     "MHA": {"heads": (4, 4)},
     "MQA, width 80": {"heads": (5, 1), "width": 80},
