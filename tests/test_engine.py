@@ -595,7 +595,7 @@ class TestBadInput:
 
     @pytest.mark.parametrize("prompt", ["", [], {"prompt": ""}, {"prompt_ids": []}])
     def test_empty_prompt(self, engine, prompt):
-        with pytest.raises(InputError, match="prompt 1 is empty|prompt 1: needs token ids"):
+        with pytest.raises(InputError, match=r"prompt 1 is empty|prompt 1: needs token ids"):
             engine.generate(["fine", prompt])
 
     def test_prompt_longer_than_the_context(self, engine):
