@@ -13,9 +13,10 @@ from typer.testing import CliRunner
 
 import pyengine
 from pyengine import BestOfK, InputError, RewardModel, SamplingParams, cli
+from pyengine.evaluation.calibration import calibration, evaluate
+from pyengine.integrations.trl.reward_model import default_config, train_reward_model
 from pyengine.scorers import Candidates
 from pyengine.training.examples import Labelled, Pair
-from pyengine.training.reward_model import calibration, default_config, evaluate, train_reward_model
 from pyengine.worlds import reviews
 
 QUICK = {"learning_rate": 3e-3, "per_device_train_batch_size": 32, "gradient_accumulation_steps": 1}

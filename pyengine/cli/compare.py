@@ -49,7 +49,7 @@ def curve(
     trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code", help="Run the model's own code.")] = False,
 ) -> None:
     """Reward against KL of chosen strategies: a picture, a table and a JSON file."""
-    from pyengine import curve as curves
+    from pyengine.evaluation import curve as curves
     from pyengine.results import SamplingParams
     from pyengine.strategies import BestOfK, Blockwise, Tokenwise
     from pyengine.training.shards import room_in

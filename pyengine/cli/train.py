@@ -300,7 +300,7 @@ def reward_model(
     real(lr, "--lr", 1e-12)
     real(epochs, "--epochs", 1e-12)
     with packages():
-        from pyengine.training.reward_model import default_config, scratch, train_reward_model
+        from pyengine.integrations.trl.reward_model import default_config, scratch, train_reward_model
 
     changes = {
         "learning_rate": lr,
