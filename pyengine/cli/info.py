@@ -25,6 +25,7 @@ def report() -> Iterator[tuple[str, str]]:
     import torch
 
     from pyengine import _C, ops
+    from pyengine.ops.backend import gpu_backend
 
     yield "tilt-engine", pyengine.__version__
     yield "python", f"{platform.python_version()} on {platform.machine()}"
@@ -35,7 +36,7 @@ def report() -> Iterator[tuple[str, str]]:
     yield "CUDA kernels", f"built for {built}" if built else "not built (needs nvcc; PYENGINE_CUDA=ON insists)"
     yield "threads", str(torch.get_num_threads())
     if torch.cuda.is_available():
-        yield "GPU", f"{torch.cuda.get_device_name()}; tilt_sample runs {ops.common.gpu_backend('info', 'tilt')}"
+        yield "GPU", f"{torch.cuda.get_device_name()}; tilt_sample runs {gpu_backend('tilt_sample')}"
     elif torch.version.cuda is None:
         yield "GPU", f"missing: torch {torch.__version__} is built without CUDA"
     else:
