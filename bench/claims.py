@@ -33,7 +33,7 @@ from rich.text import Text
 from transformers.utils import logging
 
 from pyengine import _C
-from pyengine.ops import common
+from pyengine.ops.settings import settings
 
 HERE = Path(__file__).parent
 # The neighbours by their names, also under `python -m`, which has the repository root on the path instead.
@@ -73,7 +73,7 @@ def machine() -> dict[str, Any]:
         "cpu": names[0] if names else platform.machine(),
         "cores": len(names),
         "threads": torch.get_num_threads(),
-        "instruction_set": _C.instruction_set(common.FORCED_ISA),
+        "instruction_set": _C.instruction_set(settings.cpu_isa),
         "python": platform.python_version(),
         "commit": git.stdout.strip() or None,
         **{name: metadata.version(name) for name in ("torch", "transformers", "numpy")},

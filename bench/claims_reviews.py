@@ -23,7 +23,7 @@ from transformers import AutoModel, AutoModelForCausalLM, PrinterCallback
 
 import pyengine
 from pyengine import BestOfK, Blockwise, Engine, PrefixModel, SamplingParams, Tokenwise, ops
-from pyengine.curve import label
+from pyengine.evaluation.curve import label
 from pyengine.ledger import best_of_k_bound, best_of_k_law, divergence, expected_reward
 from pyengine.results import Result
 from pyengine.rewards import length as length_reward

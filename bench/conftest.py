@@ -21,7 +21,7 @@ import pytest
 import torch
 
 from pyengine import _C
-from pyengine.ops import common
+from pyengine.ops.settings import settings
 
 HERE = Path(__file__).parent
 Rows = list[dict[str, object]]
@@ -38,7 +38,7 @@ def machine() -> dict[str, object]:
     out = {
         "cpu": names[0] if names else platform.machine(),
         "cores": len(names),
-        "instruction_set": _C.instruction_set(common.FORCED_ISA),
+        "instruction_set": _C.instruction_set(settings.cpu_isa),
         "compiler": _C.compiler(),
         "torch": torch.__version__,
         "python": platform.python_version(),

@@ -21,8 +21,8 @@ import torch
 
 from bench.fuzz_truth import Row, check_attention, check_logprob, check_row, check_selection
 from pyengine import _C, ops
-from pyengine.ops import common
 from pyengine.ops import linear as linear_ops
+from pyengine.ops.settings import settings
 
 Random = np.random.Generator
 VOCABS = (1, 2, 3, 5, 7, 16, 31, 64, 100, 255, 257, 1000, 1023, 1024, 1025, 1500, 2047, 2048, 2049, 3100, 5000)
@@ -304,13 +304,13 @@ def run_case(seed: int, number: int, isa: str) -> tuple[str, bool]:
     random = np.random.default_rng([seed, number])
     chances, cases = zip(*CASES, strict=True)
     case = cases[int(random.choice(len(cases), p=chances))]
-    before, common.FORCED_ISA = common.FORCED_ISA, isa
+    before, settings.cpu_isa = settings.cpu_isa, isa
     try:
         return case.__name__.removeprefix("case_"), case(random)
     except AssertionError as error:
         raise AssertionError(f"case {number} of seed {seed}, {case.__name__}, {isa}: {error}") from error
     finally:
-        common.FORCED_ISA = before
+        settings.cpu_isa = before
 
 
 def run(seed: int, first: int, cases: int, give_up: int = 20) -> tuple[Counter[str], list[str]]:

@@ -19,7 +19,7 @@ from unittest import mock
 import torch
 
 from pyengine import _C
-from pyengine.ops import common
+from pyengine.ops.settings import settings
 
 HERE = Path(__file__).parent
 PACKAGES = ("torch", "triton", "trl", "liger-kernel", "cut-cross-entropy", "flashinfer-python", "flash-attn")
@@ -167,7 +167,7 @@ def gpu_only(rig: Rig, call):
 def backends(rig: Rig, call, suffix: str = "") -> dict:
     """The call by each backend of a GPU, or by the CPU's."""
     on_cpu = {} if rig.gpu else {f"pyengine cpu{suffix}": call}
-    forced = {name: gpu_only(rig, under(call, (common, "FORCED_GPU", name))) for name in ("cuda", "triton")}
+    forced = {name: gpu_only(rig, under(call, (settings, "gpu_backend", name))) for name in ("cuda", "triton")}
     return on_cpu | {f"pyengine {name}{suffix}": run for name, run in forced.items()}
 
 

@@ -10,7 +10,7 @@ from pyengine.errors import InputError, RequestError
 
 if TYPE_CHECKING:
     from pyengine.engine import Engine
-    from pyengine.rejection import rejection_sample
+    from pyengine.evaluation.rejection import rejection_sample
     from pyengine.results import Block, Candidate, Event, Result, SamplingParams
     from pyengine.rewards import centred, log_sigmoid, lsc, normalised
     from pyengine.rewards.conditioning import Conditioning
@@ -34,7 +34,7 @@ _HOME = {
     "Result": "results",
     "SamplingParams": "results",
     "centred": "rewards",
-    "rejection_sample": "rejection",
+    "rejection_sample": "evaluation.rejection",
     "log_sigmoid": "rewards",
     "lsc": "rewards",
     "normalised": "rewards",

@@ -152,7 +152,7 @@ def _instruction_sets():
 @pytest.fixture(params=list(_instruction_sets()))
 def isa(request, monkeypatch):
     """Runs the test with each instruction set of this machine."""
-    monkeypatch.setattr(ops.common, "FORCED_ISA", request.param)
+    monkeypatch.setattr(ops.settings.settings, "cpu_isa", request.param)
     return request.param
 
 

@@ -13,6 +13,7 @@ import pytest
 
 import pyengine
 from pyengine import PrefixScorer, cli
+from pyengine.named import EXACT, SCORERS
 from pyengine.rewards.conditioning import Conditioning
 from pyengine.worlds import reviews
 
@@ -86,9 +87,9 @@ def test_a_policy_that_is_asked_for_a_reward(run, tmp_path):
 
 
 def test_every_strategy_and_scorer_by_name(run):
-    for strategy in cli.STRATEGIES:
+    for strategy in cli.generate.STRATEGIES:
         assert run("generate", PROMPT, "--scorer", "prefix", "--strategy", strategy, "--max-tokens", 4)[0] == 0
-    for scorer in cli.SCORERS:
+    for scorer in SCORERS:
         assert run("generate", PROMPT, "--scorer", scorer, "--k", 2, "--block", 4, "--max-tokens", 4)[0] == 0
 
 
@@ -142,7 +143,7 @@ def test_a_prompt_that_fails_on_the_way_is_named_by_its_line_and_the_others_are_
             raise KeyError("no such shop")
         return [0.0] * len(completions)
 
-    monkeypatch.setattr(reviews, "sentiment", sentiment)
+    monkeypatch.setitem(EXACT, "sentiment", sentiment)
     file = tmp_path / "prompts.jsonl"
     file.write_text("".join(json.dumps({"prompt": p}) + "\n" for p in reviews.prompts(3)))
     options = ("--scorer", "sentiment", "--k", 2, "--block", 4, "--max-tokens", 8, "--seed", 1, "--json", *stream)
@@ -163,7 +164,7 @@ def test_what_is_finished_is_printed_before_an_interrupt(run, monkeypatch):
             raise KeyboardInterrupt
         return [0.0] * len(completions)
 
-    monkeypatch.setattr(reviews, "sentiment", interrupted)
+    monkeypatch.setitem(EXACT, "sentiment", interrupted)
     options = ("--scorer", "sentiment", "--k", 2, "--block", 4, "--max-tokens", 128, "--seed", 1, "--json")
     code, out, _ = run("generate", *reviews.prompts(12), *options)
     assert code == 130
@@ -310,7 +311,7 @@ def test_info_names_versions_and_what_is_missing(run):
 
 def test_scores_that_are_not_finite_are_still_json():
     record = {"a": [float("nan"), 1.0], "b": {"c": float("-inf")}}
-    assert json.loads(cli.to_json(record)) == {"a": [None, 1.0], "b": {"c": None}}
+    assert json.loads(cli.generate.to_json(record)) == {"a": [None, 1.0], "b": {"c": None}}
 
 
 def test_help_does_not_load_the_model_libraries():

@@ -18,9 +18,9 @@ from pyengine import (
     SamplingParams,
     Tokenwise,
     cli,
-    curve,
     load_scorer,
 )
+from pyengine.evaluation import curve
 from pyengine.strategies import BASE
 from pyengine.worlds import reviews
 

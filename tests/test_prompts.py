@@ -9,9 +9,9 @@ import transformers
 
 from pyengine import Engine, FunctionScorer, InputError, SamplingParams
 from pyengine.codec import PromptKey, as_prompts
+from pyengine.evaluation.rejection import rejection_sample
+from pyengine.evaluation.sampling import sample_rewards
 from pyengine.jsonl import prompt_of, read_file, read_prompts, response_of
-from pyengine.rejection import rejection_sample
-from pyengine.rewards import sample_rewards
 from pyengine.rewards.references import References
 from pyengine.scorers import Candidates
 from pyengine.training.data import Example, encode, read_examples, roll_out, write_examples

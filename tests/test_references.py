@@ -25,7 +25,8 @@ from pyengine import (
     lsc,
     normalised,
 )
-from pyengine.rewards import length, sample_rewards
+from pyengine.evaluation.sampling import sample_rewards
+from pyengine.rewards import length
 from pyengine.rewards.references import prompt_embeddings
 from pyengine.scorers import Candidates, Scorer
 from pyengine.worlds import reviews
@@ -305,7 +306,7 @@ class TestSamples:
         engine.set_scorer(0.5 * lsc(judge, 0.2) - FunctionScorer(reviews.length))
         before = engine.parts
         sampling = SamplingParams(max_tokens=24, seed=7)
-        monkeypatch.setattr("pyengine.rewards.AT_ONCE", 8)  # one prompt of 5 samples at a time
+        monkeypatch.setattr("pyengine.evaluation.sampling.AT_ONCE", 8)  # one prompt of 5 samples at a time
         found = sample_rewards(engine, [*self.prompts, self.prompts[0]], reviews.sentiment, 5, sampling)
         assert engine.parts == before
         assert {p: len(r) for p, r in found.items()} == {p: 5 for p in self.prompts}

@@ -10,7 +10,7 @@ import torch
 
 import pyengine
 from pyengine import InputError, SamplingParams, Scorer
-from pyengine.rejection import rejection_sample
+from pyengine.evaluation.rejection import rejection_sample
 from pyengine.worlds import reviews
 
 

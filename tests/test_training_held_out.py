@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from transformers import TrainerCallback
 
 from pyengine import Engine, InputError
+from pyengine.integrations.trl.reward_model import default_config, train_reward_model
 from pyengine.integrations.trl.runs import PolicyTraining, train_offline, train_preference
 from pyengine.rewards import Statistics
 from pyengine.training.data import Example, split
@@ -21,7 +22,6 @@ from pyengine.training.embeddings import Pairs, Samples
 from pyengine.training.examples import Labelled, Pair
 from pyengine.training.prefix import PrefixTraining, train_prefix_scorer
 from pyengine.training.probe import train_probe
-from pyengine.training.reward_model import default_config, train_reward_model
 
 WORDS = ("quick", "brown", "fox", "jumps", "over", "lazy", "dog", "box", "five", "jugs")
 SHARE = 0.3

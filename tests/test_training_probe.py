@@ -13,7 +13,7 @@ from torch import nn
 from typer.testing import CliRunner
 
 import pyengine
-from pyengine import BestOfK, InputError, Probe, SamplingParams, cli_train, load_scorer, lsc, ops, rewards
+from pyengine import BestOfK, InputError, Probe, SamplingParams, cli, load_scorer, lsc, ops, rewards
 from pyengine.losses import ce_loss, pg_loss, q_loss, qp_loss
 from pyengine.scorers import Candidates
 from pyengine.training import probe as training
@@ -459,7 +459,7 @@ class TestRewardsOfSamples:
 
 class TestCommand:
     def run(self, *arguments):
-        done = CliRunner().invoke(cli_train.train, ["probe", *map(str, arguments)], standalone_mode=False)
+        done = CliRunner().invoke(cli.app, ["train", "probe", *map(str, arguments)], standalone_mode=False)
         if done.exception is not None:
             raise done.exception
         return json.loads(done.stdout)

@@ -12,10 +12,11 @@ from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 import pyengine
-from pyengine import BestOfK, InputError, RewardModel, SamplingParams, cli_train
+from pyengine import BestOfK, InputError, RewardModel, SamplingParams, cli
+from pyengine.evaluation.calibration import calibration, evaluate
+from pyengine.integrations.trl.reward_model import default_config, train_reward_model
 from pyengine.scorers import Candidates
 from pyengine.training.examples import Labelled, Pair
-from pyengine.training.reward_model import calibration, default_config, evaluate, train_reward_model
 from pyengine.worlds import reviews
 
 QUICK = {"learning_rate": 3e-3, "per_device_train_batch_size": 32, "gradient_accumulation_steps": 1}
@@ -92,8 +93,8 @@ def write(file, examples):
 
 def command(model, data, out, *options):
     """The report of `pyengine train reward-model`."""
-    arguments = ["reward-model", str(data), "--model", str(model), "--out", str(out), *options]
-    done = CliRunner().invoke(cli_train.train, arguments, standalone_mode=False)
+    arguments = ["train", "reward-model", str(data), "--model", str(model), "--out", str(out), *options]
+    done = CliRunner().invoke(cli.app, arguments, standalone_mode=False)
     if done.exception is not None:
         raise done.exception
     return json.loads(done.stdout)

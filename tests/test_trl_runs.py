@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from transformers import TrainerCallback
 from typer.testing import CliRunner
 
-from pyengine import Engine, InputError, SamplingParams, cli, cli_align
+from pyengine import Engine, InputError, SamplingParams, cli
 from pyengine.integrations.trl import runs
 from pyengine.integrations.trl.runs import PolicyTraining, train_offline, train_preference
 from pyengine.rewards import Statistics
@@ -47,7 +47,7 @@ def write(file, rows):
 
 def command(*arguments):
     """The report that `pyengine train ARGUMENTS` prints."""
-    done = CliRunner().invoke(cli_align.train, [str(a) for a in arguments], standalone_mode=False)
+    done = CliRunner().invoke(cli.app, ["train", *map(str, arguments)], standalone_mode=False)
     if done.exception is not None:
         raise done.exception
     return json.loads(done.stdout)

@@ -1,11 +1,9 @@
-"""What all ops share: parameter columns, backend choice, the torch.library handle, the count of launches."""
+"""What all ops share: parameter columns, the kernels there are, the torch.library handle, the count of launches."""
 
 from __future__ import annotations
 
 import functools
 import importlib
-import importlib.util
-import os
 import sys
 import threading
 from collections import Counter
@@ -17,7 +15,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 import pyengine._C as _C
-from pyengine.errors import SMALLEST, InputError
+from pyengine.errors import SMALLEST
+from pyengine.ops.settings import settings
 
 DTYPE_CODE = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # csrc/algebra.h DType
 
@@ -32,31 +31,8 @@ _PARAMETERS = {
     "weights": (torch.float32, -sys.float_info.max, sys.float_info.max),
 }
 
-# "portable", "avx2" or "avx512": for comparing the paths on one machine; unset, the best one runs.
-FORCED_ISA = os.environ.get("PYENGINE_CPU_ISA")
-if FORCED_ISA is not None:
-    try:
-        _C.instruction_set(FORCED_ISA)
-    except ValueError as error:
-        raise InputError(f"PYENGINE_CPU_ISA: {error}") from error
-
 BEST_ISA = _C.instruction_set()
-
-# "cuda", "triton" or "reference": for comparing the backends on one GPU; unset, the first that is there runs.
-GPU_BACKENDS = ("cuda", "triton", "reference")
-FORCED_GPU = os.environ.get("PYENGINE_GPU_BACKEND")
-if FORCED_GPU not in (None, *GPU_BACKENDS):
-    raise InputError(f"PYENGINE_GPU_BACKEND must be one of {GPU_BACKENDS}, got {FORCED_GPU!r}")
-
-# "flash": a GPU's full-attention layers go to flash-attn 2, and a page of the cache has 256 tokens, as that needs.
-ATTENTION = os.environ.get("PYENGINE_ATTENTION", "triton")
-if ATTENTION not in ("triton", "flash"):
-    raise InputError(f'PYENGINE_ATTENTION must be "triton" or "flash", got {ATTENTION!r}')
-if ATTENTION == "flash" and importlib.util.find_spec("flash_attn") is None:
-    raise InputError("PYENGINE_ATTENTION=flash, but flash-attn is not installed: pip install flash-attn")
-
-# "1": the tables of every GPU call are read back and checked, and the cache's books after every commit; slow.
-DEBUG = os.environ.get("PYENGINE_DEBUG", "0") == "1"
+FORCED_GPU, ATTENTION, DEBUG = settings.gpu_backend, settings.attention, settings.debug  # as they were at the start
 
 # "op/kernel" -> calls: which kernel really ran. Tests read it; nothing else depends on it.
 LAUNCHES: Counter[str] = Counter()
@@ -74,7 +50,7 @@ def launched(op: str, kernel: str) -> None:
 
 def instruction_set() -> str:
     """What the CPU kernels run with."""
-    return FORCED_ISA or BEST_ISA
+    return settings.cpu_isa or BEST_ISA
 
 
 class _Team(threading.local):
@@ -113,21 +89,6 @@ def triton_kernels(stem: str) -> ModuleType | None:
 def cuda_built() -> bool:
     """Whether the CUDA C++ kernels were compiled into this build."""
     return bool(_C.cuda_architectures())
-
-
-def gpu_backend(op: str, stem: str) -> str:
-    """Which of GPU_BACKENDS serves an op that CUDA C++ and Triton both have."""
-
-    def there(name: str) -> bool:
-        if name == "cuda":
-            return cuda_built()
-        return name == "reference" or triton_kernels(stem) is not None
-
-    if FORCED_GPU is None:
-        return next(name for name in GPU_BACKENDS if there(name))
-    if not there(FORCED_GPU):
-        fail(op, f"PYENGINE_GPU_BACKEND={FORCED_GPU}, but that backend is not available here")
-    return FORCED_GPU
 
 
 def number(op: str, value: float, name: str) -> float:

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from pyengine.ops.backend import gpu_backend
 from pyengine.ops.common import (
     check_float,
     check_mask,
@@ -191,7 +192,7 @@ def _in_full_precision(*arguments: Any) -> TiltSample:
     heads, (*rows, filtered) = _Heads(*arguments[:9]), arguments[9:]
     columns = dict(zip(_COLUMNS, rows, strict=True))
     on_gpu = triton_runs(heads.hidden)
-    kernels = triton_kernels("head_tilt") if on_gpu else None
+    kernels = triton_kernels("head_tilt") if on_gpu and gpu_backend(OP) == "triton" else None
     if filtered or not fuses(len(heads.hidden), on_gpu) or (on_gpu and kernels is None):
         return _in_two_steps(heads, columns)
     unfiltered = [columns[name] for name in ("temperature", "seed", "position")]

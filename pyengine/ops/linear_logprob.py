@@ -13,7 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pyengine import reference
 from pyengine.ops import common, logit_tiles
+from pyengine.ops.backend import backend
 from pyengine.ops.common import check_float, fail, instruction_set, launched, library
 from pyengine.ops.logit_tiles import (
     COLUMNS,
@@ -22,6 +24,7 @@ from pyengine.ops.logit_tiles import (
     Head,
     RowGradient,
     check_head,
+    check_labels,
     check_numbers,
     check_target,
     columns,
@@ -91,12 +94,17 @@ def linear_logprob(
         -inf has logp -inf.
 
     Raises:
-        ValueError: a shape, dtype, device or number is out of range, or, on a CPU, a target is (on a GPU that
-            would synchronise: such a row is NaN).
+        ValueError: a shape, dtype, device or number is out of range, or, on a CPU, a target is (on a GPU Triton's
+            kernels make such a row NaN: to look would synchronise).
     """
     check_head(OP, hidden, weight, bias, target)
     check_numbers(OP, temperature, softcap)
     flat, rows = hidden.flatten(0, -2), target.flatten()
+    if backend(OP, hidden) == "reference":
+        launched(OP, "reference")
+        check_labels(OP, rows, len(weight), ignore_index)
+        numbers: dict[str, Any] = {"temperature": temperature, "softcap": softcap, "ignore_index": ignore_index}
+        return _as_result(reference.linear_logprob(flat, weight, rows, bias=bias, **numbers), target)
     fields = torch.ops.pyengine.linear_logprob(flat, weight, bias, rows, temperature, softcap, ignore_index)
     return _as_result(fields, target)
 
@@ -127,12 +135,18 @@ def logits_logprob(
     check_target(TWIN, target, logits.device)
     check_numbers(TWIN, temperature, softcap)
     flat = logits.reshape(-1, logits.shape[-1])
-    fields = torch.ops.pyengine.logits_logprob(flat, target.flatten(), temperature, softcap, ignore_index)
+    rows = target.flatten()
+    if backend(TWIN, logits) == "reference":
+        launched(TWIN, "reference")
+        check_labels(TWIN, rows, logits.shape[-1], ignore_index)
+        numbers: dict[str, Any] = {"temperature": temperature, "softcap": softcap, "ignore_index": ignore_index}
+        return _as_result(reference.logits_logprob(flat, rows, **numbers), target)
+    fields = torch.ops.pyengine.logits_logprob(flat, rows, temperature, softcap, ignore_index)
     return _as_result(fields, target)
 
 
 def _as_result(fields: tuple[Tensor, ...], target: Tensor) -> TokenLogprob:
-    logp, lse, lse2, max_logit, entropy = (field.view(target.shape) for field in fields)
+    logp, lse, lse2, max_logit, entropy = (field.float().view(target.shape) for field in fields)
     return TokenLogprob(logp, lse.detach(), lse2.detach(), max_logit.detach(), entropy)
 
 

@@ -15,12 +15,15 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from pyengine import reference
+from pyengine.ops.backend import backend
 from pyengine.ops.common import fail, instruction_set, launched, library, traced
 from pyengine.ops.logit_tiles import (
     Gradients,
     Head,
     RowGradient,
     check_head,
+    check_labels,
     check_numbers,
     columns,
     differentiate,
@@ -92,6 +95,15 @@ def linear_preference(
         fail(OP, f"reference_logp must have shape [{len(hidden)}], got {list(reference_logp.shape)}")
     if reference_logp is not None and reference_logp.device != hidden.device:
         fail(OP, f"reference_logp is on {reference_logp.device}, hidden on {hidden.device}")
+    if backend(OP, hidden) == "reference":
+        launched(OP, "reference")
+        check_labels(OP, target.flatten(), len(weight), ignore_index)
+        options: dict[str, Any] = {"temperature": temperature, "softcap": softcap, "ignore_index": ignore_index}
+        found = reference.linear_preference(
+            hidden, weight, target, loss, reference_logp=reference_logp, bias=bias, **options
+        )
+        moments = SequenceMoments(*(m if m.dtype == torch.int64 else m.float() for m in found.moments))
+        return Preference(found.loss.float(), found.losses.float(), moments, found.top1)
     given = (hidden, weight, bias)
     tracked = torch.is_grad_enabled()
     wanted = [tracked and tensor is not None and tensor.requires_grad for tensor in given]

@@ -268,6 +268,11 @@ def kept_rows(op: str, target: Tensor, vocab: int, ignore_index: int) -> Tensor:
     """
     if triton_runs(target):
         return torch.arange(len(target), device=target.device)
+    return check_labels(op, target, vocab, ignore_index)
+
+
+def check_labels(op: str, target: Tensor, vocab: int, ignore_index: int) -> Tensor:
+    """Indices of the rows that are not ignored; ValueError for a target outside the vocabulary. Synchronises."""
     kept = (target != ignore_index).nonzero()[:, 0]
     labels = target[kept]
     wrong = ((labels < 0) | (labels >= vocab)).nonzero()

@@ -11,6 +11,7 @@ from torch import Tensor
 import pyengine._C as _C
 from pyengine import reference
 from pyengine.ops import cuda
+from pyengine.ops.backend import gpu_backend
 from pyengine.ops.common import (
     DTYPE_CODE,
     SMALLEST,
@@ -18,7 +19,6 @@ from pyengine.ops.common import (
     check_float,
     column,
     fail,
-    gpu_backend,
     head_weights,
     instruction_set,
     launched,
@@ -112,7 +112,7 @@ def select_block(
 
 def _select_block_gpu(scores: Tensor | None, hidden: Tensor | None, probe: Tensor | None, *rest: Any) -> BlockSelection:
     """rest: weights, reference, lsc, beta, seed, position."""
-    backend = gpu_backend(OP, "select_block")
+    backend = gpu_backend(OP)
     launched(OP, backend)
     if backend != "reference":
         kernels = cuda if backend == "cuda" else triton_kernels("select_block")

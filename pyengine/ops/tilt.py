@@ -10,6 +10,7 @@ from torch import Tensor
 import pyengine._C as _C
 from pyengine import reference
 from pyengine.ops import cuda
+from pyengine.ops.backend import gpu_backend
 from pyengine.ops.common import (
     DTYPE_CODE,
     cell,
@@ -17,7 +18,6 @@ from pyengine.ops.common import (
     check_mask,
     column,
     fail,
-    gpu_backend,
     head_weights,
     instruction_set,
     launched,
@@ -250,7 +250,7 @@ def _tilt_sample_gpu(
     logits: Tensor, values: Tensor | None, weights: Tensor | None, mask: Tensor | None, *rest: Any
 ) -> TiltSample:
     """rest: temperature, top_k, top_p, min_p, seed, position, gumbel."""
-    backend = gpu_backend(OP, "tilt")
+    backend = gpu_backend(OP)
     launched(OP, backend)
     if backend == "reference":
         names = ("temperature", "top_k", "top_p", "min_p", "seed", "position")

@@ -14,14 +14,13 @@ import typer
 
 import pyengine
 from pyengine.errors import InputError, real, whole
+from pyengine.named import SCORERS, scorer_named
 
 if TYPE_CHECKING:
     from pyengine.engine import Engine
     from pyengine.training.data import Example
 
-train = typer.Typer(help="Train scorers for a frozen model, or a policy.")
-
-REWARDS = ("sentiment", "politeness", "length")  # the embedded world's exact ones
+app = typer.Typer(help="Train scorers for a frozen model, or a policy.")
 
 
 @contextlib.contextmanager
@@ -33,12 +32,12 @@ def packages() -> Iterator[None]:
         raise InputError(f"training needs {error.name}: pip install 'tilt-engine[train]'") from error
 
 
-@train.callback()
+@app.callback()
 def _group() -> None:
     """Train scorers for a frozen model, or a policy."""
 
 
-@train.command()
+@app.command()
 def scorer(
     out: Annotated[Path, typer.Option(help="Directory for the scorer, its report and its checkpoints.")],
     method: Annotated[str, typer.Option(help="fudge (responses of the model itself) or cd-q (of anyone).")] = "fudge",
@@ -47,7 +46,7 @@ def scorer(
     ] = None,
     rollouts: Annotated[int | None, typer.Option(help="Responses that the model draws and --reward scores.")] = None,
     reward: Annotated[
-        str | None, typer.Option(help=f"Directory or hub id of a scorer, or {', '.join(REWARDS)}.")
+        str | None, typer.Option(help=f"Directory or hub id of a scorer, or {', '.join(SCORERS)}.")
     ] = None,
     prompts: Annotated[
         Path | None, typer.Option(help='JSONL file, {"prompt"} a line, for --rollouts; default: the embedded reviews.')
@@ -111,7 +110,7 @@ def scorer(
     if max_tokens is not None:
         whole(max_tokens, "--max-tokens", 1)
     if rollouts is not None and reward is None:
-        raise InputError(f"--rollouts needs --reward: a scorer's directory, or {', '.join(REWARDS)}")
+        raise InputError(f"--rollouts needs --reward: a scorer's directory, or {', '.join(SCORERS)}")
     if model is not None and rollouts is not None and prompts is None:
         raise InputError("--rollouts of another model need --prompts FILE.jsonl")
     fresh(out, resume)
@@ -171,8 +170,9 @@ def _rollouts(
     if resume and file.is_file():
         _same_rollouts(about, wanted)
         return read_examples(file, engine)
-    scored: Any = getattr(reviews, reward) if reward in REWARDS else reward
-    examples = roll_out(engine, list(islice(cycle(texts), count)), scored, max_tokens=max_tokens, seed=seed)
+    examples = roll_out(
+        engine, list(islice(cycle(texts), count)), scorer_named(reward), max_tokens=max_tokens, seed=seed
+    )
     if int(os.environ.get("RANK", "0")) == 0:
         out.mkdir(parents=True, exist_ok=True)
         file.unlink(missing_ok=True)  # whenever this is killed, no roll-outs lie beside another's description
@@ -224,7 +224,7 @@ def _show(report: dict[str, Any], out: Path) -> None:
     Console().print(table)
 
 
-@train.command()
+@app.command()
 def probe(
     data: Annotated[
         Path, typer.Argument(help="Embeddings (.safetensors), or JSONL: responses with a reward, or pairs (qp).")
@@ -281,7 +281,7 @@ def probe(
     print(json.dumps({"epoch": fit.epoch, "train_loss": fit.train_loss[-1], "held_out": fit.held_out}))
 
 
-@train.command("reward-model")
+@app.command("reward-model")
 def reward_model(
     data: Annotated[Path, typer.Argument(help="JSONL of prompt, chosen, rejected or of prompt, response, label.")],
     model: Annotated[str, typer.Option(help="Directory or hub id of a language model or classifier to start from.")],
@@ -300,7 +300,7 @@ def reward_model(
     real(lr, "--lr", 1e-12)
     real(epochs, "--epochs", 1e-12)
     with packages():
-        from pyengine.training.reward_model import default_config, scratch, train_reward_model
+        from pyengine.integrations.trl.reward_model import default_config, scratch, train_reward_model
 
     changes = {
         "learning_rate": lr,

@@ -10,8 +10,9 @@ from typing import Annotated
 
 import typer
 
-from pyengine.cli_load import SCORERS, load_engine, make_scorer, quiet_loading
+from pyengine.cli.load import load_engine, quiet_loading
 from pyengine.errors import InputError
+from pyengine.named import SCORERS, scorer_named
 
 NAMES = ", ".join(SCORERS)
 
@@ -26,19 +27,19 @@ def label(
     resume: Annotated[bool, typer.Option("--resume", help="Take up a run into --out that was cut short.")] = False,
     device: Annotated[str, typer.Option(help="Of the scorer: cpu or cuda.")] = "cpu",
 ) -> None:
-    """Score the responses of a file, each once, whoever is killed on the way."""
+    """Score the responses of a file, each once, even if a process is killed on the way."""
     from pyengine.training import labelling
 
     quiet_loading()
     if ray is None:
-        report = labelling.label(data, make_scorer(scorer), out, device=device, resume=resume)
+        report = labelling.label(data, scorer_named(scorer), out, device=device, resume=resume)
     else:
         try:
             from pyengine.integrations import ray as cluster
         except ImportError as error:
             raise InputError(f"--ray needs {error.name}: pip install 'tilt-engine[ray]'") from error
         with contextlib.redirect_stdout(sys.stderr):  # Ray prints what happens to its workers
-            report = cluster.label(data, make_scorer(scorer), out, address=ray, device=device, resume=resume)
+            report = cluster.label(data, scorer_named(scorer), out, address=ray, device=device, resume=resume)
     print(json.dumps(report))
 
 
@@ -77,7 +78,7 @@ def pairs(
     if model is not None and prompts is None:
         raise InputError("pairs of another model need --prompts FILE.jsonl")
     sampling = SamplingParams(max_tokens, temperature, top_p=top_p, seed=seed)
-    judge = make_scorer(scorer)
+    judge = scorer_named(scorer)
     vacant(out.absolute(), resume)  # before a model is loaded
     engine = load_engine(model, None, device, cache_gb, trust_remote_code)
     report = build_pairs(

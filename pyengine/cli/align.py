@@ -14,8 +14,8 @@ from typing import Annotated, Any
 import typer
 
 import pyengine
-from pyengine.cli_load import quiet_loading
-from pyengine.cli_train import packages, train
+from pyengine.cli.load import quiet_loading
+from pyengine.cli.train import packages
 
 Data = Annotated[Path, typer.Argument(help="JSONL file.")]
 Model = Annotated[str | None, typer.Option(help="Directory or hub id to start from; default: the embedded model.")]
@@ -33,7 +33,6 @@ Resume = Annotated[bool, typer.Option("--resume", help="Go on from the last chec
 RemoteCode = Annotated[bool, typer.Option("--trust-remote-code", help="Run the model's own code.")]
 
 
-@train.command()
 def preference(
     data: Data,
     out: Out,
@@ -69,7 +68,6 @@ def preference(
     _run(lambda start: train_preference(start, data, out, *options), model)  # type: ignore[arg-type]
 
 
-@train.command()
 def offline(
     data: Data,
     out: Out,

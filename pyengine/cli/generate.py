@@ -1,0 +1,161 @@
+"""`pyengine generate`."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from pyengine.cli.load import Complaints, Row, conditioned, load_engine, read_rows
+from pyengine.errors import InputError, RequestError
+from pyengine.named import SCORERS
+
+if TYPE_CHECKING:
+    from pyengine.results import Event, Result
+    from pyengine.strategies import Strategy
+
+# strategy -> the options that it uses
+STRATEGIES: dict[str, tuple[str, ...]] = {
+    "base": (),
+    "tokenwise": ("weight",),
+    "blockwise": ("k", "block", "beta"),
+    "best-of-k": ("k", "beta"),
+    "q-probe": ("k", "beta"),
+}
+
+
+def make_strategy(name: str, options: dict[str, Any]) -> Strategy:
+    """The named strategy; an option that it does not use is an error, not ignored."""
+    from pyengine.strategies import BASE, BestOfK, Blockwise, Tokenwise
+
+    if name not in STRATEGIES:
+        raise InputError(f"unknown strategy {name!r}; choose from {', '.join(STRATEGIES)}")
+    given = {option: value for option, value in options.items() if value is not None}
+    for option in given:
+        if option not in STRATEGIES[name]:
+            users = [s for s, used in STRATEGIES.items() if option in used]
+            raise InputError(f"--{option} is not used by strategy {name!r} (it is by {', '.join(users)})")
+    soft: dict[str, Any] = {"selection": "softmax", "beta": given["beta"]} if "beta" in given else {}
+    if name == "base":
+        return BASE
+    if name == "tokenwise":
+        return Tokenwise(given.get("weight", 1.0))
+    if name == "blockwise":
+        return Blockwise(given.get("k", 8), given.get("block", 16), **soft)
+    if name == "q-probe":
+        soft = {"selection": "softmax", "beta": given.get("beta", 0.1)}
+    return BestOfK(given.get("k", 8), **soft)
+
+
+def to_json(record: Any) -> str:
+    """JSON; a score that is not finite becomes null."""
+    from pyengine.results import finite
+
+    return json.dumps(finite(record), allow_nan=False)
+
+
+def generate(
+    prompts: Annotated[list[str] | None, typer.Argument(help="Prompts; without any, stdin is read.")] = None,
+    input: Annotated[
+        Path | None, typer.Option(help='JSONL file, a "prompt" (text), "prompt_ids" or "messages" a line.')
+    ] = None,
+    model: Annotated[str | None, typer.Option(help="Directory or hub id; default: the embedded model.")] = None,
+    scorer: Annotated[str | None, typer.Option(help=f"Directory, hub id or embedded: {', '.join(SCORERS)}.")] = None,
+    strategy: Annotated[
+        str | None, typer.Option(help=f"{', '.join(STRATEGIES)}; default: blockwise with a scorer, else base.")
+    ] = None,
+    k: Annotated[int | None, typer.Option(help="Branches (default: 8).")] = None,
+    block: Annotated[int | None, typer.Option(help="Tokens in a block (default: 16).")] = None,
+    weight: Annotated[float | None, typer.Option(help="Strength λ of tokenwise (default: 1).")] = None,
+    beta: Annotated[float | None, typer.Option(help="Select from softmax(utility / beta) instead of argmax.")] = None,
+    max_tokens: Annotated[int, typer.Option(help="Most new tokens.")] = 128,
+    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 1.0,
+    top_k: Annotated[int, typer.Option(help="0 is off.")] = 0,
+    top_p: Annotated[float, typer.Option(help="1 is off.")] = 1.0,
+    min_p: Annotated[float, typer.Option(help="0 is off.")] = 0.0,
+    seed: Annotated[int | None, typer.Option(help="Same seed and prompt, same result.")] = None,
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    cache_gb: Annotated[
+        float | None, typer.Option(help="GB for keys and values (default: a share of what is free).")
+    ] = None,
+    batch_invariant: Annotated[
+        bool, typer.Option("--batch-invariant", help="A prompt's bits are the same whatever is beside it; slower.")
+    ] = False,
+    stream: Annotated[bool, typer.Option("--stream", help="Print each token or block as it is committed.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object a line, with what its row holds.")] = False,
+    raw: Annotated[
+        bool, typer.Option("--raw", help="Prompts as they are, though the model has a chat template.")
+    ] = False,
+    trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code", help="Run the model's own code.")] = False,
+    score: Annotated[
+        float | None, typer.Option(help="Reward to ask a policy of `train offline --method ca` for, in deviations.")
+    ] = None,
+) -> None:
+    """Decode prompts with a strategy."""
+    from pyengine.results import SamplingParams
+
+    name = strategy or ("base" if scorer is None else "blockwise")
+    plan = make_strategy(name, {"k": k, "block": block, "weight": weight, "beta": beta})
+    sampling = SamplingParams(max_tokens, temperature, top_k, top_p, min_p, seed)
+    complain = Complaints()
+    found = list(read_rows(list(prompts or []), input, complain))
+    if not found:
+        raise InputError(f"no usable prompt in {input}" if input else "no prompt on stdin")
+    asking = conditioned(model, score)
+    engine = load_engine(model, scorer, device, cache_gb, trust_remote_code, batch_invariant)
+    usable: list[Row] = []
+    for row in found:
+        prompt = asking(row.prompt)
+        if type(prompt) is str and engine.codec.templated and not raw and score is None:
+            prompt = [{"role": "user", "content": prompt}]
+        try:
+            engine.encode(prompt, row.where)
+        except InputError as error:
+            complain(str(error))
+        else:
+            usable.append(row._replace(prompt=prompt))
+    if not usable:
+        raise typer.Exit(2)
+    printed = 0
+    if stream:
+        for row in usable:
+            try:
+                for event in engine.stream(row.prompt, plan, sampling):
+                    show_event(event, row, as_json)
+            except RequestError as error:
+                complain(f"{row.where}: {error.reason}")
+            else:
+                printed += 1
+    else:
+        for index, outcome in engine.as_completed([row.prompt for row in usable], plan, sampling):
+            if isinstance(outcome, InputError):
+                reason = outcome.reason if isinstance(outcome, RequestError) else outcome
+                complain(f"{usable[index].where}: {reason}")
+            else:
+                show_result(outcome, usable[index], as_json)
+                printed += 1
+    if complain.made:
+        if complain.made + printed > 1:
+            print(f"pyengine: {complain.made} of {complain.made + printed} prompts failed", file=sys.stderr)
+        raise typer.Exit(1)
+
+
+def show_event(event: Event, row: Row, as_json: bool) -> None:
+    if as_json:
+        record = {"text": event.text, "tokens": event.tokens}
+        print(to_json(record | ({"result": row.rest | event.result.to_dict()} if event.result else {})), flush=True)
+    else:
+        print(event.text, end="" if event.result is None else "\n", flush=True)
+
+
+def show_result(result: Result, row: Row, as_json: bool) -> None:
+    """A line of JSON keeps what else its row holds, an id say."""
+    if as_json:
+        print(to_json(row.rest | result.to_dict()), flush=True)
+    else:
+        reward = "" if result.reward is None else f"reward {result.reward:.3f}, "
+        prompt = row.prompt[-1]["content"] + "\n" if isinstance(row.prompt, list) else result.prompt
+        print(f"{prompt}{result.text}\n  [{reward}KL {result.kl:.2f} nats ({result.kl_kind})]", flush=True)

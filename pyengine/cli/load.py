@@ -1,0 +1,116 @@
+"""What the commands load: prompts, scorers and models, as the command line names them."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import pyengine
+from pyengine.errors import InputError
+from pyengine.named import scorer_named
+
+if TYPE_CHECKING:
+    from pyengine.engine import Engine
+
+
+class Complaints:
+    """What was wrong with single lines: printed as it is found, and counted, while the others go on."""
+
+    made = 0
+
+    def __call__(self, message: str) -> None:
+        self.made += 1
+        print(f"pyengine: {message}", file=sys.stderr)
+
+
+class Row(NamedTuple):
+    """One prompt of the command: where it came from, what it is, and what else its line of JSONL holds."""
+
+    where: str
+    prompt: Any
+    rest: dict[str, Any]
+
+
+def read_rows(arguments: list[str], file: Path | None, complain: Any) -> Iterator[Row]:
+    """The prompts of the arguments, else of a JSONL file, else of the lines of stdin.
+
+    A JSONL line that cannot be used goes to `complain`, with its number; the others still come.
+    """
+    from pyengine.jsonl import json_object, lines_of, prompt_of
+
+    if arguments and file:
+        raise InputError("give prompts as arguments or with --input, not both")
+    if arguments:
+        yield from (Row(f"prompt {i + 1}", a, {}) for i, a in enumerate(arguments))
+    elif file is None:
+        if sys.stdin.isatty():
+            raise InputError("no prompt: give one as an argument, on stdin or with --input FILE.jsonl")
+        try:
+            for i, line in enumerate(sys.stdin, 1):
+                text = line.removeprefix("\ufeff" if i == 1 else "").rstrip("\r\n")
+                if text.strip():
+                    yield Row(f"stdin line {i}", text, {})
+        except UnicodeDecodeError as error:
+            raise InputError(f"stdin is not text in {error.encoding}: byte {error.start} {error.reason}") from error
+    else:
+        for where, line in lines_of(file):
+            try:
+                record = json_object(line, where)
+                yield Row(where, prompt_of(record, where), record)
+            except InputError as error:
+                complain(str(error))
+
+
+def conditioned(model: str | None, score: float | None) -> Callable[[Any], Any]:
+    """What makes of a prompt the one that asks a policy of conditional alignment for this reward; None asks nothing."""
+    file = Path(model or "") / "conditioning.json"
+    there = model is not None and file.is_file()
+    if score is None:
+        if there:
+            print(f"pyengine: {model} was trained to be asked for a reward: --score 5, say", file=sys.stderr)
+        return lambda prompt: prompt
+    if not there:
+        raise InputError(f"--score: {model or 'the embedded model'} has no conditioning.json, as method ca leaves it")
+    from pyengine.rewards.conditioning import Conditioning
+
+    template = Conditioning.load(file)
+
+    def asking(prompt: Any) -> str:
+        if type(prompt) is not str:
+            raise InputError(f"--score asks in a text, not in token ids or messages: {prompt!r:.40}")
+        return template.prompt(prompt, score)
+
+    return asking
+
+
+def quiet_loading() -> None:
+    """No loading bars where nobody watches."""
+    if not sys.stderr.isatty():
+        from transformers.utils import logging
+
+        logging.disable_progress_bar()
+
+
+def load_engine(
+    model: str | None,
+    scorer: str | None,
+    device: str,
+    cache_gb: float | None,
+    trust_remote_code: bool,
+    batch_invariant: bool = False,
+) -> Engine:
+    from pyengine.engine import Engine
+
+    quiet_loading()
+    path: Any = pyengine.embedded("policy") if model is None else model
+    picked = None if scorer is None else scorer_named(scorer)
+    return Engine.from_pretrained(
+        path,
+        scorer=picked,
+        device=device,
+        cache_gb=cache_gb,
+        trust_remote_code=trust_remote_code,
+        batch_invariant=batch_invariant,
+    )
