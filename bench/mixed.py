@@ -15,7 +15,9 @@ import hashlib
 import json
 import random
 import sys
+import time
 from collections import Counter
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +27,8 @@ import transformers
 import pyengine
 import pyengine.cache as cache_module
 from pyengine import BestOfK, Blockwise, Engine, SamplingParams, Tokenwise
-from pyengine.scorers import PrefixModel, PrefixScorer, Probe, RewardModel
+from pyengine.scorers import PrefixModel, PrefixScorer, Probe, RewardModel, load_scorer
+from pyengine.worlds import reviews
 
 RESULTS = Path(__file__).parent / "results"
 GOLDENS, TIMES = RESULTS / "mixed_goldens.json", RESULTS / "mixed.json"
@@ -279,9 +282,61 @@ def soak(steps: int = 10_000, pages: int = 70) -> None:
     sys.exit(counts["differ"] > 0)
 
 
+FOUR = {
+    "base": (None, None),
+    "tokenwise": (Tokenwise(2.0), "prefix"),
+    "8x16": (Blockwise(8, 16), "probe"),
+    "best of 4": (BestOfK(4), "reward-model"),
+}
+
+
+def speed(rounds: int = 5, count: int = 256) -> None:
+    """Requests a second of the embedded policy by kind, then of four kinds: one by one, sorted and mixed; in turns."""
+    found = {name: load_scorer(pyengine.embedded(name)) for name in ("prefix", "probe", "reward-model")}
+    engine = Engine.from_pretrained(pyengine.embedded("policy"), cache_gb=1.0)
+    prompts, draw = reviews.prompts(count), random.Random(0)
+    kinds = [list(FOUR)[i * len(FOUR) // count] for i in range(count)]
+    order = draw.sample(range(count), count)
+
+    def run(places: Sequence[int], together: bool) -> float:
+        start, handles = time.perf_counter(), []
+        for i in places:
+            strategy, scorer = FOUR[kinds[i]]
+            sampling = SamplingParams(max_tokens=64, seed=i)
+            handles.append(engine.submit(prompts[i], strategy, sampling, found.get(scorer or "")))
+            if not together:
+                handles[-1].result()
+        for handle in handles:
+            handle.result()
+        return time.perf_counter() - start
+
+    def sorted_by_kind(places: Sequence[int]) -> float:
+        return sum(run([i for i in places if kinds[i] == kind], True) for kind in FOUR)
+
+    ways: dict[str, Callable[[], float]] = {
+        "mixed": lambda: run(order, True),
+        "sorted by kind": lambda: sorted_by_kind(order),
+        "one by one": lambda: 8 * run(order[::8], False),
+    }
+    times: dict[str, list[float]] = {name: [] for name in ways}
+    for _ in range(rounds):
+        for name, way in ways.items():
+            times[name].append(way())
+    best = {name: min(each) for name, each in times.items()}
+    report = {
+        "requests": count,
+        "seconds": best,
+        "of sorted": round(best["sorted by kind"] / best["mixed"], 3),
+        "of one by one": round(best["one by one"] / best["mixed"], 2),
+        "samples": times,
+    }
+    print(json.dumps(report, indent=1))
+    TIMES.write_text(json.dumps(report, indent=1) + "\n")
+
+
 def main() -> None:
     torch.set_num_threads(1)
-    {"record": record, "check": check, "soak": soak}[sys.argv[1]](*map(int, sys.argv[2:]))
+    {"record": record, "check": check, "soak": soak, "time": speed}[sys.argv[1]](*map(int, sys.argv[2:]))
 
 
 if __name__ == "__main__":
