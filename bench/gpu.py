@@ -341,7 +341,9 @@ class Replayed(bench_branching.Ours):
     @torch.inference_mode()
     def block(self):
         frontier = self.group.fork()
-        draws = [Draw(1.0, 0, 1.0, 0.0, j, self.position, self.tokens, False, (), (), 0.0) for j in range(self.k)]
+        draws = [
+            Draw(1.0, 0, 1.0, 0.0, j, self.position, self.tokens, False, frozenset(), (), 0.0) for j in range(self.k)
+        ]
         step = Step(self.decoder, [(self.group.stems[0], j) for j in range(self.k)], draws, frontier)
         graph = self.decoder.captured.setdefault(step.key, Graph(step))
         if graph.state is not step:

@@ -50,6 +50,7 @@ class Request:
     priority: int = 0
     deadline: float | None = None  # by time.monotonic()
     seed: int = field(init=False)  # given_seed, mixed with the prompt
+    seeds: list[int] = field(init=False)  # of each branch: that one, and others made from it
     handle: Handle = field(init=False)
     # Where it is:
     stems: dict[Decoder, Stem] = field(default_factory=dict)
@@ -72,6 +73,7 @@ class Request:
 
     def __post_init__(self) -> None:
         self.seed = mix(self.given_seed, self.prompt_ids)
+        self.seeds = [mix(self.seed, [b]) if b else self.seed for b in range(self.plan.k)]
 
     @property
     def params(self) -> SamplingParams:

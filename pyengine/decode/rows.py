@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 
-from pyengine.decode.request import Branch, Request, mix
+from pyengine.decode.request import Branch, Request
 from pyengine.decode.step import HORIZON, Draw, Follower, Graph, Step
 from pyengine.decoder import Decoder, Frontier
 from pyengine.reader import Reader
@@ -78,7 +78,7 @@ class Rows:
         step = Step(
             self.decoder,
             [(request.stems[self.decoder], b) for request, b in self.table],
-            [self._draw(request, request.branches[b], tilts) for request, b in self.table],
+            [self._draw(request, b, tilts) for request, b in self.table],
             _carried(old, sources, [(request.at[self.decoder], n) for request, n in fresh]),
             [Follower(scorer, readers.get(scorer)) for scorer in tilts],
             beside,
@@ -90,21 +90,21 @@ class Rows:
             request.at = {}
         return step
 
-    def _draw(self, request: Request, branch: Branch, tilts: list[Scorer]) -> Draw:
-        """How the next token of a branch is drawn; `mix` gives every branch but the first a seed of its own."""
-        p, b, there = request.params, request.branches.index(branch), len(branch.tokens)
+    def _draw(self, request: Request, b: int, tilts: Sequence[Scorer]) -> Draw:
+        """How the next token of a branch is drawn."""
+        p, plan, there = request.params, request.plan, len(request.branches[b].tokens)
         return Draw(
             p.temperature,
             p.top_k,
             p.top_p,
             p.min_p,
-            mix(request.seed, [b]) if b else request.seed,
+            request.seeds[b],
             len(request.tokens) + there,
             request.room - there,
             len(request.tokens) + request.room == request.limit,
-            tuple(sorted(request.ends)),
-            tuple(request.plan.tilts.get(scorer, 0.0) for scorer in tilts),
-            request.plan.budget or 0.0,
+            request.ends,
+            tuple([plan.tilts.get(scorer, 0.0) for scorer in tilts]) if plan.tilts else (),
+            plan.budget or 0.0,
         )
 
     # Tokens

@@ -39,12 +39,12 @@ class Draw(NamedTuple):
     position: int  # response tokens that are there
     room: int  # most tokens that it may still have in this block
     last: bool  # whether no token follows those
-    ends: tuple[int, ...]  # tokens that end it
+    ends: frozenset[int]  # tokens that end it
     weights: tuple[float, ...]  # λ of each tilt of the step
     budget: float  # nats a token; 0: none, the weights are λ
 
 
-PADDING = Draw(1.0, 0, 1.0, 0.0, 0, 0, 0, True, (), (), 0.0)
+PADDING = Draw(1.0, 0, 1.0, 0.0, 0, 0, 0, True, frozenset(), (), 0.0)
 
 
 class Follower(NamedTuple):
@@ -96,19 +96,20 @@ class Step:
         self.bad: dict[int, Blame] = {}  # rows whose numbers were not finite, and whose fault it is
 
     def _columns(self, draws: Sequence[Draw]) -> None:
-        def column(name: str, dtype: torch.dtype = torch.float32) -> Tensor:
-            return torch.tensor([getattr(draw, name) for draw in draws], dtype=dtype, device=self.device)
+        def column(values: Any, dtype: torch.dtype = torch.float32) -> Tensor:
+            return torch.tensor(values, dtype=dtype, device=self.device)
 
-        self.columns: dict[str, Any] = {name: column(name) for name in ("temperature", "top_p", "min_p")}
-        self.columns |= {name: column(name, torch.long) for name in ("top_k", "seed", "position")}
-        self.room, self.final = column("room", torch.long), column("last", torch.bool)
-        most = max(1, *(len(draw.ends) for draw in draws))
-        ends = [(*draw.ends, *[-1] * (most - len(draw.ends))) for draw in draws]
-        self.ends = torch.tensor(ends, dtype=torch.long, device=self.device)
+        fields: Any = Draw(*zip(*draws, strict=True))  # type: ignore[arg-type]  # a column of each
+        self.columns: dict[str, Any] = {n: column(getattr(fields, n)) for n in ("temperature", "top_p", "min_p")}
+        self.columns |= {n: column(getattr(fields, n), torch.long) for n in ("top_k", "seed", "position")}
+        self.room, self.final = column(fields.room, torch.long), column(fields.last, torch.bool)
+        kinds = dict.fromkeys(fields.ends)  # most requests end with the same tokens
+        most = max(1, *map(len, kinds))
+        wide = {ends: (*ends, *[-1] * (most - len(ends))) for ends in kinds}
+        self.ends = column([wide[ends] for ends in fields.ends], torch.long)
         none = (0.0,) * len(self.tilts)
-        weights = [draw.weights or none for draw in draws]
-        self.weights = torch.tensor(weights, device=self.device) if self.tilts else None
-        self.budget = column("budget") if any(draw.budget for draw in draws) else None
+        self.weights = column([weights or none for weights in fields.weights]) if self.tilts else None
+        self.budget = column(fields.budget) if any(fields.budget) else None
 
     @property
     def key(self) -> Hashable:
