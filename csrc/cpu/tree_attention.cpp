@@ -80,9 +80,10 @@ void make_plan(const TreeArgs& a, Plan& plan) {
 
 // Up to kTileTokens tokens in a page, or in leaves one after another.
 struct Tile {
-  int tokens;
+  int tokens = 0, pieces = 0;
   const char* keys[kTileTokens / kTokens];  // of kTokens tokens each
   const char* values[kTileTokens];          // of each token
+  const char *piece_keys[kTileTokens / kTokens], *piece_values[kTileTokens / kTokens];
 };
 
 // One unit at work: its rows, and scratch for one tile of the cache.
@@ -123,6 +124,7 @@ struct Worker {
     const char* value = values.data + bytes_at(values, at) + start * values.stride_inner * size;
     for (int i = 0; i < tokens; i += kTokens) tile.keys[(tile.tokens + i) / kTokens] = key + i * size;
     for (int i = 0; i < tokens; ++i) tile.values[tile.tokens + i] = value + i * values.stride_inner * size;
+    tile.piece_keys[tile.pieces] = key, tile.piece_values[tile.pieces++] = value;
     tile.tokens += tokens;
   }
 
@@ -134,19 +136,20 @@ struct Worker {
     return scratch;
   }
 
-  // Rows [first, first + n) of the unit see a tile; row i the tokens [from, to)[i] of it. next: the page that
-  // is wanted after it, or -1.
+  // Rows [first, first + n) of the unit see a tile; row i the tokens [from, to)[i] of it. next: the tile
+  // after it, of pieces of so many tokens, or without any.
   template <class Range>
-  void attend(int first, int n, const Store& keys, const Store& values, const Tile& tile, int64_t next,
+  void attend(int first, int n, const Store& keys, const Tile& tile, const Tile& next, int64_t piece,
               const Range& visible) {
-    const int width = int(a.width), tile_bytes = width * kTileTokens * int(size_of(a.type));
+    const int width = int(a.width);
+    const int bytes = width * int(std::min<int64_t>(piece, kTileTokens)) * int(size_of(a.type));
     const int cols = (tile.tokens + kTokens - 1) / kTokens * kTokens;
     const float* wide[kTileTokens];
     for (int i = 0; i < cols / kTokens; ++i)
       wide[i] = read(tile.keys[i], keys.stride_inner, width, kTokens, &widened[size_t(i * kTokens * width)]);
     kernels.by_columns(&query[size_t(first * width)], width, n, width, wide,
                        a.type == DType::f32 ? keys.stride_inner : kTokens, cols, nullptr, logits.data(),
-                       kTileTokens, next < 0 ? nullptr : keys.data + bytes_at(keys, next), tile_bytes);
+                       kTileTokens, {next.piece_keys, next.pieces, bytes});
     int low = tile.tokens, high = 0;
     for (int i = 0; i < n; ++i) {
       const auto [from, to] = visible(i);
@@ -158,8 +161,7 @@ struct Worker {
     // Only tokens that some row sees: what lies beyond may be NaN, and 0 * NaN would not be 0.
     for (int i = low; i < high; ++i) wide[i] = read(tile.values[i], 0, 1, width, &widened[size_t(i * width)]);
     kernels.by_lines(&logits[size_t(low)], kTileTokens, n, high - low, wide + low, 0, width, alpha.data(),
-                     sums + int64_t(first) * width, width,
-                     next < 0 ? nullptr : values.data + bytes_at(values, next), tile_bytes);
+                     sums + int64_t(first) * width, width, {next.piece_values, next.pieces, bytes});
   }
 
   void attend_prefix() {
@@ -173,43 +175,62 @@ struct Worker {
           first_seen(a, unit.prompt, unit.first + i / branch_rows(), i % branch_rows() / group());
       seen = std::min(seen, oldest[size_t(i)]);
     }
-    for (int64_t start = begin; start < end; start += kTileTokens) {
-      const int count = int(std::min<int64_t>(kTileTokens, end - start));
-      if (seen >= start + count) continue;
+    const auto tile_at = [&](int64_t start) {
       Tile tile;
-      tile.tokens = 0;
-      add(tile, a.prefix_key, a.prefix_value, pages[start / a.page_tokens], start % a.page_tokens, count);
-      const int64_t after = start + kTileTokens;
-      attend(0, rows, a.prefix_key, a.prefix_value, tile, after < end ? pages[after / a.page_tokens] : -1,
-             [&](int i) {
-               return std::pair<int, int>(int(std::clamp<int64_t>(oldest[size_t(i)] - start, 0, count)),
-                                          count);
-             });
+      if (start < end)
+        add(tile, a.prefix_key, a.prefix_value, pages[start / a.page_tokens], start % a.page_tokens,
+            int(std::min<int64_t>(kTileTokens, end - start)));
+      return tile;
+    };
+    const int64_t from = std::max(begin, seen / kTileTokens * kTileTokens);
+    Tile tile = tile_at(from);
+    for (int64_t start = from; start < end; start += kTileTokens) {
+      const Tile next = tile_at(start + kTileTokens);
+      attend(0, rows, a.prefix_key, tile, next, a.page_tokens, [&](int i) {
+        return std::pair<int, int>(int(std::clamp<int64_t>(oldest[size_t(i)] - start, 0, tile.tokens)),
+                                   tile.tokens);
+      });
+      tile = next;
     }
   }
 
+  // The first token of a tile of row n's tail that a query sees.
+  int64_t first_tile(int64_t n) const {
+    const int64_t seen = a.window ? std::max<int64_t>(0, a.tail_len[n] - a.tokens + 1 - a.window) : 0;
+    return seen / kTileTokens * kTileTokens;
+  }
+
+  // The tile of row n's tail from `start` on; empty where that is no row of the unit, or it is idle.
+  Tile tail_tile(int64_t n, int64_t start) const {
+    Tile tile;
+    const int64_t count = n < unit.last ? std::min<int64_t>(kTileTokens, a.tail_len[n] - start) : 0;
+    while (tile.tokens < count) {
+      const int64_t at = start + tile.tokens, inside = at % a.leaf_tokens;
+      const int here = int(std::min<int64_t>(a.leaf_tokens - inside, count - tile.tokens));
+      add(tile, a.tail_key, a.tail_value, leaf(n, at), inside, here);
+    }
+    return tile;
+  }
+
   void attend_tails() {
-    for (int32_t n = unit.first; n < unit.last; ++n) {
+    for (int64_t n = unit.first; n < unit.last; ++n) {
       const int64_t tail = a.tail_len[n];
       if (tail == 0) continue;
       if (a.key.data) append(n);
-      const int64_t seen = a.window ? std::max<int64_t>(0, tail - a.tokens + 1 - a.window) : 0;
-      for (int64_t start = seen / kTileTokens * kTileTokens; start < tail; start += kTileTokens) {
-        const int count = int(std::min<int64_t>(kTileTokens, tail - start));
-        Tile tile;
-        tile.tokens = 0;
-        while (tile.tokens < count) {
-          const int64_t at = start + tile.tokens, inside = at % a.leaf_tokens;
-          const int here = int(std::min<int64_t>(a.leaf_tokens - inside, count - tile.tokens));
-          add(tile, a.tail_key, a.tail_value, leaf(n, at), inside, here);
-        }
-        attend((n - unit.first) * branch_rows(), branch_rows(), a.tail_key, a.tail_value, tile, -1,
+      Tile tile = tail_tile(n, first_tile(n));
+      for (int64_t start = first_tile(n); start < tail; start += kTileTokens) {
+        const int64_t after = start + kTileTokens;
+        const Tile next = after < tail        ? tail_tile(n, after)
+                          : n + 1 < unit.last ? tail_tile(n + 1, first_tile(n + 1))
+                                              : Tile{};
+        attend(int(n - unit.first) * branch_rows(), branch_rows(), a.tail_key, tile, next, a.leaf_tokens,
                [&](int i) {
                  const int64_t at = tail - a.tokens + i / group();  // of the query, in the tail
                  const int64_t from = a.window ? at + 1 - a.window : 0;
-                 return std::pair<int, int>(int(std::clamp<int64_t>(from - start, 0, count)),
-                                            int(std::clamp<int64_t>(at + 1 - start, 0, count)));
+                 return std::pair<int, int>(int(std::clamp<int64_t>(from - start, 0, tile.tokens)),
+                                            int(std::clamp<int64_t>(at + 1 - start, 0, tile.tokens)));
                });
+        tile = next;
       }
     }
   }

@@ -10,10 +10,27 @@ static_assert(kLanes <= pyengine::kTokens, "a row's sum is one vector");
 constexpr int kVecs = 4;                     // of a row, in flight
 constexpr int kRows = kLanes == 16 ? 6 : 3;  // 24 sums of 32 registers, or 12 of 16
 
-// Memory that is wanted next: so many cache lines of it are asked for at each step of a product.
+// So many cache lines of what is wanted next are asked for at each step of a product.
 struct Ahead {
-  const char* next;
+  pyengine::Wanted next;
   int lines;
+  const char *line, *end;
+
+  Ahead(const pyengine::Wanted& wanted, int steps)
+      : next(wanted),
+        lines((wanted.pieces * (wanted.bytes / 64) + steps - 1) / steps),
+        line(nullptr),
+        end(nullptr) {}
+
+  void step() {
+    for (int l = 0; l < lines; ++l, line += 64) {
+      if (line == end) {
+        if (next.pieces == 0) return;
+        line = *next.from++, end = line + next.bytes / 64 * 64, --next.pieces;
+      }
+      __builtin_prefetch(line, 0, 2);
+    }
+  }
 };
 
 // The right factor of a product whose columns from `at` on are N vectors: in pieces of kTokens columns ...
@@ -43,9 +60,9 @@ void multiply_block(const float* a, int64_t lda, int depth, const Factor<N>& b, 
   Vec sum[R][N];
   for (int r = 0; r < R; ++r)
     PYENGINE_EACH sum[r][u] = alpha ? load(c + r * ldc + u * kLanes) * alpha[r] : Vec{};
-  const char* line = ahead.next;
+  Ahead now = ahead;
   for (int i = 0; i < depth; ++i) {
-    for (int l = 0; l < ahead.lines; ++l, line += 64) __builtin_prefetch(line, 0, 2);
+    now.step();
     Vec x[N];
     PYENGINE_EACH x[u] = b.at(i, u);
     for (int r = 0; r < R; ++r) {
@@ -53,7 +70,7 @@ void multiply_block(const float* a, int64_t lda, int depth, const Factor<N>& b, 
       PYENGINE_EACH sum[r][u] += y * x[u];
     }
   }
-  ahead.next = line;
+  ahead = now;
   for (int r = 0; r < R; ++r) PYENGINE_EACH store(c + r * ldc + u * kLanes, sum[r][u]);
 }
 
@@ -73,9 +90,9 @@ void multiply_rows(const float* a, int64_t lda, int rows, int depth, const float
 
 template <template <int> class Factor>
 void multiply(const float* a, int64_t lda, int rows, int depth, const float* const* b, int64_t stride,
-              int cols, const float* alpha, float* c, int64_t ldc, const char* next, int bytes) {
+              int cols, const float* alpha, float* c, int64_t ldc, const pyengine::Wanted& next) {
   const int blocks = (rows + kRows - 1) / kRows * ((cols + kVecs * kLanes - 1) / (kVecs * kLanes));
-  Ahead ahead{next, next ? (bytes / 64 + blocks * depth - 1) / (blocks * depth) : 0};
+  Ahead ahead(next, blocks * depth);
   constexpr decltype(&multiply_rows<1, Factor>) by_vecs[] = {
       multiply_rows<1, Factor>, multiply_rows<2, Factor>, multiply_rows<3, Factor>, multiply_rows<4, Factor>};
   for (int at = 0; at < cols; at += kVecs * kLanes) {
