@@ -78,14 +78,12 @@ void make_plan(const TreeArgs& a, Plan& plan) {
   for (const Unit& unit : plan.units) ++plan.unfinished[size_t(unit.group)];
 }
 
-// Up to kTileTokens tokens in a page, or in leaves one after another; all but the last leaf's are a multiple
-// of kTokens.
+// Up to kTileTokens tokens in a page, or in leaves one after another.
 struct Tile {
-  struct {
-    const char *key, *value;
-    int tokens;
-  } piece[kTileTokens / kTokens];
-  int pieces, tokens;
+  int tokens = 0, pieces = 0;
+  const char* keys[kTileTokens / kTokens];  // of kTokens tokens each
+  const char* values[kTileTokens];          // of each token
+  const char *piece_keys[kTileTokens / kTokens], *piece_values[kTileTokens / kTokens];
 };
 
 // One unit at work: its rows, and scratch for one tile of the cache.
@@ -118,58 +116,52 @@ struct Worker {
     return (at * store.stride_at + unit.head * store.stride_head) * int64_t(size_of(a.type));
   }
 
-  // `tokens` more of a tile, from `start` on in a page or leaf.
+  // `tokens` more of a tile, from `start` on in a page or leaf; both are a multiple of kTokens but for the
+  // last.
   void add(Tile& tile, const Store& keys, const Store& values, int64_t at, int64_t start, int tokens) const {
     const int64_t size = int64_t(size_of(a.type));
-    tile.piece[tile.pieces++] = {keys.data + bytes_at(keys, at) + start * size,
-                                 values.data + bytes_at(values, at) + start * values.stride_inner * size,
-                                 tokens};
+    const char* key = keys.data + bytes_at(keys, at) + start * size;
+    const char* value = values.data + bytes_at(values, at) + start * values.stride_inner * size;
+    for (int i = 0; i < tokens; i += kTokens) tile.keys[(tile.tokens + i) / kTokens] = key + i * size;
+    for (int i = 0; i < tokens; ++i) tile.values[tile.tokens + i] = value + i * values.stride_inner * size;
+    tile.piece_keys[tile.pieces] = key, tile.piece_values[tile.pieces++] = value;
     tile.tokens += tokens;
   }
 
-  // `inner` rows of `cols` numbers in fp32, `stride` apart: in place, or in `scratch`.
-  const float* read(const char* data, int64_t inner, int cols, int64_t& stride, float* scratch) {
-    const size_t size = size_of(a.type);
+  // `count` lines of `cols` numbers in fp32, `stride` apart: in place, or in `scratch`.
+  const float* read(const char* data, int64_t stride, int count, int cols, float* scratch) {
     if (a.type == DType::f32) return reinterpret_cast<const float*>(data);
-    for (int64_t i = 0; i < inner; ++i)
-      kernels.widen(data + i * stride * int64_t(size), a.type, cols, scratch + i * cols);
-    stride = cols;
+    for (int i = 0; i < count; ++i)
+      kernels.widen(data + i * stride * int64_t(size_of(a.type)), a.type, cols, scratch + i * cols);
     return scratch;
   }
 
-  // Rows [first, first + n) of the unit see a tile; row i the tokens [from, to)[i] of it. next: the page that
-  // is wanted after it, or -1.
+  // Rows [first, first + n) of the unit see a tile; row i the tokens [from, to)[i] of it. next: the tile
+  // after it, of pieces of so many tokens, or without any.
   template <class Range>
-  void attend(int first, int n, const Store& keys, const Store& values, const Tile& tile, int64_t next,
+  void attend(int first, int n, const Store& keys, const Tile& tile, const Tile& next, int64_t piece,
               const Range& visible) {
-    const auto padded = [](int count) { return (count + kTokens - 1) / kTokens * kTokens; };
-    const int width = int(a.width), tile_bytes = width * kTileTokens * int(size_of(a.type));
-    for (int p = 0, at = 0; p < tile.pieces; at += tile.piece[p++].tokens) {
-      int64_t stride = keys.stride_inner;
-      const int cols = padded(tile.piece[p].tokens);
-      const float* k = read(tile.piece[p].key, width, cols, stride, widened.data());
-      kernels.multiply(&query[size_t(first * width)], width, n, width, k, stride, cols, nullptr,
-                       &logits[size_t(at)], kTileTokens,
-                       next < 0 ? nullptr : keys.data + bytes_at(keys, next), tile_bytes);
-    }
+    const int width = int(a.width);
+    const int bytes = width * int(std::min<int64_t>(piece, kTileTokens)) * int(size_of(a.type));
+    const int cols = (tile.tokens + kTokens - 1) / kTokens * kTokens;
+    const float* wide[kTileTokens];
+    for (int i = 0; i < cols / kTokens; ++i)
+      wide[i] = read(tile.keys[i], keys.stride_inner, width, kTokens, &widened[size_t(i * kTokens * width)]);
+    kernels.by_columns(&query[size_t(first * width)], width, n, width, wide,
+                       a.type == DType::f32 ? keys.stride_inner : kTokens, cols, nullptr, logits.data(),
+                       kTileTokens, {next.piece_keys, next.pieces, bytes});
     int low = tile.tokens, high = 0;
     for (int i = 0; i < n; ++i) {
       const auto [from, to] = visible(i);
-      alpha[size_t(i)] = kernels.weights(&logits[size_t(i * kTileTokens)], padded(tile.tokens), from, to,
-                                         a.softcap * kLog2E, softmax[first + i]);
+      alpha[size_t(i)] = kernels.weights(&logits[size_t(i * kTileTokens)], cols, from, to, a.softcap * kLog2E,
+                                         softmax[first + i]);
       low = std::min(low, from), high = std::max(high, to);
     }
-    for (int p = 0, at = 0; p < tile.pieces; at += tile.piece[p++].tokens) {
-      // Only tokens that some row sees: what lies beyond may be NaN, and 0 * NaN would not be 0.
-      const int from = std::max(low, at), to = std::min(high, at + tile.piece[p].tokens);
-      if (from >= to) continue;
-      int64_t stride = values.stride_inner;
-      const float* v = read(tile.piece[p].value, to - at, width, stride, widened.data());
-      kernels.multiply(&logits[size_t(from)], kTileTokens, n, to - from, v + (from - at) * stride, stride,
-                       width, alpha.data(), sums + int64_t(first) * width, width,
-                       next < 0 ? nullptr : values.data + bytes_at(values, next), tile_bytes);
-      std::fill_n(alpha.begin(), n, 1.0f);
-    }
+    if (low >= high) return;
+    // Only tokens that some row sees: what lies beyond may be NaN, and 0 * NaN would not be 0.
+    for (int i = low; i < high; ++i) wide[i] = read(tile.values[i], 0, 1, width, &widened[size_t(i * width)]);
+    kernels.by_lines(&logits[size_t(low)], kTileTokens, n, high - low, wide + low, 0, width, alpha.data(),
+                     sums + int64_t(first) * width, width, {next.piece_values, next.pieces, bytes});
   }
 
   void attend_prefix() {
@@ -183,41 +175,62 @@ struct Worker {
           first_seen(a, unit.prompt, unit.first + i / branch_rows(), i % branch_rows() / group());
       seen = std::min(seen, oldest[size_t(i)]);
     }
-    for (int64_t start = begin; start < end; start += kTileTokens) {
-      const int count = int(std::min<int64_t>(kTileTokens, end - start));
-      if (seen >= start + count) continue;
-      Tile tile{};
-      add(tile, a.prefix_key, a.prefix_value, pages[start / a.page_tokens], start % a.page_tokens, count);
-      const int64_t after = start + kTileTokens;
-      attend(0, rows, a.prefix_key, a.prefix_value, tile, after < end ? pages[after / a.page_tokens] : -1,
-             [&](int i) {
-               return std::pair<int, int>(int(std::clamp<int64_t>(oldest[size_t(i)] - start, 0, count)),
-                                          count);
-             });
+    const auto tile_at = [&](int64_t start) {
+      Tile tile;
+      if (start < end)
+        add(tile, a.prefix_key, a.prefix_value, pages[start / a.page_tokens], start % a.page_tokens,
+            int(std::min<int64_t>(kTileTokens, end - start)));
+      return tile;
+    };
+    const int64_t from = std::max(begin, seen / kTileTokens * kTileTokens);
+    Tile tile = tile_at(from);
+    for (int64_t start = from; start < end; start += kTileTokens) {
+      const Tile next = tile_at(start + kTileTokens);
+      attend(0, rows, a.prefix_key, tile, next, a.page_tokens, [&](int i) {
+        return std::pair<int, int>(int(std::clamp<int64_t>(oldest[size_t(i)] - start, 0, tile.tokens)),
+                                   tile.tokens);
+      });
+      tile = next;
     }
   }
 
+  // The first token of a tile of row n's tail that a query sees.
+  int64_t first_tile(int64_t n) const {
+    const int64_t seen = a.window ? std::max<int64_t>(0, a.tail_len[n] - a.tokens + 1 - a.window) : 0;
+    return seen / kTileTokens * kTileTokens;
+  }
+
+  // The tile of row n's tail from `start` on; empty where that is no row of the unit, or it is idle.
+  Tile tail_tile(int64_t n, int64_t start) const {
+    Tile tile;
+    const int64_t count = n < unit.last ? std::min<int64_t>(kTileTokens, a.tail_len[n] - start) : 0;
+    while (tile.tokens < count) {
+      const int64_t at = start + tile.tokens, inside = at % a.leaf_tokens;
+      const int here = int(std::min<int64_t>(a.leaf_tokens - inside, count - tile.tokens));
+      add(tile, a.tail_key, a.tail_value, leaf(n, at), inside, here);
+    }
+    return tile;
+  }
+
   void attend_tails() {
-    for (int32_t n = unit.first; n < unit.last; ++n) {
+    for (int64_t n = unit.first; n < unit.last; ++n) {
       const int64_t tail = a.tail_len[n];
       if (tail == 0) continue;
       if (a.key.data) append(n);
-      const int64_t seen = a.window ? std::max<int64_t>(0, tail - a.tokens + 1 - a.window) : 0;
-      for (int64_t start = seen / kTileTokens * kTileTokens; start < tail; start += kTileTokens) {
-        const int count = int(std::min<int64_t>(kTileTokens, tail - start));
-        Tile tile{};
-        while (tile.tokens < count) {
-          const int64_t at = start + tile.tokens, inside = at % a.leaf_tokens;
-          const int here = int(std::min<int64_t>(a.leaf_tokens - inside, count - tile.tokens));
-          add(tile, a.tail_key, a.tail_value, leaf(n, at), inside, here);
-        }
-        attend((n - unit.first) * branch_rows(), branch_rows(), a.tail_key, a.tail_value, tile, -1,
+      Tile tile = tail_tile(n, first_tile(n));
+      for (int64_t start = first_tile(n); start < tail; start += kTileTokens) {
+        const int64_t after = start + kTileTokens;
+        const Tile next = after < tail        ? tail_tile(n, after)
+                          : n + 1 < unit.last ? tail_tile(n + 1, first_tile(n + 1))
+                                              : Tile{};
+        attend(int(n - unit.first) * branch_rows(), branch_rows(), a.tail_key, tile, next, a.leaf_tokens,
                [&](int i) {
                  const int64_t at = tail - a.tokens + i / group();  // of the query, in the tail
                  const int64_t from = a.window ? at + 1 - a.window : 0;
-                 return std::pair<int, int>(int(std::clamp<int64_t>(from - start, 0, count)),
-                                            int(std::clamp<int64_t>(at + 1 - start, 0, count)));
+                 return std::pair<int, int>(int(std::clamp<int64_t>(from - start, 0, tile.tokens)),
+                                            int(std::clamp<int64_t>(at + 1 - start, 0, tile.tokens)));
                });
+        tile = next;
       }
     }
   }

@@ -10,53 +10,94 @@ static_assert(kLanes <= pyengine::kTokens, "a row's sum is one vector");
 constexpr int kVecs = 4;                     // of a row, in flight
 constexpr int kRows = kLanes == 16 ? 6 : 3;  // 24 sums of 32 registers, or 12 of 16
 
-// Memory that is wanted next: so many cache lines of it are asked for at each step of a product.
+// So many cache lines of what is wanted next are asked for at each step of a product.
 struct Ahead {
-  const char* next;
+  pyengine::Wanted next;
   int lines;
+  const char *line, *end;
+
+  Ahead(const pyengine::Wanted& wanted, int steps)
+      : next(wanted),
+        lines((wanted.pieces * (wanted.bytes / 64) + steps - 1) / steps),
+        line(nullptr),
+        end(nullptr) {}
+
+  void step() {
+    for (int l = 0; l < lines; ++l, line += 64) {
+      if (line == end) {
+        if (next.pieces == 0) return;
+        line = *next.from++, end = line + next.bytes / 64 * 64, --next.pieces;
+      }
+      __builtin_prefetch(line, 0, 2);
+    }
+  }
 };
 
-template <int R, int N>
-void multiply_block(const float* a, int64_t lda, int depth, const float* b, int64_t ldb, const float* alpha,
-                    float* c, int64_t ldc, Ahead& ahead) {
+// The right factor of a product whose columns from `at` on are N vectors: in pieces of kTokens columns ...
+template <int N>
+struct Columns {
+  const float* from[N];
+  int64_t stride;
+  Columns(const float* const* piece, int64_t stride, int at) : stride(stride) {
+    PYENGINE_EACH from[u] =
+        piece[(at + u * kLanes) / pyengine::kTokens] + (at + u * kLanes) % pyengine::kTokens;
+  }
+  Vec at(int i, int u) const { return load(from[u] + i * stride); }
+};
+
+// ... or row by row.
+template <int N>
+struct Lines {
+  const float* const* line;
+  int from;
+  Lines(const float* const* line, int64_t, int at) : line(line), from(at) {}
+  Vec at(int i, int u) const { return load(line[i] + from + u * kLanes); }
+};
+
+template <int R, int N, template <int> class Factor>
+void multiply_block(const float* a, int64_t lda, int depth, const Factor<N>& b, const float* alpha, float* c,
+                    int64_t ldc, Ahead& ahead) {
   Vec sum[R][N];
   for (int r = 0; r < R; ++r)
     PYENGINE_EACH sum[r][u] = alpha ? load(c + r * ldc + u * kLanes) * alpha[r] : Vec{};
-  const char* line = ahead.next;
+  Ahead now = ahead;
   for (int i = 0; i < depth; ++i) {
-    for (int l = 0; l < ahead.lines; ++l, line += 64) __builtin_prefetch(line, 0, 2);
+    now.step();
     Vec x[N];
-    PYENGINE_EACH x[u] = load(b + i * ldb + u * kLanes);
+    PYENGINE_EACH x[u] = b.at(i, u);
     for (int r = 0; r < R; ++r) {
       const Vec y = splat(a[r * lda + i]);
       PYENGINE_EACH sum[r][u] += y * x[u];
     }
   }
-  ahead.next = line;
+  ahead = now;
   for (int r = 0; r < R; ++r) PYENGINE_EACH store(c + r * ldc + u * kLanes, sum[r][u]);
 }
 
-template <int N>
-void multiply_rows(const float* a, int64_t lda, int rows, int depth, const float* b, int64_t ldb,
-                   const float* alpha, float* c, int64_t ldc, Ahead& ahead) {
-  constexpr decltype(&multiply_block<1, N>) by_rows[] = {multiply_block<1, N>, multiply_block<2, N>,
-                                                         multiply_block<3, N>, multiply_block<4, N>,
-                                                         multiply_block<5, N>, multiply_block<6, N>};
+template <int N, template <int> class Factor>
+void multiply_rows(const float* a, int64_t lda, int rows, int depth, const float* const* b, int64_t stride,
+                   int at, const float* alpha, float* c, int64_t ldc, Ahead& ahead) {
+  constexpr decltype(&multiply_block<1, N, Factor>) by_rows[] = {
+      multiply_block<1, N, Factor>, multiply_block<2, N, Factor>, multiply_block<3, N, Factor>,
+      multiply_block<4, N, Factor>, multiply_block<5, N, Factor>, multiply_block<6, N, Factor>};
+  const Factor<N> factor(b, stride, at);
   for (int r = 0; r < rows; r += kRows) {
     const int n = rows - r < kRows ? rows - r : kRows;
-    by_rows[n - 1](a + r * lda, lda, depth, b, ldb, alpha ? alpha + r : nullptr, c + r * ldc, ldc, ahead);
+    by_rows[n - 1](a + r * lda, lda, depth, factor, alpha ? alpha + r : nullptr, c + r * ldc + at, ldc,
+                   ahead);
   }
 }
 
-void multiply(const float* a, int64_t lda, int rows, int depth, const float* b, int64_t ldb, int cols,
-              const float* alpha, float* c, int64_t ldc, const char* next, int bytes) {
+template <template <int> class Factor>
+void multiply(const float* a, int64_t lda, int rows, int depth, const float* const* b, int64_t stride,
+              int cols, const float* alpha, float* c, int64_t ldc, const pyengine::Wanted& next) {
   const int blocks = (rows + kRows - 1) / kRows * ((cols + kVecs * kLanes - 1) / (kVecs * kLanes));
-  Ahead ahead{next, next ? (bytes / 64 + blocks * depth - 1) / (blocks * depth) : 0};
-  constexpr decltype(&multiply_rows<1>) by_vecs[] = {multiply_rows<1>, multiply_rows<2>, multiply_rows<3>,
-                                                     multiply_rows<4>};
+  Ahead ahead(next, blocks * depth);
+  constexpr decltype(&multiply_rows<1, Factor>) by_vecs[] = {
+      multiply_rows<1, Factor>, multiply_rows<2, Factor>, multiply_rows<3, Factor>, multiply_rows<4, Factor>};
   for (int at = 0; at < cols; at += kVecs * kLanes) {
     const int vecs = (cols - at) / kLanes < kVecs ? (cols - at) / kLanes : kVecs;
-    by_vecs[vecs - 1](a, lda, rows, depth, b + at, ldb, alpha, c + at, ldc, ahead);
+    by_vecs[vecs - 1](a, lda, rows, depth, b, stride, at, alpha, c, ldc, ahead);
   }
 }
 
@@ -124,6 +165,6 @@ float sum_of(const RowSoftmax& row) { return sum_lanes(load(row.sum)); }
 
 namespace pyengine {
 extern const TreeKernels PYENGINE_PASTE(tree_kernels_, PYENGINE_ISA);
-const TreeKernels PYENGINE_PASTE(tree_kernels_, PYENGINE_ISA) = {PYENGINE_STRING(PYENGINE_ISA), multiply,
-                                                                 weights, sum_of, widen};
+const TreeKernels PYENGINE_PASTE(tree_kernels_, PYENGINE_ISA) = {
+    PYENGINE_STRING(PYENGINE_ISA), multiply<Columns>, multiply<Lines>, weights, sum_of, widen};
 }  // namespace pyengine
