@@ -1,8 +1,12 @@
-// The arithmetic that every backend shares: block accumulators, their merge, the final formulas and
-// the counter-based random numbers. Plain scalar code, compiled for CPU and GPU alike, so that what
-// a GPU kernel computes is already tested on every CPU run.
+// The arithmetic of block accumulators, their merge, the final formulas and the counter-based random
+// numbers: plain scalar code that C++ and CUDA both compile.
 //
-// Logits live in log2 units here (x = logit * log2(e) / temperature): one exp2 an element, and the
+// CUDA shares the accumulators, `rescale`, `kl_nats`, Philox and its uniforms. Of its own it has three things
+// (csrc/cuda/tilt.cu, tilt_row.cuh): a block's shifts are in nats, each exactly a tilted or base logit; the
+// threads merge all blocks of a row at once, relative to the row's highest shift; and its Gumbel noise is in
+// fp32. Tests run those on a CPU (tests/cuda_shim).
+//
+// Elsewhere logits are in log2 units (x = logit * log2(e) / temperature): one exp2 an element, and the
 // conversion back to nats happens once a row.
 #pragma once
 
@@ -78,8 +82,6 @@ struct RowMoments {
   double m, s, s2, w, target, max;
 };
 constexpr int kStateSize = 6;
-
-PYENGINE_FN RowMoments no_moments() { return RowMoments{-INFINITY, 0, 0, 0, NAN, -INFINITY}; }
 
 PYENGINE_FN void merge(RowMoments& row, const BlockMoments& block) {
   const double m = block.m > row.m ? block.m : row.m;

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from pyengine import InputError, Statistics, ops
 from pyengine.losses import (
+    OrpoLoss,
     ca_loss,
     check_labels,
     class_weight,
@@ -24,7 +25,6 @@ from pyengine.losses import (
     kto_loss,
     log_weight,
     odds_ratio_loss,
-    orpo_loss,
     rwr_loss,
     rwr_weight,
     sequence_moments,
@@ -77,7 +77,7 @@ LOSSES = {  # name: the loss, its formula for one pair
     "sft": (sft_loss, lambda w, r: -w.mean),
     "sft, summed": (partial(sft_loss, reduction="sum"), lambda w, r: -w.logp),
     "odds ratio": (odds_ratio_loss, lambda w, r: -sigmoid((w.odds / r.odds).log()).log()),
-    "orpo": (partial(orpo_loss, lam=0.4), lambda w, r: -w.mean - 0.4 * sigmoid((w.odds / r.odds).log()).log()),
+    "orpo": (OrpoLoss(lam=0.4), lambda w, r: -w.mean - 0.4 * sigmoid((w.odds / r.odds).log()).log()),
 }
 WEIGHTED = {f"{name}, weighted": weighted(loss) for name, (loss, _) in LOSSES.items()}
 
@@ -168,7 +168,7 @@ def test_defaults():
     assert ipo_loss(*pair).item() == pytest.approx(16.0)
     assert simpo_loss(high, low).item() == pytest.approx(math.log1p(math.exp(-1.5)))
     assert sft_loss(high, low).item() == 1.0
-    assert orpo_loss(high, low).item() == pytest.approx(1 + 0.1 * odds_ratio_loss(high, low).item())
+    assert OrpoLoss()(high, low).item() == pytest.approx(1 + 0.1 * odds_ratio_loss(high, low).item())
     assert kto_loss(high, zero, torch.tensor([True]), 0.0).item() == pytest.approx(1 / (1 + math.exp(-0.3)))
 
 
@@ -454,7 +454,7 @@ class TestOddInput:
 
     def test_a_lambda_of_0_skips_the_term(self):
         low = given(torch.tensor([-3.0]), tokens=2)
-        nothing = partial(orpo_loss, lam=0.0, preference=lambda *_: torch.tensor([math.nan]))
+        nothing = OrpoLoss(lam=0.0, preference=lambda *_: torch.tensor([math.nan]))
         assert nothing(low, low).item() == 1.5
 
     @pytest.mark.parametrize(
@@ -471,7 +471,7 @@ class TestOddInput:
             (lambda m, x: ipo_loss(m, m, x, x, beta=math.nan), "ipo_loss: beta must be a finite number"),
             (lambda m, x: simpo_loss(m, m, gamma=math.inf), "simpo_loss: gamma must be a finite number"),
             (lambda m, x: sft_loss(m, m, reduction="mean"), "reduction must be one of sum, token_mean, got 'mean'"),
-            (lambda m, x: orpo_loss(m, m, lam=-1), "orpo_loss: lam must be a finite number in 0"),
+            (lambda m, x: OrpoLoss(lam=-1)(m, m), "OrpoLoss: lam must be a finite number in 0"),
             (lambda m, x: kto_loss(m, x, x, 0.0), r"kto_loss: desirable must be bool \[3\], got torch.float32"),
             (lambda m, x: kto_loss(m, x, x > 0, 0.0, desirable_weight=-1), "kto_loss: desirable_weight"),
             (lambda m, x: kto_baseline(x, x[:2]), r"got \[3\] and \[2\]"),

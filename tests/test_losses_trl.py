@@ -18,13 +18,13 @@ from trl.experimental.orpo import ORPOConfig, ORPOTrainer
 import pyengine
 from pyengine import ops
 from pyengine.losses import (
+    OrpoLoss,
     dpo_loss,
     hinge_loss,
     ipo_loss,
     kto_baseline,
     kto_loss,
     odds_ratio_loss,
-    orpo_loss,
     sequence_moments,
     simpo_loss,
     weighted,
@@ -272,7 +272,7 @@ def test_orpo(tmp_path_factory, tokenizer):
     )
     batch = simple_batch([(5, 6), (5, 2), (5, 4)])
     sides = simple_sides(trainer.model, batch)
-    assert_same(orpo_loss(*sides, lam=0.3).mean(), trainer.compute_loss(trainer.model, batch), trainer.model)
+    assert_same(OrpoLoss(lam=0.3)(*sides).mean(), trainer.compute_loss(trainer.model, batch), trainer.model)
     batch = simple_batch([(3, 6), (7, 2), (4, 4)])
     sides = simple_sides(trainer.model, batch)
     ours = weighted_nll(sides[0], torch.ones(3), "token_mean") + 0.3 * odds_ratio_loss(*sides).mean()

@@ -238,3 +238,16 @@ def test_fsdp2_averages_the_gradients_of_its_processes(tmp_path):
         for process in processes:
             process.kill()
     assert [process.returncode for process in processes] == [0, 0], "\n".join(said)
+
+
+def test_trl_has_its_own_head_and_loader_again_even_after_an_error():
+    def interrupted():
+        with in_place_of(dpo_trainer, reference=False):
+            assert dpo_trainer.add_fused_lm_head is add_head
+            assert dpo_trainer.create_model_from_path("never loaded") is None
+            raise KeyError
+
+    own = dpo_trainer.add_fused_lm_head, dpo_trainer.create_model_from_path
+    with pytest.raises(KeyError):
+        interrupted()
+    assert (dpo_trainer.add_fused_lm_head, dpo_trainer.create_model_from_path) == own

@@ -11,13 +11,13 @@ import torch
 
 from pyengine import InputError, ops, reference
 from pyengine.losses import (
+    OrpoLoss,
     class_weight,
     dpo_loss,
     hinge_loss,
     ipo_loss,
     log_weight,
     odds_ratio_loss,
-    orpo_loss,
     pair_weight,
     sequence_moments,
     sft_loss,
@@ -216,7 +216,7 @@ LOSSES = {
     "ipo": partial(ipo_loss, beta=0.2),
     "simpo": partial(simpo_loss, beta=1.0, gamma=0.3),
     "sft": sft_loss,
-    "orpo": partial(orpo_loss, lam=0.5),
+    "orpo": OrpoLoss(lam=0.5),
 }
 
 
@@ -298,14 +298,14 @@ def test_weights_are_put_on_the_preference_that_orpo_was_given():
         return 100 + 0 * chosen.logp
 
     chosen, rejected = summed(-3.0, -2.0), summed(-4.0, -5.0)
-    loss = partial(orpo_loss, lam=1.0, preference=hundred)
+    loss = OrpoLoss(lam=1.0, preference=hundred)
     weight = pair_weight(chosen, rejected)
     torch.testing.assert_close(weighted(loss)(chosen, rejected, None, None), sft_loss(chosen, rejected) + 100 * weight)
-    twice = weighted(weighted(orpo_loss))(chosen, rejected, None, None)
+    twice = weighted(weighted(OrpoLoss()))(chosen, rejected, None, None)
     torch.testing.assert_close(twice, sft_loss(chosen, rejected) + 0.1 * weight**2 * odds_ratio_loss(chosen, rejected))
 
 
-@pytest.mark.parametrize("loss", [dpo_loss, hinge_loss, ipo_loss, simpo_loss, orpo_loss, odds_ratio_loss])
+@pytest.mark.parametrize("loss", [dpo_loss, hinge_loss, ipo_loss, simpo_loss, OrpoLoss(), odds_ratio_loss])
 def test_sides_of_unequal_number_are_refused(loss):
     with pytest.raises(InputError, match=r"\[2\] chosen and \[1\] rejected"):
         loss(summed(-3.0, -2.0), summed(-4.0), torch.zeros(2), torch.zeros(1))

@@ -528,6 +528,7 @@ def over_triton(monkeypatch):
     monkeypatch.setattr(ops.logit_tiles, "FUSED_TOKENS", 0)
     monkeypatch.setattr(ops.logit_tiles, "COLUMNS", TILE_COLUMNS)
     monkeypatch.setattr(OP_MODULES["linear_logprob"], "COLUMNS", TILE_COLUMNS)
+    monkeypatch.setattr(linear_logprob, "SPLIT", TILE_COLUMNS)
     for module in (ops.logit_tiles, *OP_MODULES.values()):
         monkeypatch.setattr(module, "triton_runs", lambda x: True)
 

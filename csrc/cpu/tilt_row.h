@@ -12,8 +12,6 @@
 
 namespace pyengine {
 
-constexpr int kMaxLanes = 16;
-
 // Tilted logits in the logits' own unit (temperature times nats): logit + sum_r (temperature * lambda_r) *
 // value_r. With the temperature and the weights at 1 their ties are exact.
 struct Row {

@@ -1,8 +1,9 @@
 """The public door to the ops: argument checks, the choice of backend, torch.library registration.
 
-Conventions of every op here: per-row parameters are Python numbers or tensors of shape [B];
-outputs are fp32 whatever the input type (fp32, bf16, fp16); rows may be strided; randomness is a
-pure function of (seed, position) and so does not depend on the batch, the slot or the threads.
+Conventions of every op here: per-row parameters are Python numbers or tensors of shape [B]; inputs are fp32, bf16 or
+fp16, and rows may be strided. Log-probabilities, moments, losses, utilities and KL are fp32 whatever the input;
+`tree_attention` returns the type of its query, gradients have that of their tensor, ids and counts are int64.
+Randomness is a pure function of (seed, position) and so does not depend on the batch, the slot or the threads.
 """
 
 from pyengine.ops.common import LAUNCHES

@@ -42,6 +42,7 @@ from pyengine.ops.logit_tiles import (
     operator_gradients,
     tokens,
     triton_runs,
+    whole_rows,
 )
 from pyengine.reference import TokenLogprob
 
@@ -240,7 +241,9 @@ def _logits_logprob(
     launched(TWIN, _kernel(logits))
     target = target.contiguous()
     logits, head = common.unit_stride(logits), Head(logits.shape[1], None, temperature, softcap, ignore_index)
-    kept_rows(TWIN, target, head.vocab, ignore_index)  # checks the targets
+    if triton_runs(logits):
+        return tuple(whole_rows(logits, head, target))
+    check_labels(TWIN, target, head.vocab, ignore_index)
     fields = [logits.new_zeros(len(target), dtype=torch.float32) for _ in TokenLogprob._fields]
     for start, end in _runs(target, ignore_index):
         state = new_state(target[start:end])

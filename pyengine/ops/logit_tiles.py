@@ -252,6 +252,12 @@ def fused(hidden: Tensor, weight: Tensor, head: Head, target: Tensor) -> TokenLo
     return _marked(_triton().fused_forward(hidden, weight, head.bias, target, *numbers), head, target)
 
 
+def whole_rows(logits: Tensor, head: Head, target: Tensor) -> TokenLogprob:
+    """The fields of logits that lie in memory, through Triton, which splits long rows between programs."""
+    numbers = {"temperature": head.temperature, "softcap": head.softcap, "ignore_index": head.ignore_index}
+    return _marked(_triton().logits_logprob(logits, target, **numbers), head, target)
+
+
 def _marked(fields: Sequence[Tensor], head: Head, target: Tensor) -> TokenLogprob:
     """The fields of the Triton kernels, NaN throughout where the row or its target is bad: so that no gradient
     passes for right."""

@@ -27,7 +27,6 @@ KINDS = {
     "winter jacket": ("fabric", "zip", "fit", "hood", "delivery"),
     "coffee grinder": ("motor", "noise", "lid", "switch", "price"),
 }
-RESTAURANTS = frozenset(list(KINDS)[:6])
 NAMES = ("Blue Lantern", "Old Mill", "Kestrel", "Harbour", "Juniper", "Red Door", "Copper Pot", "Northwind")
 POSITIVE = ("wonderful", "excellent", "lovely", "superb", "delightful", "great", "impressive", "perfect")
 NEGATIVE = ("awful", "terrible", "disappointing", "dreadful", "poor", "horrible", "useless", "unpleasant")

@@ -14,7 +14,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
-from unittest import mock
 
 import torch
 import trl
@@ -139,12 +138,20 @@ def in_place_of(module: types.ModuleType, reference: bool = True, loads: int = 0
     def policy_only(*args: Any, **kwargs: Any) -> Any:
         return None if next(left, None) is None else real(*args, **kwargs)
 
-    with mock.patch.object(module, "add_fused_lm_head", add_head):
-        if reference:
-            yield
-        else:
-            with mock.patch.object(module, "create_model_from_path", policy_only):
-                yield
+    loader = real if reference else policy_only
+    with _swapped(module, "add_fused_lm_head", add_head), _swapped(module, "create_model_from_path", loader):
+        yield
+
+
+@contextmanager
+def _swapped(module: types.ModuleType, name: str, value: Any) -> Iterator[None]:
+    """While inside, `module.name` is `value`."""
+    before = getattr(module, name)
+    setattr(module, name, value)
+    try:
+        yield
+    finally:
+        setattr(module, name, before)
 
 
 def check_methods(trainer: type, names: tuple[str, ...]) -> None:

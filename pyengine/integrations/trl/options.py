@@ -87,13 +87,14 @@ def paired_loss(args: Any) -> PairedLoss | None:
 
 def _built(args: Any, kind: str) -> PairedLoss:
     beta: dict[str, Any] = {"beta": args.beta}
-    loss: PairedLoss = {
+    known: dict[str, PairedLoss] = {
         "sigmoid": partial(losses.dpo_loss, **beta, label_smoothing=args.label_smoothing),
         "hinge": partial(losses.hinge_loss, **beta),
         "ipo": partial(losses.ipo_loss, **beta, normalize=args.ipo_normalize),
         "simpo": partial(losses.simpo_loss, **beta, gamma=args.simpo_gamma),
-        "orpo": partial(losses.orpo_loss, lam=args.beta),
-    }[kind]
+        "orpo": losses.OrpoLoss(args.beta),
+    }
+    loss = known[kind]
     zero = torch.zeros(1)
     nothing = SequenceMoments(zero, zero.long(), zero, zero, zero)
     loss(nothing, nothing, zero, zero)  # checks the numbers now, not at the first step
