@@ -340,6 +340,7 @@ class Replayed(bench_branching.Ours):
 
     @torch.inference_mode()
     def block(self):
+        self.decoder.waits = True
         frontier = self.group.fork()
         draws = [
             Draw(1.0, 0, 1.0, 0.0, j, self.position, self.tokens, False, frozenset(), (), 0.0) for j in range(self.k)
