@@ -78,12 +78,11 @@ void make_plan(const TreeArgs& a, Plan& plan) {
   for (const Unit& unit : plan.units) ++plan.unfinished[size_t(unit.group)];
 }
 
-// Up to kTileTokens tokens in a page, or in leaves one after another.
+// Up to kTileTokens tokens: a piece of a page, or of each of several leaves.
 struct Tile {
   int tokens = 0, pieces = 0;
-  const char* keys[kTileTokens / kTokens];  // of kTokens tokens each
-  const char* values[kTileTokens];          // of each token
-  const char *piece_keys[kTileTokens / kTokens], *piece_values[kTileTokens / kTokens];
+  int count[kTileTokens / kTokens];  // tokens of each piece; all but the last have a multiple of kTokens
+  const char *keys[kTileTokens / kTokens], *values[kTileTokens / kTokens];
 };
 
 // One unit at work: its rows, and scratch for one tile of the cache.
@@ -116,15 +115,12 @@ struct Worker {
     return (at * store.stride_at + unit.head * store.stride_head) * int64_t(size_of(a.type));
   }
 
-  // `tokens` more of a tile, from `start` on in a page or leaf; both are a multiple of kTokens but for the
-  // last.
+  // `tokens` more of a tile, from `start` on in a page or leaf.
   void add(Tile& tile, const Store& keys, const Store& values, int64_t at, int64_t start, int tokens) const {
     const int64_t size = int64_t(size_of(a.type));
-    const char* key = keys.data + bytes_at(keys, at) + start * size;
-    const char* value = values.data + bytes_at(values, at) + start * values.stride_inner * size;
-    for (int i = 0; i < tokens; i += kTokens) tile.keys[(tile.tokens + i) / kTokens] = key + i * size;
-    for (int i = 0; i < tokens; ++i) tile.values[tile.tokens + i] = value + i * values.stride_inner * size;
-    tile.piece_keys[tile.pieces] = key, tile.piece_values[tile.pieces++] = value;
+    tile.keys[tile.pieces] = keys.data + bytes_at(keys, at) + start * size;
+    tile.values[tile.pieces] = values.data + bytes_at(values, at) + start * values.stride_inner * size;
+    tile.count[tile.pieces++] = tokens;
     tile.tokens += tokens;
   }
 
@@ -139,17 +135,19 @@ struct Worker {
   // Rows [first, first + n) of the unit see a tile; row i the tokens [from, to)[i] of it. next: the tile
   // after it, of pieces of so many tokens, or without any.
   template <class Range>
-  void attend(int first, int n, const Store& keys, const Tile& tile, const Tile& next, int64_t piece,
-              const Range& visible) {
-    const int width = int(a.width);
-    const int bytes = width * int(std::min<int64_t>(piece, kTileTokens)) * int(size_of(a.type));
-    const int cols = (tile.tokens + kTokens - 1) / kTokens * kTokens;
+  void attend(int first, int n, const Store& keys, const Store& values, const Tile& tile, const Tile& next,
+              int64_t piece, const Range& visible) {
+    const int width = int(a.width), size = int(size_of(a.type));
+    const int bytes = width * int(std::min<int64_t>(piece, kTileTokens)) * size;
     const float* wide[kTileTokens];
-    for (int i = 0; i < cols / kTokens; ++i)
-      wide[i] = read(tile.keys[i], keys.stride_inner, width, kTokens, &widened[size_t(i * kTokens * width)]);
+    int cols = 0;
+    for (int p = 0; p < tile.pieces; ++p)
+      for (int i = 0; i < tile.count[p]; i += kTokens, cols += kTokens)
+        wide[cols / kTokens] =
+            read(tile.keys[p] + i * size, keys.stride_inner, width, kTokens, &widened[size_t(cols * width)]);
     kernels.by_columns(&query[size_t(first * width)], width, n, width, wide,
                        a.type == DType::f32 ? keys.stride_inner : kTokens, cols, nullptr, logits.data(),
-                       kTileTokens, {next.piece_keys, next.pieces, bytes});
+                       kTileTokens, {next.keys, next.pieces, bytes});
     int low = tile.tokens, high = 0;
     for (int i = 0; i < n; ++i) {
       const auto [from, to] = visible(i);
@@ -159,9 +157,12 @@ struct Worker {
     }
     if (low >= high) return;
     // Only tokens that some row sees: what lies beyond may be NaN, and 0 * NaN would not be 0.
-    for (int i = low; i < high; ++i) wide[i] = read(tile.values[i], 0, 1, width, &widened[size_t(i * width)]);
+    for (int p = 0, at = 0; p < tile.pieces; at += tile.count[p++])
+      for (int i = std::max(low, at); i < std::min(high, at + tile.count[p]); ++i)
+        wide[i] = read(tile.values[p] + (i - at) * values.stride_inner * size, 0, 1, width,
+                       &widened[size_t(i * width)]);
     kernels.by_lines(&logits[size_t(low)], kTileTokens, n, high - low, wide + low, 0, width, alpha.data(),
-                     sums + int64_t(first) * width, width, {next.piece_values, next.pieces, bytes});
+                     sums + int64_t(first) * width, width, {next.values, next.pieces, bytes});
   }
 
   void attend_prefix() {
@@ -170,11 +171,12 @@ struct Worker {
     const int32_t* pages = a.pages + unit.prompt * a.pages_stride;
     const int rows = int(rows_of(a, unit));
     int64_t seen = length;
-    for (int i = 0; i < rows; ++i) {
-      oldest[size_t(i)] =
-          first_seen(a, unit.prompt, unit.first + i / branch_rows(), i % branch_rows() / group());
-      seen = std::min(seen, oldest[size_t(i)]);
-    }
+    std::vector<int64_t>::iterator to = oldest.begin();
+    for (int64_t n = unit.first; n < unit.last; ++n)
+      for (int64_t s = 0; s < a.tokens; ++s, to += group()) {
+        std::fill_n(to, group(), first_seen(a, unit.prompt, n, s));
+        seen = std::min(seen, *to);
+      }
     const auto tile_at = [&](int64_t start) {
       Tile tile;
       if (start < end)
@@ -186,7 +188,7 @@ struct Worker {
     Tile tile = tile_at(from);
     for (int64_t start = from; start < end; start += kTileTokens) {
       const Tile next = tile_at(start + kTileTokens);
-      attend(0, rows, a.prefix_key, tile, next, a.page_tokens, [&](int i) {
+      attend(0, rows, a.prefix_key, a.prefix_value, tile, next, a.page_tokens, [&](int i) {
         return std::pair<int, int>(int(std::clamp<int64_t>(oldest[size_t(i)] - start, 0, tile.tokens)),
                                    tile.tokens);
       });
@@ -223,8 +225,8 @@ struct Worker {
         const Tile next = after < tail        ? tail_tile(n, after)
                           : n + 1 < unit.last ? tail_tile(n + 1, first_tile(n + 1))
                                               : Tile{};
-        attend(int(n - unit.first) * branch_rows(), branch_rows(), a.tail_key, tile, next, a.leaf_tokens,
-               [&](int i) {
+        attend(int(n - unit.first) * branch_rows(), branch_rows(), a.tail_key, a.tail_value, tile, next,
+               a.leaf_tokens, [&](int i) {
                  const int64_t at = tail - a.tokens + i / group();  // of the query, in the tail
                  const int64_t from = a.window ? at + 1 - a.window : 0;
                  return std::pair<int, int>(int(std::clamp<int64_t>(from - start, 0, tile.tokens)),
