@@ -295,3 +295,35 @@ class Decode:
         )
         mixed = ops.tree_attention(query, *stores, tree=self.tree, key=key, value=value, **options._asdict())
         return mixed.flatten(0, 1).to(given)
+
+
+def layer_shapes(loan: Loan) -> list[tuple[int, int]]:
+    """(key heads, width) of each layer, as one pass over one token shows them."""
+    model, device = loan.model, loan.model.device
+    found: dict[int, tuple[int, int]] = {}
+    windows = []
+
+    class Look:
+        def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, options: Options) -> Tensor:
+            if value.shape != key.shape:
+                raise ValueError("its values are not shaped like its keys")
+            if options.window:
+                windows.append(layer)
+            found[layer] = (key.shape[0], key.shape[2])
+            return query.transpose(0, 1)
+
+    def call() -> None:
+        zero = torch.zeros(1, 1, dtype=torch.long, device=device)
+        model(input_ids=zero, position_ids=zero, use_cache=False)
+
+    loan.renew([])
+    with torch.inference_mode():
+        loan.run(Look(), call)
+    if sorted(found) != list(range(len(found))) or not found:
+        raise ValueError("its attention layers are not numbered one by one")
+    config = model.config.get_text_config(decoder=True)
+    types = getattr(config, "layer_types", None)
+    sliding = types.count("sliding_attention") if types else len(found) * bool(getattr(config, "sliding_window", None))
+    if len(windows) < sliding:  # Qwen2-MoE, PhiMoE: transformers puts it into the mask, which the hook does not see
+        raise ValueError("its sliding window is told to the mask alone")
+    return [found[i] for i in range(len(found))]

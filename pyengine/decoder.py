@@ -23,10 +23,11 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from pyengine.attention import Decode, Extend, ExtendByPage, Loan, Options, Pass, Span
+from pyengine.attention import Decode, Extend, ExtendByPage, Loan, Pass, Span, layer_shapes
 from pyengine.cache import LEAF, PAGE, BranchingCache, Sequence, budget_for, bytes_of, in_gb
 from pyengine.checkpoint import context_of
 from pyengine.errors import InputError
+from pyengine.ops.common import DEBUG
 from pyengine.ops.linear import Forwards, quick_forwards, steady_forwards
 from pyengine.ops.tree_attention import kernel_serves, prepare
 from pyengine.reference import Tree
@@ -128,7 +129,7 @@ class BranchingDecoder:
         self.model, self.layers, self.max_rows, self.frozen = model, layers, max_rows, frozen
         self.steady, self._modules = steady, list(model.modules())
         self._loan = Loan(model, steady)
-        self._shapes = _layer_shapes(self._loan)
+        self._shapes = layer_shapes(self._loan)
         self.cache = BranchingCache(self._shapes, bytes_of(budget, model.device), model.dtype, model.device)
         self.waits = model.device.type != "cpu"
         self.context = context_of(model.config) or 2**31
@@ -341,6 +342,8 @@ class BranchingDecoder:
         for stem, _, length in winners:
             stem.filled += length
             self._drop(stem)
+        if DEBUG:
+            self.cache.check_integrity()
 
     def pages_short(self, winners: list[tuple[Stem, int, int]]) -> int:
         """How many pages more than there are the commit of these needs."""
@@ -376,38 +379,6 @@ class BranchingDecoder:
             logits = logits if keep else logits[rows]
             hidden = {layer: h[rows] for layer, h in hidden.items()}
         return Frontier(logits, hidden)
-
-
-def _layer_shapes(loan: Loan) -> list[tuple[int, int]]:
-    """(key heads, width) of each layer, as one pass over one token shows them."""
-    model, device = loan.model, loan.model.device
-    found: dict[int, tuple[int, int]] = {}
-    windows = []
-
-    class Look:
-        def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, options: Options) -> Tensor:
-            if value.shape != key.shape:
-                raise ValueError("its values are not shaped like its keys")
-            if options.window:
-                windows.append(layer)
-            found[layer] = (key.shape[0], key.shape[2])
-            return query.transpose(0, 1)
-
-    def call() -> None:
-        zero = torch.zeros(1, 1, dtype=torch.long, device=device)
-        model(input_ids=zero, position_ids=zero, use_cache=False)
-
-    loan.renew([])
-    with torch.inference_mode():
-        loan.run(Look(), call)
-    if sorted(found) != list(range(len(found))) or not found:
-        raise ValueError("its attention layers are not numbered one by one")
-    config = model.config.get_text_config(decoder=True)
-    types = getattr(config, "layer_types", None)
-    sliding = types.count("sliding_attention") if types else len(found) * bool(getattr(config, "sliding_window", None))
-    if len(windows) < sliding:  # Qwen2-MoE, PhiMoE: transformers puts it into the mask, which the hook does not see
-        raise ValueError("its sliding window is told to the mask alone")
-    return [found[i] for i in range(len(found))]
 
 
 def power_of_two(n: int) -> int:

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import logging
-import math
 import time
-import warnings
 from collections import deque
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing, contextmanager
@@ -16,6 +14,7 @@ import torch
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM
 
+from pyengine.calibration import calibrate, check_budget
 from pyengine.checkpoint import context_of, device_of, ends_of, load_checkpoint, unapplied_defaults
 from pyengine.codec import Codec, PromptLike, as_prompts
 from pyengine.decode.core import Core
@@ -33,8 +32,6 @@ from pyengine.strategies import BASE, Strategy, Tokenwise
 
 log = logging.getLogger("pyengine")
 
-CALIBRATION_RUNS = 12  # decodes at most; 3 to 5 are usual
-
 
 class Engine:
     """A frozen language model, its tokenizer and a scorer that it can be made to follow.
@@ -46,15 +43,16 @@ class Engine:
     bytes), allocated once; None is a quarter of the host's free memory, or three fifths of a GPU's. A reward model with
     a cache of its own takes as much again, or that share of what is left. frozen: you vouch that nothing about the
     model and the scorers' models changes while the engine lives (no training, adapters, hooks): then what was read of a
-    prompt, and a GPU's captured graphs, serve later calls too; after a change all the same, call `forget`.
+    prompt, and a GPU's captured graphs, serve later calls too, and not only those that are there together; after a
+    change all the same, call `forget`.
     batch_invariant: what is drawn for a prompt and a seed, its log-probabilities, KL and scores are the same to the bit
     whatever else is decoded beside it, in whatever order, also in bf16 and fp16; what is drawn is the same for any
     number of threads, too. It costs time (docs/benchmarks.md), is for a CPU, and is refused with the reason for a model
     that has products outside of linear layers, a mixture of experts say. Without it a product sums as the number of its
     rows has it: in fp32 the last bits of a logit move, in bf16 a token may.
 
-    Between the passes of a call the model is yours: a reward may call it, another engine decode with it. Each pass runs
-    in evaluation mode, and one at a time whatever the threads. An engine serves one call at a time.
+    Calls of all threads share each step of one loop. Between its passes the model is yours: a reward may call it,
+    another engine decode with it. Each pass runs in evaluation mode, and one at a time whatever the threads.
 
     Raises InputError, with one line that says what to do, for anything that does not fit.
     """
@@ -326,35 +324,7 @@ class Engine:
         Decodes all prompts several times, from the same seeds. The fewer they are, the larger the steps in which
         their mean can move: where none falls within 1 %, the nearest is taken, with a warning that says what it is.
         """
-        prompts = as_prompts(prompts)
-        if not prompts:
-            raise InputError("calibrate needs prompts")
-        sampling = seeded(prompts, sampling)
-        _check_budget(sampling)
-        wanted = math.sqrt(Tokenwise(kl_budget=kl_budget).kl_budget or 0)
-        weight, low, high = 1.0, 0.0, math.inf
-        best, gap, above = 0.0, math.inf, 0
-        for _ in range(CALIBRATION_RUNS):
-            results = self.generate(prompts, Tokenwise(weight), sampling, progress)
-            root = math.sqrt(max(0.0, sum(r.kl for r in results) / len(results)))
-            if abs(root**2 / wanted**2 - 1) < gap:
-                best, gap = weight, abs(root**2 / wanted**2 - 1)
-            if gap <= 0.01:
-                break
-            low, high = (weight, high) if root < wanted else (low, weight)
-            # The root of the KL is nearly linear in λ, the more so the smaller it is; far above it has a ceiling.
-            factor = min(wanted / root, 10.0 if root > 1e-2 else 1e6) if root else 1e3
-            above = above + 1 if low == 0 and root > wanted else 0
-            guess = weight * min(factor, 10.0 ** (1 - above) if above else math.inf)
-            weight = guess if low < guess < high else math.sqrt(max(low, 1e-6 * high) * high)
-        else:
-            warnings.warn(
-                f"no λ spends {kl_budget:g} nats on these {len(prompts)} prompts: {best:.4g} comes nearest, "
-                f"{100 * gap:.1f} % off; give more prompts, or a budget that the scorer can spend",
-                RuntimeWarning,
-                stacklevel=2,
-            )
-        return Tokenwise(best)
+        return calibrate(self.generate, as_prompts(prompts), kl_budget, sampling, progress)
 
     def encode(self, prompt: PromptLike, label: str = "prompt") -> list[int]:
         """Token ids of a prompt; InputError, naming `label`, if it is empty or leaves no room to answer."""
@@ -410,7 +380,7 @@ class Engine:
         for request in requests:
             strategy = request.plan.strategy
             if isinstance(strategy, Tokenwise) and strategy.kl_budget is not None:
-                _check_budget([request.params])
+                check_budget([request.params])
                 if strategy.per == "sequence":
                     alike.setdefault(strategy, []).append(request)
         for strategy, some in alike.items():
@@ -427,9 +397,3 @@ def _for_each(prompts: Sequence[Any], strategy: Strategy | Sequence[Strategy | N
             raise InputError(f"{len(prompts)} prompts but {len(strategy)} strategies: give one, or one for each")
         return [own or BASE for own in strategy]
     return [strategy or BASE] * len(prompts)  # type: ignore[list-item]
-
-
-def _check_budget(sampling: Sequence[SamplingParams]) -> None:
-    for p in sampling:
-        if p.temperature == 0 or p.top_k or p.top_p < 1 or p.min_p:
-            raise InputError("Tokenwise: kl_budget needs a temperature above 0, and no top_k, top_p or min_p")

@@ -12,10 +12,10 @@ import pyengine.attention as attention_module
 import pyengine.group as group_module
 import pyengine.ops.linear as linear_module
 from pyengine import Engine, InputError, SamplingParams
-from pyengine.attention import Loan
+from pyengine.attention import Loan, layer_shapes
 from pyengine.cache import PAGE, budget_for, token_bytes
 from pyengine.checkpoint import context_of
-from pyengine.decoder import BranchingDecoder, Frontier, _layer_shapes
+from pyengine.decoder import BranchingDecoder, Frontier
 from pyengine.fallback import TESTED, RecomputeDecoder, ReplicatedDecoder, choose_decoder
 from pyengine.group import Group
 
@@ -427,7 +427,7 @@ UNKNOWN = {
 def test_a_trial_asks_nothing_of_the_engines_own_rows_and_memory(name, max_rows, tail_tokens):
     """One that forks more rows than there are tails writes behind them."""
     model = tiny(UNKNOWN[name]())
-    each = token_bytes(_layer_shapes(Loan(model)), torch.float32)
+    each = token_bytes(layer_shapes(Loan(model)), torch.float32)
     decoder = choose_decoder(model, (), max_rows, budget_for(each, 1, tail_tokens))
     assert isinstance(decoder, BranchingDecoder)
     assert decoder.max_rows == max_rows
