@@ -257,7 +257,7 @@ def soak(steps: int = 10_000, pages: int = 70) -> None:
                 handle.cancel()
         core.turn()
         for decoder in (engine._decoder, *engine._panel._readers.values()):
-            decoder.cache.check_integrity()
+            decoder.check_integrity()
         for number, fate, handle in [entry for entry in live if entry[2].done]:
             live.remove((number, fate, handle))
             outcome = handle.outcome()

@@ -343,7 +343,13 @@ class BranchingDecoder:
             stem.filled += length
             self._drop(stem)
         if DEBUG:
-            self.cache.check_integrity()
+            self.check_integrity()
+
+    def check_integrity(self) -> None:
+        """AssertionError where the cache's books do not balance, or a leaf is neither free nor a branch's."""
+        self.cache.check_integrity()
+        taken = sum(len(leaves) for stem in self._stems for leaves in stem.leaves)
+        assert taken + self.cache.leaves_free == self.cache.leaves, f"{taken} leaves are branches', not all others free"
 
     def pages_short(self, winners: list[tuple[Stem, int, int]]) -> int:
         """How many pages more than there are the commit of these needs."""

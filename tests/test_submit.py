@@ -104,6 +104,7 @@ def test_what_is_cancelled_is_free_with_the_next_step_and_others_go_on(engine, a
     engine._core.turn()
     assert gone.done
     assert engine.stats()["running"] + engine.stats()["waiting"] == 1
+    engine._decoder.check_integrity()
     assert stays.result().tokens == want.tokens
     with pytest.raises(RequestError, match="prompt 0: it was cancelled"):
         gone.result()
@@ -137,13 +138,32 @@ def test_memory_that_runs_out_is_given_up_by_the_youngest_and_it_goes_on_with_th
     small = Engine.from_pretrained(policy, cache_gb=budget_for(size, 7, 1) / 1e9)
     small.eos = frozenset()
     assert pages(small).capacity == 7
+    done = []
     handles = [small.submit(prompt, None, sampling(130, seed=3)) for prompt in ids]
+    for i, handle in enumerate(handles):
+        handle.tell = lambda _, i=i: done.append(i)
     found = [handle.result() for handle in handles]
     assert [r.tokens for r in found] == [r.tokens for r in want]
     assert [r.text for r in found] == [r.text for r in want]
     assert small.stats()["preempted"] > 0
+    assert done == [0, 1, 2, 3], "the oldest keeps its memory"
     pages(small).check_integrity()
     assert pages(small).pages_in_use == 0
+
+
+def test_branches_wait_until_there_are_leaves_for_all_of_them(engine):
+    """Two requests of eight branches each, where there is memory for nine: the second is admitted when the first is
+    gone, though both prompts would fit."""
+    size = pages(engine).token_bytes
+    small = Engine.from_pretrained(pyengine.embedded("policy"), reviews.sentiment, cache_gb=9.5 * 16 * 4 * size / 1e9)
+    assert pages(small).leaves == 9
+    handles = [small.submit(prompt, BestOfK(8), sampling(16)) for prompt in PROMPTS[:2]]
+    small._core.turn()
+    assert small.stats()["waiting"] == 1
+    assert pages(small).leaves_free == 1
+    small._decoder.check_integrity()
+    assert [handle.result().tokens for handle in handles]
+    assert small.stats()["waiting"] == 0
 
 
 def test_a_long_prompt_is_read_beside_the_steps_of_others(model_dirs):

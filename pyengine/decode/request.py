@@ -89,7 +89,7 @@ class Request:
         is decoded beside it, as the split between prefix and tail orders the sums."""
         left = self.limit - len(self.tokens)
         if not self.plan.selects:
-            return min(LEAF - len(self.tokens) % LEAF, left)
+            return min(LEAF, left)
         return min(self.plan.strategy.block_tokens or left, left)
 
     def stepping(self) -> list[tuple[Decoder, Stem]]:
