@@ -1,7 +1,7 @@
 """What the ops' docstrings promise, in float64 NumPy, and judges that hold one row of an answer against it.
 
 Nothing here imports the engine or torch's formulas. A judge raises AssertionError, and returns False where a threshold
-lies within rounding of a filter's edge, so that only the parts of the answer that do not hang on it were judged.
+lies within rounding of a filter's edge, so that only the parts of the answer that do not depend on it were judged.
 """
 
 from __future__ import annotations

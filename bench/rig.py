@@ -226,7 +226,7 @@ def main(description: str, sections: dict) -> None:
     report |= {"machine": machine(rig), "steps": {n: int(c) for n, c in (s.split("=") for s in options.step)}}
 
     def save() -> None:
-        whole = options.out.with_suffix(".part")  # whoever stops the run finds a file that is whole
+        whole = options.out.with_suffix(".part")  # if the run is stopped, OUT is still whole
         whole.write_text(json.dumps(report, indent=1) + "\n")
         whole.replace(options.out)
 

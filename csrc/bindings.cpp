@@ -1,16 +1,12 @@
-// pyengine._C. The module does not link libtorch, so one build serves every torch and building needs none:
-// tensors are asked for their address and strides by name. pyengine/ops checks shapes and dtypes before it
-// calls; the callers' tensors own all memory for the duration of a call.
-#include <pybind11/pybind11.h>
+// pyengine._C, the ops on a CPU. pyengine/ops checks shapes and dtypes before it calls.
 #include <pybind11/stl.h>
 
 #include <array>
 #include <cstring>
-#include <optional>
 #include <string>
-#include <type_traits>
 #include <vector>
 
+#include "arguments.h"
 #include "cpu/linear.h"
 #include "cpu/linear_logprob.h"
 #include "cpu/select_block.h"
@@ -21,11 +17,18 @@
 #endif
 
 namespace py = pybind11;
+using pyengine::address;
+using pyengine::at;
+using pyengine::call;
+using pyengine::Column;
 using pyengine::DotKernels;
 using pyengine::DType;
 using pyengine::LogprobKernels;
+namespace keys = pyengine::keys;
 using pyengine::TiltKernels;
 using pyengine::TreeKernels;
+using pyengine::View;
+using pyengine::whole;
 
 namespace {
 
@@ -37,134 +40,28 @@ const Kernels& available(const Kernels* (*table)(const char*), const char* isa) 
   return *kernels;
 }
 
-py::object call(py::handle object, PyObject* method) {
-  PyObject* const result = PyObject_CallMethodNoArgs(object.ptr(), method);
-  if (!result) throw py::error_already_set();
-  return py::reinterpret_steal<py::object>(result);
-}
-
-int64_t whole(py::handle number) {
-  const int64_t n = PyLong_AsLongLong(number.ptr());
-  if (n == -1 && PyErr_Occurred()) throw py::error_already_set();
-  return n;
-}
-
-void* address(py::handle tensor) {
-  static PyObject* const data_ptr = PyUnicode_InternFromString("data_ptr");
-  return PyLong_AsVoidPtr(call(tensor, data_ptr).ptr());
-}
-
-// A tensor of up to four dimensions; no tensor where it is None.
-struct View {
-  void* data = nullptr;
-  std::array<int64_t, 4> stride{};
-
-  explicit View(py::handle tensor) {
-    static PyObject* const strides = PyUnicode_InternFromString("stride");
-    if (tensor.is_none()) return;
-    data = address(tensor);
-    const py::object all = call(tensor, strides);
-    for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(all.ptr()) && i < 4; ++i)
-      stride[size_t(i)] = whole(PyTuple_GET_ITEM(all.ptr(), i));
-  }
-
-  template <class T>
-  T* as() const {
-    return static_cast<T*>(data);
-  }
-};
-
-// A parameter of the rows: a number for all, which lives here, or a tensor with one or two dimensions.
-template <class T>
-struct Column {
-  T number{};
-  std::optional<View> tensor;
-
-  explicit Column(py::handle value) {
-    if (PyFloat_Check(value.ptr()))
-      number = T(PyFloat_AS_DOUBLE(value.ptr()));
-    else if (PyLong_Check(value.ptr()))
-      number = std::is_integral_v<T> ? T(whole(value)) : T(PyLong_AsDouble(value.ptr()));
-    else
-      tensor.emplace(value);
-  }
-  Column(const Column&) = delete;
-
-  const T* data() const { return tensor ? tensor->as<T>() : &number; }
-  int64_t stride(size_t dimension = 0) const { return tensor ? tensor->stride[dimension] : 0; }
-};
-
-// What tilt_sample and tilt_fold read alike; owns the numbers that args points to.
-struct Rows {
-  Column<float> weights, temperature;
-  Column<int64_t> seed, position;
-  pyengine::TiltArgs args{};
-
-  Rows(int64_t batch, int64_t vocab, int64_t heads, const View& logits, int logits_type, const View& values,
-       int values_type, py::handle lambda, const View& mask, py::handle temperatures, py::handle seeds,
-       py::handle positions)
-      : weights(lambda), temperature(temperatures), seed(seeds), position(positions) {
-    args.batch = batch, args.vocab = vocab, args.heads = heads;
-    args.logits = logits.data, args.logits_type = DType(logits_type), args.logits_stride = logits.stride[0];
-    args.values = values.data, args.values_type = DType(values_type);
-    args.values_stride_head = values.stride[0], args.values_stride_row = values.stride[1];
-    args.weights = weights.data();
-    args.weights_stride_row = weights.stride(0), args.weights_stride_head = weights.stride(1);
-    args.mask = mask.as<bool>(), args.mask_stride = mask.stride[0];
-    args.temperature = temperature.data(), args.temperature_stride = temperature.stride();
-    args.seed = seed.data(), args.seed_stride = seed.stride();
-    args.position = position.data(), args.position_stride = position.stride();
-  }
-};
-
-void write_to(pyengine::TiltArgs& args, py::handle token, py::handle logp_base, py::handle logp_policy,
-              py::handle kl, py::handle valid) {
-  args.token = static_cast<int64_t*>(address(token));
-  args.logp_base = static_cast<float*>(address(logp_base));
-  args.logp_policy = static_cast<float*>(address(logp_policy));
-  args.kl = static_cast<float*>(address(kl));
-  args.valid = static_cast<bool*>(address(valid));
-}
-
-void tilt_sample(int64_t batch, int64_t vocab, int64_t heads, py::handle logits, int logits_type,
-                 py::handle values, int values_type, py::handle weights, py::handle mask,
-                 py::handle temperature, py::handle seed, py::handle position, py::handle top_k,
-                 py::handle top_p, py::handle min_p, bool gumbel, py::handle token, py::handle logp_base,
-                 py::handle logp_policy, py::handle kl, py::handle valid, int threads, const char* isa) {
-  Rows rows(batch, vocab, heads, View(logits), logits_type, View(values), values_type, weights, View(mask),
-            temperature, seed, position);
-  const Column<int64_t> k(top_k);
-  const Column<float> p(top_p), least(min_p);
-  pyengine::TiltArgs& args = rows.args;
-  args.top_k = k.data(), args.top_k_stride = k.stride();
-  args.top_p = p.data(), args.top_p_stride = p.stride();
-  args.min_p = least.data(), args.min_p_stride = least.stride();
-  args.gumbel = gumbel;
-  write_to(args, token, logp_base, logp_policy, kl, valid);
+void tilt_sample(const py::dict& given, int threads, const char* isa) {
+  const pyengine::TiltCall call(given);
   const TiltKernels& kernels = available(pyengine::tilt_kernels, isa);
   py::gil_scoped_release release;
-  pyengine::tilt_sample(args, threads, kernels);
+  pyengine::tilt_sample(call.args, threads, kernels);
 }
 
-void tilt_fold(py::handle state, int64_t batch, int64_t vocab, int64_t heads, py::handle logits,
-               int logits_type, py::handle values, int values_type, py::handle weights, py::handle mask,
-               py::handle temperature, py::handle seed, py::handle position, int64_t first_id, int threads,
-               const char* isa) {
-  const Rows rows(batch, vocab, heads, View(logits), logits_type, View(values), values_type, weights,
-                  View(mask), temperature, seed, position);
+void tilt_fold(py::handle state, const py::dict& given, int64_t first_id, int threads, const char* isa) {
+  const pyengine::TiltRows rows(given);
   auto* const states = static_cast<pyengine::TiltState*>(address(state));
   const TiltKernels& kernels = available(pyengine::tilt_kernels, isa);
   py::gil_scoped_release release;
   pyengine::tilt_fold(rows.args, states, first_id, threads, kernels);
 }
 
-void tilt_finish(py::handle state, int64_t batch, py::handle temperature, py::handle token,
-                 py::handle logp_base, py::handle logp_policy, py::handle kl, py::handle valid) {
-  const Column<float> temperatures(temperature);
+// given: batch, temperature and the outputs.
+void tilt_finish(py::handle state, const py::dict& given) {
+  const Column<float> temperatures(at(given, keys::temperature));
   pyengine::TiltArgs args{};
-  args.batch = batch;
+  args.batch = whole(at(given, keys::batch));
   args.temperature = temperatures.data(), args.temperature_stride = temperatures.stride();
-  write_to(args, token, logp_base, logp_policy, kl, valid);
+  pyengine::write_to(args, given);
   pyengine::tilt_finish(args, static_cast<const pyengine::TiltState*>(address(state)));
 }
 
@@ -234,31 +131,11 @@ void rms_norm(int64_t rows, int64_t width, py::handle x, py::handle weight, floa
                      available(pyengine::dot_kernels, isa));
 }
 
-void select_block(int64_t batch, int64_t candidates, int64_t heads, py::handle scores, py::handle hidden,
-                  int type, int64_t width, py::handle probe, py::handle weights, py::handle reference,
-                  bool lsc, double beta, py::handle seed, py::handle position, py::handle index,
-                  py::handle probability, py::handle utility, int threads, const char* isa) {
-  const View states(hidden);
-  const Column<int64_t> seeds(seed), positions(position);
-  pyengine::SelectArgs args{};
-  args.batch = batch, args.candidates = candidates, args.heads = heads;
-  args.scores = View(scores).as<float>();
-  args.hidden = states.data, args.hidden_type = DType(type), args.width = width;
-  args.hidden_stride_row = states.stride[0], args.hidden_stride_candidate = states.stride[1];
-  args.probe = View(probe).as<float>();
-  const View lambda(weights), against(reference);
-  args.weights = lambda.as<float>(), args.weights_stride = lambda.stride[0];
-  args.reference = against.as<float>();
-  args.reference_stride_row = against.stride[0], args.reference_stride_head = against.stride[1];
-  args.lsc = lsc, args.beta = beta;
-  args.seed = seeds.data(), args.seed_stride = seeds.stride();
-  args.position = positions.data(), args.position_stride = positions.stride();
-  args.index = static_cast<int64_t*>(address(index));
-  args.probability = static_cast<float*>(address(probability));
-  args.utility = static_cast<float*>(address(utility));
+void select_block(const py::dict& given, int threads, const char* isa) {
+  const pyengine::SelectCall call(given);
   const DotKernels& kernels = available(pyengine::dot_kernels, isa);
   py::gil_scoped_release release;
-  pyengine::select_block(args, kernels, threads);
+  pyengine::select_block(call.args, kernels, threads);
 }
 
 // sizes: tokens of a page, pages, tokens of a leaf, leaves, columns of pages, columns of leaves, prompts,

@@ -1,4 +1,4 @@
-"""Labelling on a local Ray cluster: the output of a local run, whoever is killed; faults come back as they are."""
+"""Labelling on a local Ray cluster: the output of a local run, even if a worker is killed; faults come back."""
 
 from __future__ import annotations
 

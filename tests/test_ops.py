@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from pyengine import ops
+from pyengine import _C, ops
 
 
 def simpo(chosen, rejected, reference_chosen, reference_rejected):
@@ -102,3 +102,9 @@ def test_numbers_that_fp32_cannot_hold_are_refused():
     ):
         with pytest.raises(ValueError, match="must be"):
             call()
+
+
+@pytest.mark.parametrize("op", ["tilt_sample", "select_block"])
+def test_a_binding_names_the_argument_that_is_missing(op):
+    with pytest.raises(KeyError, match=r"batch|weights|seed"):
+        getattr(_C, op)({}, 1, None)

@@ -114,7 +114,7 @@ def test_the_gradient_is_that_of_the_loss_by_hand(base, tmp_path, method, layer)
 
 
 def test_a_trunk_learns_what_frozen_states_do_not_tell(base, tmp_path, monkeypatch):
-    """The reward hangs on the first word: frozen states explain little of it on held-out prefixes, a trunk nearly all.
+    """The reward depends on the first word: frozen states explain little of it on held-out prefixes, a trunk most.
 
     CD-FUDGE on responses that ended does not run the base policy, whose weights stay as they are.
     """
@@ -256,7 +256,7 @@ def test_trunks_that_cannot_be(base, model_dirs, tmp_path):
     )
     transformers.BertModel(config).save_pretrained(tmp_path / "encoder")
     transformers.AutoTokenizer.from_pretrained(model_dirs["llama"]).save_pretrained(tmp_path / "encoder")
-    refused("encoder is not causal: a value would hang on the tokens after it", trunk=str(tmp_path / "encoder"))
+    refused("encoder is not causal: a value would depend on the tokens after it", trunk=str(tmp_path / "encoder"))
     refused(r"short reads 4 tokens, an example has \d+", trunk=str(tmp_path / "short"))
     refused(r"few embeds 40 tokens, the examples hold token \d+", trunk=str(tmp_path / "few"))
     refused("foreign: its vocabulary is not that of model 'llama', token 'thequick'", trunk=str(tmp_path / "foreign"))

@@ -300,7 +300,7 @@ def test_the_tokens_that_are_trained_on_are_the_engines(model_dirs, tmp_path, mo
     """Behind a prompt that ends in a space, the response starts with a token of its own."""
     rows = [{"prompt": "pack my ", "chosen": "the fox", "rejected": "the dog"}] * 2
     data, seen = write(tmp_path / "pairs.jsonl", rows), []
-    monkeypatch.setattr(runs._Run, "finish", lambda self, trainer, *_: seen.append(trainer) or {})
+    monkeypatch.setattr(runs.Run, "finish", lambda self, trainer, *_: seen.append(trainer) or {})
     training = PolicyTraining(1e-3, batch=4, accumulate=1, held_out=0)
     train_preference(model_dirs["llama"], data, tmp_path / "out", loss, training=training)
     engine = Engine.from_pretrained(model_dirs["llama"])
@@ -366,7 +366,7 @@ def test_a_conversation_or_token_ids_are_trained_on_as_such(model_dirs, tmp_path
         {"prompt": "pack my", "response": " the box", "reward": 2.0},
     ]
     data, seen = write(tmp_path / "rows.jsonl", rows), []
-    monkeypatch.setattr(runs._Run, "finish", lambda self, trainer, *_: seen.append(trainer) or {})
+    monkeypatch.setattr(runs.Run, "finish", lambda self, trainer, *_: seen.append(trainer) or {})
     training = PolicyTraining(1e-3, batch=4, accumulate=1, held_out=0)
     train_offline(tmp_path / "chat", data, tmp_path / "out", "rwr", training=training)
     wanted = [encode(engine, example) for example in read_examples(data, engine)]

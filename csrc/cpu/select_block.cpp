@@ -12,15 +12,15 @@ namespace {
 // log sigmoid(x), without overflow and with both limits: x at -inf, 0 at +inf.
 float log_sigmoid(float x) { return std::min(x, 0.0f) - std::log1p(std::exp(-std::abs(x))); }
 
-// The row's scores [candidates, heads]; `scratch` holds those that a probe makes.
+// The row's scores [branches, heads]; `scratch` holds those that a probe makes.
 const float* scores_of(const SelectArgs& a, const DotKernels& kernels, int64_t row,
                        std::vector<float>& scratch) {
-  if (a.scores) return a.scores + row * a.candidates * a.heads;
-  const int64_t at = row * a.hidden_stride_row;
-  const char* hidden = static_cast<const char*>(a.hidden) + at * (a.hidden_type == DType::f32 ? 4 : 2);
-  scratch.resize(size_t(a.candidates * a.heads));
-  kernels.dots(hidden, a.hidden_type, a.hidden_stride_candidate, a.candidates, a.width, a.probe, int(a.heads),
-               scratch.data(), a.heads, 1);
+  if (!a.probe) return static_cast<const float*>(a.given) + row * a.branches * a.heads;
+  const int64_t at = row * a.given_stride_row;
+  const char* hidden = static_cast<const char*>(a.given) + at * (a.given_type == DType::f32 ? 4 : 2);
+  scratch.resize(size_t(a.branches * a.heads));
+  kernels.dots(hidden, a.given_type, a.given_stride_branch, a.branches, a.width,
+               static_cast<const float*>(a.probe), int(a.heads), scratch.data(), a.heads, 1);
   return scratch.data();
 }
 
@@ -41,17 +41,17 @@ double utility_of(const SelectArgs& a, int64_t row, const float* scores) {
 
 void select_row(const SelectArgs& a, const DotKernels& kernels, int64_t row, std::vector<double>& weight,
                 std::vector<float>& scratch) {
-  weight.resize(size_t(a.candidates));
+  weight.resize(size_t(a.branches));
   const float* const scores = scores_of(a, kernels, row, scratch);
-  for (int64_t k = 0; k < a.candidates; ++k) weight[size_t(k)] = utility_of(a, row, scores + k * a.heads);
+  for (int64_t k = 0; k < a.branches; ++k) weight[size_t(k)] = utility_of(a, row, scores + k * a.heads);
   const auto best = std::max_element(weight.begin(), weight.end());
   const double top = *best;
-  float* const utility = a.utility + row * a.candidates;
-  float* const probability = a.probability + row * a.candidates;
+  float* const utility = a.utility + row * a.branches;
+  float* const probability = a.probability + row * a.branches;
   std::copy(weight.begin(), weight.end(), utility);
   if (a.beta == 0) {
     a.index[row] = best - weight.begin();
-    std::fill(probability, probability + a.candidates, 0.0f);
+    std::fill(probability, probability + a.branches, 0.0f);
     probability[a.index[row]] = 1.0f;
     return;
   }
@@ -65,7 +65,7 @@ void select_row(const SelectArgs& a, const DotKernels& kernels, int64_t row, std
   const double target = uniform53(random.x[0], random.x[1]);
   double running = 0;
   a.index[row] = -1;
-  for (int64_t k = 0; k < a.candidates; ++k) {
+  for (int64_t k = 0; k < a.branches; ++k) {
     const double p = weight[size_t(k)] / sum;
     probability[k] = float(p);
     if (running <= target && p > 0) a.index[row] = k;  // the last positive one, should rounding fall short

@@ -61,7 +61,7 @@ __global__ void __launch_bounds__(kThreads) choose(const __grid_constant__ Selec
   }
   // Branches at the top are worth 1 each even where that is infinite: inf - inf would be NaN.
   const auto weight = [&](int k) {
-    return utility[k] == best.score ? 1.0 : double(expf((utility[k] - best.score) / a.beta));
+    return utility[k] == best.score ? 1.0 : double(expf((utility[k] - best.score) / float(a.beta)));
   };
   const Philox random = philox(uint64_t(a.seed[row * a.seed_stride]),
                                uint64_t(a.position[row * a.position_stride]), kSelectStream);

@@ -64,7 +64,7 @@ def read_rows(arguments: list[str], file: Path | None, complain: Any) -> Iterato
 
 
 def conditioned(model: str | None, score: float | None) -> Callable[[Any], Any]:
-    """What makes of a prompt the one that asks a policy of conditional alignment for this reward; None asks nothing."""
+    """What makes a prompt ask a policy of conditional alignment for this reward; None leaves prompts as they are."""
     file = Path(model or "") / "conditioning.json"
     there = model is not None and file.is_file()
     if score is None:

@@ -25,7 +25,7 @@ app = typer.Typer(help="Train scorers for a frozen model, or a policy.")
 
 @contextlib.contextmanager
 def packages() -> Iterator[None]:
-    """An import inside that finds nothing says which package training needs."""
+    """An import that fails inside becomes an InputError that names the package which training needs."""
     try:
         yield
     except ImportError as error:
@@ -175,7 +175,7 @@ def _rollouts(
     )
     if int(os.environ.get("RANK", "0")) == 0:
         out.mkdir(parents=True, exist_ok=True)
-        file.unlink(missing_ok=True)  # whenever this is killed, no roll-outs lie beside another's description
+        file.unlink(missing_ok=True)  # if the process is killed here, no roll-outs lie beside another run's description
         about.write_text(json.dumps(wanted, indent=1) + "\n")
         write_examples(file, examples)
     return examples

@@ -25,7 +25,7 @@ def sample_rewards(
     sampling: SamplingParams | None = None,
     progress: bool | None = None,
 ) -> dict[str, list[float]]:
-    """Rewards of `samples` responses of the base policy to each prompt's text, which the makers of references take.
+    """Rewards of `samples` responses of the base policy to each prompt's text: what references are made from.
 
     The j-th sample of a prompt has the seed sampling.seed + j. The engine follows its own scorer again afterwards.
     progress: a bar on stderr after two seconds; None shows it on a terminal only.

@@ -1,1 +1,1 @@
-"""What the library does through other people's: each module is imported by whoever asks for it."""
+"""What the library does through other libraries. Each module is imported only where it is asked for."""

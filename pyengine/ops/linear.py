@@ -73,7 +73,7 @@ def steady_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tens
 
 
 def product(x: Tensor, weight: Tensor) -> Tensor:
-    """x W^T by whoever is quickest, without a gradient: x [N, D], weight [V, D] or [R, V, D] -> [N, V] or [R, N, V]."""
+    """x W^T, the quickest way, without a gradient: x [N, D], weight [V, D] or [R, V, D] -> [N, V] or [R, N, V]."""
     if not (quicker() and x.device.type == "cpu" and x.dtype == weight.dtype == torch.float32):
         return x @ weight.mT
     return linear(x, weight) if weight.dim() == 2 else torch.stack([linear(x, head) for head in weight])

@@ -11,9 +11,9 @@ from torch import Tensor
 import pyengine._C as _C
 from pyengine import reference
 from pyengine.ops import cuda
+from pyengine.ops.arguments import select_arguments
 from pyengine.ops.backend import gpu_backend
 from pyengine.ops.common import (
-    DTYPE_CODE,
     SMALLEST,
     cell,
     check_float,
@@ -142,31 +142,20 @@ def _select_block_cpu(
     launched(OP, isa)
     given = scores if scores is not None else hidden
     assert given is not None
-    batch, candidates, width = given.shape
-    index = given.new_empty(batch, dtype=torch.int64)
-    probability, utility = (given.new_empty(batch, candidates, dtype=torch.float32) for _ in range(2))
+    batch, branches, _ = given.shape
+    out = BlockSelection(
+        given.new_empty(batch, dtype=torch.int64),
+        given.new_empty(batch, branches, dtype=torch.float32),
+        given.new_empty(batch, branches, dtype=torch.float32),
+    )
+    read = unit_stride(given) if scores is None else scores.float().contiguous()
+    probe = None if probe is None else probe.float().contiguous()
     _C.select_block(
-        batch,
-        candidates,
-        width if probe is None else len(probe),
-        None if scores is None else scores.float().contiguous(),
-        None if hidden is None else unit_stride(hidden),
-        DTYPE_CODE[given.dtype],
-        width,
-        None if probe is None else probe.float().contiguous(),
-        weights,
-        against,
-        lsc,
-        beta,
-        seed,
-        position,
-        index,
-        probability,
-        utility,
+        select_arguments(read, probe, weights, against, lsc, beta, seed, position, out),
         torch.get_num_threads(),
         isa,
     )
-    return BlockSelection(index, probability, utility)
+    return out
 
 
 def _select_block_fake(scores: Tensor | None, hidden: Tensor | None, *_: object) -> tuple[Tensor, ...]:

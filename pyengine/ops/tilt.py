@@ -10,9 +10,9 @@ from torch import Tensor
 import pyengine._C as _C
 from pyengine import reference
 from pyengine.ops import cuda
+from pyengine.ops.arguments import row_arguments, tilt_arguments
 from pyengine.ops.backend import gpu_backend
 from pyengine.ops.common import (
-    DTYPE_CODE,
     cell,
     check_float,
     check_mask,
@@ -25,7 +25,6 @@ from pyengine.ops.common import (
     number,
     traced,
     triton_kernels,
-    unit_stride,
     unit_strides,
 )
 from pyengine.reference import TiltSample
@@ -154,22 +153,6 @@ def _outputs(batch: int) -> TiltSample:
     return TiltSample(_WHOLE(batch), _FP32(batch), _FP32(batch), _FP32(batch), _TRUTH(batch))
 
 
-def _row_arguments(
-    logits: Tensor, values: Tensor | None, weights: Tensor | float | None, mask: Tensor | None
-) -> tuple[Any, ...]:
-    """What the bindings of tilt_sample and tilt_fold are told of the rows."""
-    return (
-        *logits.shape,
-        0 if values is None else values.shape[0],
-        unit_stride(logits),
-        DTYPE_CODE[logits.dtype],
-        None if values is None else unit_stride(values),
-        0 if values is None else DTYPE_CODE[values.dtype],
-        weights,
-        None if mask is None else unit_stride(mask),
-    )
-
-
 def _tilt_sample_cpu(
     logits: Tensor,
     values: Tensor | None,
@@ -186,19 +169,8 @@ def _tilt_sample_cpu(
     isa = instruction_set()
     launched(OP, isa)
     out = _outputs(len(logits))
-    _C.tilt_sample(
-        *_row_arguments(logits, values, weights, mask),
-        temperature,
-        seed,
-        position,
-        top_k,
-        top_p,
-        min_p,
-        gumbel,
-        *out,
-        torch.get_num_threads(),
-        isa,
-    )
+    rows = row_arguments(logits, values, weights, mask, temperature, seed, position)
+    _C.tilt_sample(tilt_arguments(rows, top_k, top_p, min_p, gumbel, out), torch.get_num_threads(), isa)
     return out
 
 
@@ -227,22 +199,14 @@ def tilt_fold(
     """
     isa = instruction_set()
     launched("tilt_fold", isa)
-    _C.tilt_fold(
-        state,
-        *_row_arguments(logits, values, weights, mask),
-        temperature,
-        seed,
-        position,
-        first_id,
-        torch.get_num_threads(),
-        isa,
-    )
+    rows = row_arguments(logits, values, weights, mask, temperature, seed, position)
+    _C.tilt_fold(state, rows, first_id, torch.get_num_threads(), isa)
 
 
 def tilt_finish(state: Tensor, temperature: Tensor | float) -> TiltSample:
     """The sample of the rows whose tiles are folded into `state`."""
     out = _outputs(len(state))
-    _C.tilt_finish(state, len(state), temperature, *out)
+    _C.tilt_finish(state, {"batch": len(state), "temperature": temperature, **out._asdict()})
     return out
 
 

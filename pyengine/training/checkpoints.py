@@ -94,7 +94,7 @@ def finished(out: Path, run: dict[str, Any]) -> dict[str, Any]:
 
 @contextmanager
 def interruptible(out: Path) -> Iterator[None]:
-    """Whoever interrupts the training inside is told what is kept of it."""
+    """An interrupt of the training inside says what is kept of it."""
     try:
         yield
     except KeyboardInterrupt:

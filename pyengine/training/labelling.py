@@ -1,4 +1,4 @@
-"""Rewards for the rows of a JSONL file: each row once and in order, whoever is killed on the way.
+"""Rewards for the rows of a JSONL file: each row once and in order, even if a process is killed.
 
 The file is read as a stream, twice: to check all of it before any of it is scored, and shard by shard as it is.
 `pyengine.integrations.ray` runs the same on many machines.

@@ -1,9 +1,9 @@
 """Work on many rows that survives a kill: it is cut into shards, and each is committed whole.
 
 While OUT is made, the directory OUT.shards holds a manifest, which says what the work is on, and one file for each
-shard that is done, named by its rows. A file comes under its name complete and at once: whoever makes a shard a second
-time changes nothing, and who is killed leaves nothing of the shard in hand. When all are there they become OUT, beside
-OUT.report.json, and the directory goes. Of what lies in it only these files are ever removed.
+shard that is done, named by its rows. A file comes under its name complete and at once: making a shard a second time
+changes nothing, and a process that is killed leaves nothing of the shard in hand. When all are there they become OUT,
+beside OUT.report.json, and the directory goes. Of what lies in it only these files are ever removed.
 """
 
 from __future__ import annotations

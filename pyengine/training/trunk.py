@@ -50,7 +50,7 @@ def load_trunk(engine: Engine, source: str, items: Sequence[Encoded]) -> tuple[A
         raise InputError(f"{name} reads {context} tokens, an example has {longest}; shorten it or take another trunk")
     trunk.requires_grad_(True).to(policy.device)
     if not _causal(trunk, items[0].ids):
-        raise InputError(f"{name} is not causal: a value would hang on the tokens after it; take a causal model")
+        raise InputError(f"{name} is not causal: a value would depend on the tokens after it; take a causal model")
     return trunk, replace(policy, name=name, hidden_size=config.hidden_size, layers=config.num_hidden_layers + 1)
 
 

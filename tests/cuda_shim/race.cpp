@@ -50,7 +50,7 @@ const char* select(float beta) {
   const float weight = 1;
   const int64_t seed = 3;
   int64_t index[2];
-  cuda::SelectArgs a{};
+  SelectArgs a{};
   a.batch = 2, a.branches = kBranches, a.heads = 1, a.given = scores.data();
   a.given_stride_row = kBranches, a.given_stride_branch = a.given_stride_last = 1;
   a.weights = &weight, a.lsc = true, a.beta = beta, a.seed = a.position = &seed;
