@@ -41,7 +41,8 @@ def test_they_are_log_softmax(dtype, tilted):
 def test_without_filters_they_are_what_is_drawn_from():
     torch.manual_seed(1)
     logits, values, weights = torch.randn(N, V) * 3, torch.randn(2, N, V), torch.tensor([2.0, 0.0])
-    logits[:, :9], values[0, :, 20:30], values[1, 0, 0], values[0, 3] = -math.inf, -math.inf, math.nan, -math.inf
+    logits[:, :9], values[0, :, 20:30], values[1, 0, 50], values[0, 3] = -math.inf, -math.inf, math.nan, -math.inf
+    values[0, :3, 5] = math.inf  # of a token that is forbidden
     heat = torch.tensor([1.0, 0.5, 2.0, 1.0, 3.0])
     drawn = ops.tilt_sample(logits, values, weights, temperature=heat, seed=torch.arange(N))
     assert drawn.valid.all()

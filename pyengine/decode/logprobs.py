@@ -76,7 +76,7 @@ def _tilted(policy: Tensor, values: Tensor, weights: Tensor) -> Tensor:
 
 def _keys(x: Tensor) -> Tensor:
     """int64 [N, V] in the order of fp32 numbers and, where those are equal, from the lowest id down."""
-    bits = (x + 0.0).view(torch.int32)  # without a negative zero
+    bits = x.view(torch.int32)
     rising = torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits).long()
     return (rising << 32) - torch.arange(x.shape[1], device=x.device)
 
