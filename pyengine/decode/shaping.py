@@ -50,7 +50,7 @@ def resolve(params: SamplingParams, codec: Codec, vocab: int, eos: Collection[in
     ends = tuple(sorted({token for token in eos if token < vocab} | set(params.stop_token_ids or ())))
     allowed = None if params.allowed_token_ids is None else tuple(dict.fromkeys(params.allowed_token_ids))
     never = {token for token, value in bias.items() if value == -math.inf} | set(ends if params.min_tokens else ())
-    if not set(range(vocab) if allowed is None else allowed) - never:
+    if (len(never) == vocab) if allowed is None else never.issuperset(allowed):
         raise InputError("SamplingParams: bad_words, min_tokens and allowed_token_ids leave no token to draw")
     penalties = (params.repetition_penalty, params.frequency_penalty, params.presence_penalty)
     return Shape(
