@@ -121,11 +121,11 @@ class Codec:
                 self.decode(prompt) if all(0 <= t < len(self.tokenizer) for t in prompt) else "", list(prompt)
             )
         text = self.render(prompt, label)
-        return Prompt(text, self._tokens(text, label, add_special_tokens=False), list(prompt))
+        return Prompt(text, self.pieces(text, label), list(prompt))
 
     def converse(self, messages: Any, label: str = "messages", ended: bool = False) -> list[int]:
         """The token ids of `render`."""
-        return self._tokens(self.render(messages, label, ended), label, add_special_tokens=False)
+        return self.pieces(self.render(messages, label, ended), label)
 
     def encode(self, text: str, label: str = "prompt") -> list[int]:
         """Token ids of a text, with the special tokens that this tokenizer begins one with, none of them twice."""
@@ -133,6 +133,10 @@ class Codec:
         bos = self.tokenizer.bos_token_id
         twice = bos is not None and ids[:2] == [bos, bos] and text.startswith(self.tokenizer.bos_token)
         return ids[1:] if twice else ids
+
+    def pieces(self, text: str, label: str = "text") -> list[int]:
+        """Token ids of a text that is a part of one: without special tokens around it."""
+        return self._tokens(text, label, add_special_tokens=False)
 
     def _tokens(self, text: str, label: str, **options: Any) -> list[int]:
         try:
