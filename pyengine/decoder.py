@@ -89,6 +89,7 @@ class Decoder(Protocol):
     """What the engine needs of a decoder; see the module's docstring."""
 
     layers: tuple[int, ...]  # hidden states that every frontier carries
+    device: torch.device
     max_rows: int
     waits: bool  # reading what a step drew would hold it up; rows that have ended may then go on for nothing
     captured: dict[Hashable, Any]  # what is replayed
@@ -127,6 +128,7 @@ class BranchingDecoder:
         if len({parameter.device for parameter in model.parameters()}) > 1:
             raise ValueError("its layers are on several devices")
         self.model, self.layers, self.max_rows, self.frozen = model, layers, max_rows, frozen
+        self.device: torch.device = model.device
         self.steady, self._modules = steady, list(model.modules())
         self._loan = Loan(model, steady)
         self._shapes = layer_shapes(self._loan)

@@ -17,13 +17,17 @@ from transformers import AutoModelForCausalLM
 from pyengine.calibration import calibrate, check_budget
 from pyengine.checkpoint import context_of, device_of, ends_of, load_checkpoint, unapplied_defaults
 from pyengine.codec import Codec, PromptLike, as_prompts
+from pyengine.decode import stops
 from pyengine.decode.core import Core
+from pyengine.decode.logprobs import Logprob, listed, top_logprobs
 from pyengine.decode.panel import Panel
-from pyengine.decode.request import Handle, Request
+from pyengine.decode.request import Handle, Request, samples
 from pyengine.decode.schedule import Schedule
 from pyengine.decode.settle import Judge
+from pyengine.decode.shaping import Shape, resolve
 from pyengine.errors import InputError, RequestError, first_line, real, whole
 from pyengine.fallback import choose_decoder
+from pyengine.modes import evaluating
 from pyengine.plan import Plan
 from pyengine.reader import Reader
 from pyengine.results import Event, Result, SamplingParams, seeded
@@ -174,7 +178,7 @@ class Engine:
         progress: bool | None = None,
         errors: Literal["raise", "return"] = "raise",
     ) -> list[Any]:
-        """Decode every prompt; a Result for each, in the order of the prompts.
+        """Decode every prompt; a Result for each, in the order of the prompts, the n samples of one side by side.
 
         prompts: one or several, each a text, a list of token ids that is used as it is, or a conversation, a list of
         {"role", "content"}, which goes through the tokenizer's template (a last message of the assistant is continued).
@@ -186,7 +190,7 @@ class Engine:
         """
         if errors not in ("raise", "return"):
             raise InputError(f'errors must be "raise" or "return", got {errors!r}')
-        prompts = as_prompts(prompts)
+        prompts, strategy, sampling = samples(as_prompts(prompts), strategy, sampling)
         requests, refused = self._accepted(prompts, strategy, sampling, progress)
         if errors == "raise" and refused:
             raise refused[min(refused)]
@@ -210,7 +214,7 @@ class Engine:
 
         Prompts that cannot be decoded come first. Arguments as for `generate`.
         """
-        prompts = as_prompts(prompts)
+        prompts, strategy, sampling = samples(as_prompts(prompts), strategy, sampling)
         return self._outcomes(*self._accepted(prompts, strategy, sampling, progress), progress)
 
     def _outcomes(
@@ -272,6 +276,8 @@ class Engine:
         priority: int = 0,
         deadline: float | None = None,
     ) -> Request:
+        if sampling is not None and sampling.n > 1:
+            raise InputError(f"a handle is for one sample, n is {sampling.n}: submit each with a seed of its own")
         requests, refused = self._accepted([prompt], strategy, sampling, scorer=scorer)
         if refused:
             raise refused[0]
@@ -350,10 +356,13 @@ class Engine:
         requests: list[Request] = []
         refused: dict[int, InputError] = {}
         strategies = _for_each(prompts, strategy)
-        plans: dict[tuple[Strategy, SamplingParams], Plan] = {}
+        plans: dict[tuple[Strategy, int], tuple[Plan, Shape]] = {}
         for i, (prompt, own, p) in enumerate(zip(prompts, strategies, seeded(prompts, sampling), strict=True)):
-            if (own, p) not in plans:
-                plans[own, p] = Plan(own, parts, readers, p)
+            if (own, id(p)) not in plans:
+                plans[own, id(p)] = (
+                    Plan(own, parts, readers, p),
+                    resolve(p, self.codec, self.policy.vocab_size, self.eos),
+                )
             try:
                 text, ids, messages = self.codec.read(prompt, f"prompt {i}")
             except InputError as error:
@@ -361,8 +370,11 @@ class Engine:
                 continue
             room = p.max_tokens if self.context is None else min(p.max_tokens, self.context - len(ids))
             assert p.seed is not None
-            empty = self.codec.after(ids, p.skip_special_tokens)
-            requests.append(Request(i, text, ids, plans[own, p], room, self.eos, p.seed, empty, messages))
+            grown = stops.Branch(stops.ends_of(p, self.eos, room), self.codec.after(ids, p.skip_special_tokens))
+            plan, shape = plans[own, id(p)]
+            requests.append(Request(i, text, ids, plan, room, p.seed, grown, shape, messages))
+            if p.prompt_logprobs is not None:
+                requests[-1].prompt_logprobs = self._prompt_logprobs(ids, p.prompt_logprobs)
         # A prompt without a reference is found before any is decoded.
         self._judge.refuse(requests)
         for request in requests:
@@ -373,6 +385,14 @@ class Engine:
         requests = [request for request in requests if not request.error]
         self._calibrated(prompts, requests, progress)
         return requests, refused
+
+    def _prompt_logprobs(self, ids: list[int], count: int) -> list[list[Logprob] | None]:
+        """At each token of a prompt but the first, by a pass of the model's own."""
+        with torch.inference_mode(), evaluating(self.model):
+            logits = self.model(input_ids=torch.tensor([ids], device=self.model.device), use_cache=False).logits[0, :-1]
+        token = torch.tensor(ids[1:], device=logits.device)
+        top = top_logprobs(logits, token, logits.shape[1] if count == -1 else min(count, logits.shape[1]))
+        return [None, *listed(top, [count] * len(token))]
 
     def _calibrated(self, prompts: list[Any], requests: list[Request], progress: bool | None) -> None:
         """A budget for whole sequences becomes a weight: one for all that have the same."""

@@ -50,6 +50,7 @@ class _Unpaged:
 
     def __init__(self, model: Any, layers: tuple[int, ...], max_rows: int = 256) -> None:
         self.model, self.layers, self.max_rows = model, layers, max_rows
+        self.device: torch.device = model.device
         self.captured: dict[Hashable, Any] = {}  # nothing ever is
 
     def begin(self) -> None:

@@ -207,7 +207,9 @@ class Result:
     block and sequence selection that is the proposal. kl: nats from the base policy; kl_kind "exact" is the sum of
     exact per-token KLs along the response (its mean over samples is the sequence KL), "bound" an upper bound: b(K) for
     each selected block, plus the exact KL of the filters. seed: given in SamplingParams with the same prompt, it gives
-    this result again. blocks: every selection with all its candidates; empty for k = 1.
+    this result again. blocks: every selection with all its candidates; empty for k = 1. stop_reason: the stop string or
+    stop token that ended it. logprobs: at each token a list of `Logprob`, where they were asked for; prompt_logprobs:
+    the same at each token of the prompt, None at the first.
 
     text: decode(prompt and response) without decode(prompt), so that a space between them is the response's. prompt: as
     text, by the template where it was a conversation; prompt_ids: its tokens.
@@ -226,6 +228,9 @@ class Result:
     kl_kind: Literal["exact", "bound"]
     seed: int
     blocks: list[Block] = field(default_factory=list)
+    stop_reason: str | int | None = None
+    logprobs: list[list[Any]] | None = None
+    prompt_logprobs: list[list[Any] | None] | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Plain Python values, for JSON."""

@@ -6,17 +6,19 @@ import asyncio
 import hashlib
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Generator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from pyengine import ledger
 from pyengine.cache import LEAF
-from pyengine.codec import Text
+from pyengine.decode import stops
+from pyengine.decode.logprobs import Logprob
+from pyengine.decode.shaping import Shape
 from pyengine.decoder import Decoder, Frontier, Stem
 from pyengine.errors import RequestError
 from pyengine.plan import Plan
 from pyengine.reader import Reader
-from pyengine.results import Block, Event, FinishReason, Result, SamplingParams
+from pyengine.results import Block, Event, FinishReason, Result, SamplingParams, seeded
 from pyengine.scorers import Hidden
 
 
@@ -30,6 +32,8 @@ class Branch:
     kl: float = 0.0  # summed over its tokens
     finish_reason: FinishReason | None = None
     ended: bool = False  # no token follows in this block
+    text: stops.Branch | None = None  # where stop strings are looked for: its text, with what is before it
+    logprobs: list[list[Logprob]] = field(default_factory=list)  # at each token, where they are asked for
     hidden: Hidden = field(default_factory=dict)  # [D] at its last token, once its row is gone
     previous: Hidden = field(default_factory=dict)  # at the token before
 
@@ -43,9 +47,9 @@ class Request:
     prompt_ids: list[int]
     plan: Plan
     limit: int  # most new tokens that max_tokens and the context allow
-    ends: frozenset[int]  # tokens that end a branch
     given_seed: int
-    text: Text  # of the tokens
+    text: stops.Branch  # of the tokens, and where they end
+    shape: Shape  # what it asks of the base policy
     messages: list[Any] | None = None  # what the prompt was, if a conversation
     priority: int = 0
     deadline: float | None = None  # by time.monotonic()
@@ -64,6 +68,8 @@ class Request:
     kl_tokens: float = 0.0  # exact KL of the proposals along the response
     blocks: list[Block] = field(default_factory=list)
     committed: int = 0  # blocks
+    logprobs: list[list[Logprob]] = field(default_factory=list)
+    prompt_logprobs: list[list[Logprob] | None] | None = None
     scores: list[float] | None = None  # of the whole response, one for each part of the scorer
     finish_reason: FinishReason | None = None
     error: Exception | None = None  # why it cannot go on; it leaves at the end of the step
@@ -74,6 +80,11 @@ class Request:
     def __post_init__(self) -> None:
         self.seed = mix(self.given_seed, self.prompt_ids)
         self.seeds = [mix(self.seed, [b]) if b else self.seed for b in range(self.plan.k)]
+
+    @property
+    def ends(self) -> frozenset[int]:
+        """Tokens that end a branch."""
+        return self.text.ends.eos | self.text.ends.tokens
 
     @property
     def params(self) -> SamplingParams:
@@ -99,6 +110,9 @@ class Request:
     def fork(self) -> None:
         """The branches of its next block."""
         self.branches, self.room = [Branch() for _ in range(self.plan.k)], self.next_room
+        if self.text.ends.strings:
+            for branch in self.branches:
+                branch.text = self.text.fork()
         for decoder, stem in self.stepping():
             decoder.fork(stem, self.plan.k, self.room)
 
@@ -129,6 +143,9 @@ class Request:
             kl_kind="bound" if bounded else "exact",
             seed=self.given_seed,
             blocks=self.blocks,
+            stop_reason=None if self.text.finish is None else self.text.finish.stop_reason,
+            logprobs=self.logprobs if self.params.logprobs is not None else None,
+            prompt_logprobs=self.prompt_logprobs,
         )
 
 
@@ -198,6 +215,23 @@ class Handle:
 
     def __await__(self) -> Generator[Any, None, Result]:
         return asyncio.to_thread(self.result).__await__()
+
+
+def samples(
+    prompts: Sequence[Any], strategy: Any, sampling: SamplingParams | Sequence[SamplingParams] | None
+) -> tuple[list[Any], Any, list[SamplingParams]]:
+    """The prompts, strategies and parameters of a call with n samples of a prompt side by side, each with a seed of its
+    own: the first has the seed that was given, sample i one made of it and i."""
+    params = seeded(prompts, sampling)
+    many = [p.n for p in params]
+    several = isinstance(strategy, (list, tuple)) and len(strategy) == len(prompts)
+    strategies = [s for s, n in zip(strategy, many, strict=True) for _ in range(n)] if several else strategy
+    each = [
+        replace(p, n=1, seed=mix(p.seed or 0, [i]) if i else p.seed) if p.n > 1 else p
+        for p in params
+        for i in range(p.n)
+    ]
+    return [prompt for prompt, n in zip(prompts, many, strict=True) for _ in range(n)], strategies, each
 
 
 def mix(seed: int, words: Sequence[int]) -> int:

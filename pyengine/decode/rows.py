@@ -6,10 +6,13 @@ from collections.abc import Callable, Sequence
 
 import torch
 
+from pyengine.decode.logprobs import listed
 from pyengine.decode.request import Branch, Request
+from pyengine.decode.shaping import Shaping
 from pyengine.decode.step import HORIZON, Draw, Follower, Graph, Step
 from pyengine.decoder import Decoder, Frontier
 from pyengine.reader import Reader
+from pyengine.results import FinishReason
 from pyengine.scorers import Scorer
 
 Begun = dict[Request, int | None]  # requests that begin a block: the row of their winner, None for a prompt just read
@@ -20,6 +23,7 @@ class Rows:
 
     def __init__(self, decoder: Decoder, name: str, steady: bool) -> None:
         self.decoder, self.name, self.steady = decoder, name, steady
+        self.device = decoder.device
         self.table: list[tuple[Request, int]] = []  # (request, branch) of each row
         self.step: Step | None = None
         self._followed: dict[Reader, list[tuple[Request, int]]] = {}  # rows that a reader tilts, in its order
@@ -83,12 +87,29 @@ class Rows:
             [Follower(scorer, readers.get(scorer)) for scorer in tilts],
             beside,
             self.steady,
+            self._shaped(requests, before, sources, fresh),
+            _most([r.params.logprobs for r in requests]),
         )
         if before is not None:  # rows in the middle of a block know the states at their last tokens
             step.carry(before, sources)
         for request, _ in fresh:
             request.at = {}
         return step
+
+    def _shaped(
+        self, requests: list[Request], before: Step | None, sources: list[int], fresh: list[tuple[Request, int]]
+    ) -> Shaping | None:
+        """What the rows ask of the base policy, if any asks for anything."""
+        if not any(request.shape.asks for request in requests):
+            return None
+        old = None if before is None else before.shaping
+        parts = [Shaping(len(sources)) if old is None else old.take(sources)]
+        for request, n in fresh:
+            one = Shaping.start(request.shape, request.prompt_ids, self.device)
+            for token in request.tokens:  # it has been here before
+                one.advance(torch.tensor([token], device=self.device))
+            parts.append(one.take([0] * n))
+        return Shaping.join(parts)
 
     def _draw(self, request: Request, b: int, tilts: Sequence[Scorer]) -> Draw:
         """How the next token of a branch is drawn."""
@@ -126,14 +147,15 @@ class Rows:
 
     def _horizon(self) -> int:
         """Steps before the host looks: to the nearest end of a block, one where somebody waits for each token."""
-        if not self.decoder.waits or any(r.handle.listening and not r.plan.selects for r, _ in self.table):
+        if not self.decoder.waits or any(_looked_at(request) for request, _ in self.table):
             return 1
         left = min(request.room - len(request.branches[b].tokens) for request, b in self.table)
         return max(1, min(HORIZON, left))
 
     def _read(self, step: Step, steps: int) -> None:
         """What was drawn joins the branches."""
-        for tokens, logp_base, logp_policy, kl, valid in step.read(steps):
+        for at, (tokens, logp_base, logp_policy, kl, valid) in enumerate(step.read(steps)):
+            likeliest = listed(step.top[at], [r.params.logprobs for r, _ in self.table]) if step.top else []
             for row, (request, b) in enumerate(self.table):
                 branch = request.branches[b]
                 if branch.ended or request.error:
@@ -145,14 +167,29 @@ class Rows:
                 branch.logp_base.append(logp_base[row])
                 branch.logp_policy.append(logp_policy[row])
                 branch.kl += kl[row]
-                if tokens[row] in request.ends:
-                    branch.finish_reason = "stop"
-                elif len(request.tokens) + len(branch.tokens) == request.limit:
-                    branch.finish_reason = "length"
+                if request.params.logprobs is not None:
+                    branch.logprobs.append(likeliest[row])
+                branch.finish_reason = self._finish(request, branch, tokens[row])
                 branch.ended = branch.finish_reason is not None or len(branch.tokens) == request.room
+                if branch.ended:
+                    step.alive[row] = False
+        step.top.clear()
+
+    def _finish(self, request: Request, branch: Branch, token: int) -> FinishReason | None:
+        """Why a branch ends with the token that it has just got, or None."""
+        if branch.text is not None:
+            branch.text.push([token])
+            return None if branch.text.finish is None else branch.text.finish.reason
+        count = len(request.tokens) + len(branch.tokens)
+        if token in request.ends and count > request.params.min_tokens:
+            return "stop"
+        return "length" if count == request.limit else None
 
     def _blame(self, request: Request, branch: Branch, step: Step, row: int) -> None:
         at = f"at token {len(request.tokens) + len(branch.tokens)}"
+        if step.bad.get(row) == "request":
+            request.fail(f"what is forbidden (allowed_token_ids, bad_words, grammar) leaves no token to draw {at}")
+            return
         either = "either" if request.plan.tilts else "model"  # looking would read every row of logits once more
         who = step.bad.get(row, either)
         if who == "model":
@@ -169,6 +206,19 @@ class Rows:
             branch = request.branches[b]
             if branch.ended and not branch.hidden and step.hidden:
                 branch.hidden, branch.previous = step.states(row)
+
+
+def _most(counts: list[int | None]) -> int | None:
+    """The most of the likeliest tokens that a row asks for, -1 for all; None where none asks."""
+    asked = [count for count in counts if count is not None]
+    return None if not asked else -1 if -1 in asked else max(asked)
+
+
+def _looked_at(request: Request) -> bool:
+    """Whether the host has to see each token of a request before the next is drawn."""
+    params = request.params
+    listens = request.handle.listening and not request.plan.selects
+    return listens or bool(params.stop) or params.logprobs is not None
 
 
 def _carried(old: Frontier | None, sources: list[int], fresh: list[tuple[Frontier, int]]) -> Frontier:

@@ -219,6 +219,9 @@ class Schedule:
             request.logp_base += branch.logp_base
             request.logp_policy += branch.logp_policy
             request.kl_tokens += branch.kl
+            request.logprobs += branch.logprobs
+            if branch.text is not None:
+                request.text = branch.text
             request.committed += 1
             request.finish_reason = branch.finish_reason
             if request.finish_reason is None and not self._outgrown(request):
@@ -283,8 +286,12 @@ class Schedule:
         elif request.error is None:
             new = [*request.tokens, *(t for branch in request.branches for t in branch.tokens)][request.told :]
             request.told += len(new)
+            state = next((branch.text for branch in request.branches), None) or request.text
             pieces = [[token] for token in new] if handle.listening else [new] if new else []
-            events = [Event(request.text.push(p, last=over and p is pieces[-1]), p) for p in pieces]
+            for piece in pieces:
+                if not request.text.ends.strings:
+                    state.push(piece)
+                events.append(Event(state.show(), piece))
         if over:
             events[-1].result = request.result()
         handle._events += events

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from pyengine import ops
 from pyengine.codec import Codec
+from pyengine.decode import stops
 from pyengine.decode.request import Branch, Request
 from pyengine.errors import InputError, first_line
 from pyengine.reader import Reader
@@ -191,13 +192,19 @@ def _owners(owned: Owned) -> list[Request]:
     return list(dict.fromkeys(request for request, _ in owned))
 
 
+def _grown(request: Request, branch: Branch) -> stops.Branch:
+    text = request.text.fork()
+    text.push(branch.tokens)
+    return text
+
+
 def _record(
     request: Request, chosen: int, utility: list[float], probability: list[float], scores: list[list[float]]
 ) -> None:
-    grown = [request.text.copy() for _ in request.branches]
+    grown = [branch.text or _grown(request, branch) for branch in request.branches]
     candidates = [
         Candidate(
-            text.push(branch.tokens, last=branch.finish_reason is not None),
+            text.show(),
             branch.tokens,
             dict(zip((p.name for p in request.plan.parts), scores[j], strict=True)),
             utility[j],

@@ -32,6 +32,14 @@ class Shape:
     words: tuple[tuple[int, ...], ...] = ()  # bad words of two tokens and more
     grammar: Grammar | None = None
 
+    @property
+    def asks(self) -> bool:
+        """Whether it asks for anything."""
+        return (
+            bool(self.bias or self.penalties or self.min_tokens or self.words or self.grammar)
+            or self.allowed is not None
+        )
+
 
 def resolve(params: SamplingParams, codec: Codec, vocab: int, eos: Collection[int]) -> Shape:
     """What `params` ask of a model with logits of `vocab` tokens.

@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 
 from pyengine import ledger, ops
+from pyengine.decode.logprobs import TopLogprobs, top_logprobs
+from pyengine.decode.shaping import Shaping
 from pyengine.decoder import Decoder, Frontier, Rows
 from pyengine.errors import first_line
 from pyengine.ops import TiltSample
@@ -25,7 +27,7 @@ log = logging.getLogger("pyengine")
 
 HORIZON = 8  # most steps before the host looks
 
-Blame = Literal["model", "scorer", "either"]
+Blame = Literal["model", "scorer", "either", "request"]
 
 
 class Draw(NamedTuple):
@@ -59,7 +61,8 @@ class Step:
     change; otherwise they are padded to the decoder's bucket and stay where they are, for a graph to replay.
 
     rows: (stem in the decoder, branch) of each. beside: of each decoder that tilts, the places of the rows that follow
-    it, their places there, and its frontier.
+    it, their places there, and its frontier. shaping: what the rows ask of the base policy. top: so many of the
+    likeliest tokens are noted, -1 for all.
     """
 
     def __init__(
@@ -71,9 +74,12 @@ class Step:
         tilts: Sequence[Follower] = (),
         beside: Mapping[Any, tuple[list[int], Rows, Frontier]] | None = None,
         steady: bool = False,
+        shaping: Shaping | None = None,
+        top: int | None = None,
     ) -> None:
-        self.decoder, self.tilts, self.steady = decoder, tuple(tilts), steady
-        self.n, self.fixed = len(rows), decoder.waits and not beside
+        self.decoder, self.tilts, self.steady, self.shaping = decoder, tuple(tilts), steady, shaping
+        self.likeliest = top
+        self.n, self.fixed = len(rows), decoder.waits and not beside and shaping is None and top is None
         self.device = frontier.logits.device
         self.planted = decoder.plant(rows)
         spare = len(self.planted.positions) - self.n if decoder.waits else 0
@@ -93,6 +99,7 @@ class Step:
         size = (HORIZON, len(draws)) if self.fixed else (0,)
         self.kept = TiltSample(*(torch.zeros(size, dtype=dtype, device=self.device) for dtype in types))
         self.drawn: list[TiltSample] = []
+        self.top: list[TopLogprobs] = []  # of each token since the host has looked
         self.bad: dict[int, Blame] = {}  # rows whose numbers were not finite, and whose fault it is
 
     def _columns(self, draws: Sequence[Draw]) -> None:
@@ -158,7 +165,24 @@ class Step:
             return None, self.hidden
         return index, {layer: h[index] for layer, h in self.hidden.items()}
 
-    def lambdas(self, values: Tensor | None) -> Tensor | None:
+    def base(self) -> Tensor:
+        """The base policy's logits: the model's, shaped as the rows ask."""
+        if self.shaping is None:
+            return self.logits
+        shaped = self.shaping.apply(self.logits[: self.n])
+        return torch.cat([shaped, self.logits[self.n :].to(shaped)]) if len(self.logits) > self.n else shaped
+
+    def _note(self, logits: Tensor, values: Tensor | None, weights: Tensor | None, token: Tensor) -> None:
+        """The likeliest tokens of each row."""
+        assert self.likeliest is not None
+        n = self.n
+        most = logits.shape[1] if self.likeliest == -1 else min(self.likeliest, logits.shape[1])
+        tilt = (None, None) if values is None or weights is None else (values[:, :n], weights[:n])
+        raw, heat = self.logits[:n], self.columns["temperature"][:n]
+        found = top_logprobs(logits[:n], token[:n], most, raw=raw, values=tilt[0], weights=tilt[1], temperature=heat)
+        self.top.append(found)
+
+    def lambdas(self, logits: Tensor, values: Tensor | None) -> Tensor | None:
         """λ as `tilt_sample` takes it; where a row has a budget it is solved for, in the proportions of the weights."""
         if self.budget is None or values is None or self.weights is None:
             return self.weights
@@ -166,7 +190,7 @@ class Step:
         total = self.weights[:, 0, None] * values[0].float()
         for r in range(1, len(values)):
             total = total + self.weights[:, r, None] * values[r].float()
-        rows = [self.logits, total, self.budget, self.columns["temperature"]]
+        rows = [logits, total, self.budget, self.columns["temperature"]]
         if index is not None:
             rows = [x[index] for x in rows]
         if self.steady:
@@ -181,12 +205,18 @@ class Step:
 
     def step(self) -> bool:
         """One token for every row; False where that was the last of them all and nobody reads what follows it."""
-        values = self.values()
-        drawn = ops.tilt_sample(self.logits, values, self.lambdas(values), **self.columns)
+        logits, values = self.base(), self.values()
+        weights = self.lambdas(logits, values)
+        drawn = ops.tilt_sample(logits, values, weights, **self.columns)
         self._keep(drawn)
+        if self.likeliest is not None:
+            self._note(logits, values, weights, drawn.token)
+        if self.shaping is not None:
+            self.shaping.advance(drawn.token[: self.n])
         if not self.decoder.waits and not bool(drawn.valid.all()):
             for row in (~drawn.valid & self.alive).nonzero()[:, 0].tolist():
-                self.bad.setdefault(row, "scorer" if _drawable(self.logits[row]) else "model")
+                who: Blame = "scorer" if _drawable(logits[row]) else "model"
+                self.bad.setdefault(row, "request" if who == "model" and _drawable(self.logits[row]) else who)
         going = self.alive & ~(drawn.token[:, None] == self.ends).any(-1)
         if not self.decoder.waits and not self.hidden and not bool((going & ((self.room > 1) | ~self.final)).any()):
             return False
