@@ -140,14 +140,16 @@ struct Worker {
     const int width = int(a.width), size = int(size_of(a.type));
     const int bytes = width * int(std::min<int64_t>(piece, kTileTokens)) * size;
     const float* wide[kTileTokens];
-    int cols = 0;
-    for (int p = 0; p < tile.pieces; ++p)
-      for (int i = 0; i < tile.count[p]; i += kTokens, cols += kTokens)
-        wide[cols / kTokens] =
-            read(tile.keys[p] + i * size, keys.stride_inner, width, kTokens, &widened[size_t(cols * width)]);
-    kernels.by_columns(&query[size_t(first * width)], width, n, width, wide,
-                       a.type == DType::f32 ? keys.stride_inner : kTokens, cols, nullptr, logits.data(),
-                       kTileTokens, {next.keys, next.pieces, bytes});
+    const int cols = (tile.tokens + kTokens - 1) / kTokens * kTokens;
+    const bool whole = tile.pieces == 1, f32 = a.type == DType::f32;
+    const int step = whole ? cols : kTokens;
+    for (int p = 0, at = 0; p < tile.pieces; ++p)
+      for (int i = 0; i < tile.count[p]; i += step, at += step)
+        wide[at / step] =
+            read(tile.keys[p] + i * size, keys.stride_inner, width, step, &widened[size_t(at * width)]);
+    (whole ? kernels.by_block : kernels.by_columns)(
+        &query[size_t(first * width)], width, n, width, wide, f32 ? keys.stride_inner : step, cols, nullptr,
+        logits.data(), kTileTokens, {next.keys, next.pieces, bytes});
     int low = tile.tokens, high = 0;
     for (int i = 0; i < n; ++i) {
       const auto [from, to] = visible(i);
@@ -161,8 +163,9 @@ struct Worker {
       for (int i = std::max(low, at); i < std::min(high, at + tile.count[p]); ++i)
         wide[i] = read(tile.values[p] + (i - at) * values.stride_inner * size, 0, 1, width,
                        &widened[size_t(i * width)]);
-    kernels.by_lines(&logits[size_t(low)], kTileTokens, n, high - low, wide + low, 0, width, alpha.data(),
-                     sums + int64_t(first) * width, width, {next.values, next.pieces, bytes});
+    (whole ? kernels.by_block : kernels.by_lines)(
+        &logits[size_t(low)], kTileTokens, n, high - low, wide + low, f32 ? values.stride_inner : width,
+        width, alpha.data(), sums + int64_t(first) * width, width, {next.values, next.pieces, bytes});
   }
 
   void attend_prefix() {

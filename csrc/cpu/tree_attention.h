@@ -56,12 +56,13 @@ struct TreeKernels {
   const char* name;
   // c[r][.] = alpha[r] * c[r][.] + sum_i a[r][i] * b[i][.]; without alpha c starts at 0. cols is a multiple
   // of kTokens. A row's bits depend on its own numbers only. Meanwhile what is wanted next is fetched
-  // into the level-2 cache: a page or leaf is too short for the hardware to see it coming. b comes in pieces
-  // of kTokens columns whose lines are `stride` apart, or line by line (then there is no stride).
+  // into the level-2 cache: a page or leaf is too short for the hardware to see it coming. b comes in one
+  // block whose lines are `stride` apart, in such blocks of kTokens columns, or line by line. One block has a
+  // form of its own: AVX2 has too few registers for the addresses of several, and took 1.5 times as long.
   using Multiply = void (*)(const float* a, int64_t lda, int rows, int depth, const float* const* b,
                             int64_t stride, int cols, const float* alpha, float* c, int64_t ldc,
                             const Wanted& next);
-  Multiply by_columns, by_lines;
+  Multiply by_block, by_columns, by_lines;
   // Turns the logits s[from .. to) into weights 2^(s - top), all others of `cols` into 0, and returns by how
   // much earlier sums are to be scaled. With a softcap: s = softcap * tanh(s), in log2 units.
   float (*weights)(float* s, int cols, int from, int to, float softcap, RowSoftmax& row);

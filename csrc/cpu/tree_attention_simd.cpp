@@ -10,30 +10,24 @@ static_assert(kLanes <= pyengine::kTokens, "a row's sum is one vector");
 constexpr int kVecs = 4;                     // of a row, in flight
 constexpr int kRows = kLanes == 16 ? 6 : 3;  // 24 sums of 32 registers, or 12 of 16
 
-// So many cache lines of what is wanted next are asked for at each step of a product.
+// What is wanted next: so many cache lines of it are asked for at each step of a product, of each piece in
+// its share of a block's steps. Earlier blocks have asked for `before` bytes of each.
 struct Ahead {
   pyengine::Wanted next;
   int lines;
-  const char *line, *end;
-
-  Ahead(const pyengine::Wanted& wanted, int steps)
-      : next(wanted),
-        lines((wanted.pieces * (wanted.bytes / 64) + steps - 1) / steps),
-        line(nullptr),
-        end(nullptr) {}
-
-  void step() {
-    for (int l = 0; l < lines; ++l, line += 64) {
-      if (line == end) {
-        if (next.pieces == 0) return;
-        line = *next.from++, end = line + next.bytes / 64 * 64, --next.pieces;
-      }
-      __builtin_prefetch(line, 0, 2);
-    }
-  }
+  int64_t before = 0;
 };
 
-// The right factor of a product whose columns from `at` on are N vectors: in pieces of kTokens columns ...
+// The right factor of a product, its columns from `at` on in N vectors: in one piece ...
+template <int N>
+struct Block {
+  const float* from;
+  int64_t stride;
+  Block(const float* const* piece, int64_t stride, int at) : from(*piece + at), stride(stride) {}
+  Vec at(int i, int u) const { return load(from + i * stride + u * kLanes); }
+};
+
+// ... in pieces of kTokens columns ...
 template <int N>
 struct Columns {
   const float* from[N];
@@ -55,22 +49,25 @@ struct Lines {
 };
 
 template <int R, int N, template <int> class Factor>
-void multiply_block(const float* a, int64_t lda, int depth, const Factor<N>& b, const float* alpha, float* c,
+void multiply_block(const float* a, int64_t lda, int depth, const Factor<N> b, const float* alpha, float* c,
                     int64_t ldc, Ahead& ahead) {
   Vec sum[R][N];
   for (int r = 0; r < R; ++r)
     PYENGINE_EACH sum[r][u] = alpha ? load(c + r * ldc + u * kLanes) * alpha[r] : Vec{};
-  Ahead now = ahead;
-  for (int i = 0; i < depth; ++i) {
-    now.step();
-    Vec x[N];
-    PYENGINE_EACH x[u] = b.at(i, u);
-    for (int r = 0; r < R; ++r) {
-      const Vec y = splat(a[r * lda + i]);
-      PYENGINE_EACH sum[r][u] += y * x[u];
+  const int pieces = ahead.next.pieces ? ahead.next.pieces : 1, lines = ahead.lines;
+  for (int p = 0, i = 0; p < pieces; ++p) {
+    const char* line = lines ? ahead.next.from[p] + ahead.before : nullptr;
+    for (const int stop = depth * (p + 1) / pieces; i < stop; ++i) {
+      for (int l = 0; l < lines; ++l, line += 64) __builtin_prefetch(line, 0, 2);
+      Vec x[N];
+      PYENGINE_EACH x[u] = b.at(i, u);
+      for (int r = 0; r < R; ++r) {
+        const Vec y = splat(a[r * lda + i]);
+        PYENGINE_EACH sum[r][u] += y * x[u];
+      }
     }
   }
-  ahead = now;
+  ahead.before += int64_t(depth / pieces) * lines * 64;
   for (int r = 0; r < R; ++r) PYENGINE_EACH store(c + r * ldc + u * kLanes, sum[r][u]);
 }
 
@@ -92,7 +89,7 @@ template <template <int> class Factor>
 void multiply(const float* a, int64_t lda, int rows, int depth, const float* const* b, int64_t stride,
               int cols, const float* alpha, float* c, int64_t ldc, const pyengine::Wanted& next) {
   const int blocks = (rows + kRows - 1) / kRows * ((cols + kVecs * kLanes - 1) / (kVecs * kLanes));
-  Ahead ahead(next, blocks * depth);
+  Ahead ahead{next, (next.pieces * (next.bytes / 64) + blocks * depth - 1) / (blocks * depth)};
   constexpr decltype(&multiply_rows<1, Factor>) by_vecs[] = {
       multiply_rows<1, Factor>, multiply_rows<2, Factor>, multiply_rows<3, Factor>, multiply_rows<4, Factor>};
   for (int at = 0; at < cols; at += kVecs * kLanes) {
@@ -165,6 +162,11 @@ float sum_of(const RowSoftmax& row) { return sum_lanes(load(row.sum)); }
 
 namespace pyengine {
 extern const TreeKernels PYENGINE_PASTE(tree_kernels_, PYENGINE_ISA);
-const TreeKernels PYENGINE_PASTE(tree_kernels_, PYENGINE_ISA) = {
-    PYENGINE_STRING(PYENGINE_ISA), multiply<Columns>, multiply<Lines>, weights, sum_of, widen};
+const TreeKernels PYENGINE_PASTE(tree_kernels_, PYENGINE_ISA) = {PYENGINE_STRING(PYENGINE_ISA),
+                                                                 multiply<Block>,
+                                                                 multiply<Columns>,
+                                                                 multiply<Lines>,
+                                                                 weights,
+                                                                 sum_of,
+                                                                 widen};
 }  // namespace pyengine
