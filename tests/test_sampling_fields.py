@@ -36,7 +36,7 @@ def greedy(engine, **fields):
 def test_greedy_with_each_processor_equals_generate(engine):
     word = engine.tokenizer(" was", add_special_tokens=False).input_ids
     cases = [
-        ({"repetition_penalty": 5.0}, {"repetition_penalty": 5.0}),
+        ({"repetition_penalty": 1e4}, {"repetition_penalty": 1e4}),
         ({"min_tokens": 30}, {"min_new_tokens": 30}),
         ({"logit_bias": {word[0]: -4.0}}, {"sequence_bias": [[[word[0]], -4.0]]}),
     ]

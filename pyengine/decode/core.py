@@ -8,6 +8,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
+
 from pyengine.decode.request import Handle, Request
 from pyengine.decode.schedule import Schedule
 from pyengine.errors import InputError
@@ -113,10 +115,14 @@ class Core:
             if self._thread is not None:
                 return
             self._closing = False
-            self._thread = threading.Thread(target=self._run, name="pyengine", daemon=True)
+            # A new thread has torch's default number of threads, and with it other last bits.
+            self._thread = threading.Thread(
+                target=self._run, args=(torch.get_num_threads(),), name="pyengine", daemon=True
+            )
         self._thread.start()
 
-    def _run(self) -> None:
+    def _run(self, threads: int) -> None:
+        torch.set_num_threads(threads)
         me = threading.get_ident()
         try:
             while True:
