@@ -36,14 +36,16 @@ def greedy(engine, **fields):
 def test_greedy_with_each_processor_equals_generate(engine):
     word = engine.tokenizer(" was", add_special_tokens=False).input_ids
     cases = [
-        ({"repetition_penalty": 1e4}, {"repetition_penalty": 1e4}),
-        ({"min_tokens": 30}, {"min_new_tokens": 30}),
-        ({"logit_bias": {word[0]: -4.0}}, {"sequence_bias": [[[word[0]], -4.0]]}),
+        ({"repetition_penalty": 1.7}, {"repetition_penalty": 1.7}),
+        ({"logit_bias": {word[0]: -40.0}}, {"sequence_bias": [[[word[0]], -40.0]]}),
+        ({"bad_words": ["was"]}, {"bad_words_ids": [word]}),
     ]
+    long = greedy(engine, min_tokens=30).tokens
+    assert long == generated(engine, min_new_tokens=30) != greedy(engine).tokens
     for ours, theirs in cases:
-        found, want = greedy(engine, **ours), generated(engine, **theirs)
-        assert found.tokens == want, ours
-        assert found.tokens != greedy(engine).tokens, ours
+        found = greedy(engine, min_tokens=30, **ours)
+        assert found.tokens == generated(engine, min_new_tokens=30, **theirs), ours
+        assert found.tokens != long, ours
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES, ids=str)

