@@ -96,6 +96,14 @@ PROCESSORS: dict[str, Any] = {
 }
 # The same of SamplingParams, which has its own defaults; read by `generate` where it samples.
 SAMPLED: dict[str, Any] = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0}
+# What sets it here, where something does.
+FIELDS = {name: name for name in (*SAMPLED, "repetition_penalty")} | {
+    "bad_words_ids": "bad_words",
+    "suppress_tokens": "logit_bias",
+    "min_new_tokens": "min_tokens",
+    "sequence_bias": "logit_bias",
+    "stop_strings": "stop",
+}
 
 
 def unapplied_defaults(model: Any) -> list[str]:
@@ -105,7 +113,7 @@ def unapplied_defaults(model: Any) -> list[str]:
     for field, neutral in (PROCESSORS | (SAMPLED if config and config.do_sample else {})).items():
         value = getattr(config, field, None)
         if value not in (None, neutral, []):
-            ours = f"SamplingParams({field}={value!r:.40})" if field in SAMPLED else "nothing here sets it"
+            ours = f"set SamplingParams.{FIELDS[field]}" if field in FIELDS else "nothing here sets it"
             found.append(f"{field}={value!r:.40} ({ours})")
     return found
 

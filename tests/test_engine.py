@@ -149,7 +149,11 @@ def test_defaults_of_the_checkpoint_that_are_not_applied_are_named(model_dirs, c
     given.temperature, given.top_p = 0.6, 0.9
     Engine(model, tokenizer)
     assert caplog.text.count("is not applied") == 1
-    for words in ("repetition_penalty=1.3 (nothing here sets it)", "suppress_tokens=[5, 6]", "min_new_tokens=4"):
+    for words in (
+        "repetition_penalty=1.3 (set SamplingParams.repetition_penalty)",
+        "suppress_tokens=[5, 6]",
+        "min_new_tokens=4 (set SamplingParams.min_tokens)",
+    ):
         assert words in caplog.text
     assert "temperature" not in caplog.text  # `generate` reads it where it samples
     given.do_sample = True
