@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import subprocess
 import sys
 import threading
@@ -145,6 +146,12 @@ def test_memory_that_runs_out_is_given_up_by_the_youngest_and_it_goes_on_with_th
     found = [handle.result() for handle in handles]
     assert [r.tokens for r in found] == [r.tokens for r in want]
     assert [r.text for r in found] == [r.text for r in want]
+    streams = [small.stream(prompt, None, sampling(130, seed=3, stop="zzz")) for prompt in ids]
+    texts = ["" for _ in ids]
+    for events in itertools.zip_longest(*streams):
+        for i, event in enumerate(events):
+            texts[i] += event.text if event else ""
+    assert texts == [r.text for r in want]
     assert small.stats()["preempted"] > 0
     assert done == [0, 1, 2, 3], "the oldest keeps its memory"
     pages(small).check_integrity()

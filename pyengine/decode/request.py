@@ -72,6 +72,7 @@ class Request:
     prompt_logprobs: list[list[Logprob] | None] | None = None
     scores: list[float] | None = None  # of the whole response, one for each part of the scorer
     finish_reason: FinishReason | None = None
+    outcome: Result | None = None  # once it has ended
     error: Exception | None = None  # why it cannot go on; it leaves at the end of the step
     cancelled: bool = False
     told: int = 0  # tokens, or blocks, of which there have been events

@@ -266,6 +266,9 @@ class Schedule:
         (self.running if request in self.running else self.reading).remove(request)
         for decoder, stem in request.stems.items():
             decoder.leave(stem)
+        for branch in request.branches:
+            if branch.text is not None:  # what a stream has shown is drawn again, and not shown twice
+                request.text.shown = max(request.text.shown, branch.text.shown)
         request.stems, request.at, request.branches = {}, {}, []
         first = next((i for i, r in enumerate(self.waiting) if r.priority >= request.priority), len(self.waiting))
         self.waiting.insert(first, request)
@@ -292,8 +295,8 @@ class Schedule:
                 if not request.text.ends.strings:
                     state.push(piece)
                 events.append(Event(state.show(), piece))
-        if over:
-            events[-1].result = request.result()
+        if over:  # kept here too: whoever listens may have taken the event before the request has left
+            request.outcome = events[-1].result = request.result()
         handle._events += events
 
     def _leave(self, request: Request) -> None:
@@ -311,8 +314,8 @@ class Schedule:
         outcome: Result | Exception
         if request.error is not None:
             outcome = request.error
-        elif request.finish_reason is not None:
-            outcome = request.handle._events[-1].result  # type: ignore[assignment]
+        elif request.outcome is not None:
+            outcome = request.outcome
         else:
             outcome = RequestError(request.index, "it was cancelled")
         self.counts["error" if request.error else request.finish_reason or "cancelled"] += 1
