@@ -20,6 +20,7 @@ from pyengine.worlds import reviews
 
 ROOT = Path(__file__).parent.parent
 PROMPTS = reviews.prompts(8)
+KINDS = [Tokenwise(1.0), Blockwise(4, 8), None, Tokenwise(2.0)]
 
 
 @pytest.fixture
@@ -306,3 +307,29 @@ def test_boundaries_lie_at_fixed_positions(engine, monkeypatch):
     assert len(committed) == 6
     assert all(lengths == [16, 16, 16] for lengths in committed.values())
     assert PAGE % 16 == 0
+
+
+def test_joining_leaving_and_other_numbers_capture_nothing_new(engine, monkeypatch):
+    """As on a GPU: a graph's key is its buckets and the scorers that tilt; all else lies in tensors."""
+    engine = Engine(engine.model, engine.tokenizer, pyengine.embedded("prefix"), cache_gb=0.05, frozen=True)
+    engine.eos = frozenset({0})
+    plain = [engine.generate(p, s, sampling(30, i)) for i, (p, s) in enumerate(zip(PROMPTS, KINDS * 2, strict=False))]
+    monkeypatch.setattr(engine._decoder, "waits", True)
+
+    def mixed(strategies):
+        handles = []
+        for i, prompt in enumerate(PROMPTS):
+            handles.append(engine.submit(prompt, strategies[i % len(strategies)], sampling(30, i)))
+            engine._core.turn()
+        return [handle.result() for handle in handles]
+
+    found = mixed(KINDS)
+    assert [r.tokens for r in found] == [r.tokens for (r,) in plain]
+    keys = set(engine._decoder.captured)
+    others = [Tokenwise(0.7), Blockwise(3, 12), None, Tokenwise(3.0)]
+    mixed(others)
+    new = set(engine._decoder.captured) - keys
+    assert not [key for key in new if key[1:] not in {key[1:] for key in keys}], "more than another bucket"
+    before = len(engine._decoder.captured)
+    mixed([Tokenwise(0.3), Blockwise(3, 12), None, Tokenwise(-1.0)])
+    assert len(engine._decoder.captured) == before
