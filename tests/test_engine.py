@@ -688,7 +688,7 @@ class TestBadInput:
             {"temperature": 1e-300},
             {"temperature": 1e300},
             {"temperature": math.nan},
-            {"top_k": -1},
+            {"top_k": -2},
             {"top_p": 0.0},
             {"top_p": 1.5},
             {"min_p": -0.1},

@@ -36,7 +36,7 @@ def pages(engine):
     return engine._decoder.cache
 
 
-@pytest.mark.parametrize("what", [("check", "36"), ("soak", "400")], ids=lambda what: what[0])
+@pytest.mark.parametrize("what", [("check", "36"), ("soak", "250")], ids=lambda what: what[0])
 def test_requests_of_every_kind_together_are_what_each_is_alone(what):
     """Recorded one by one, before there was a loop for all; `python -m bench.mixed check` takes them all."""
     command = [sys.executable, "-m", "bench.mixed", *what]
