@@ -19,20 +19,19 @@ from pyengine.checkpoint import context_of, device_of, ends_of, load_checkpoint,
 from pyengine.codec import Codec, PromptLike, as_prompts
 from pyengine.decode import stops
 from pyengine.decode.core import Core
-from pyengine.decode.logprobs import Logprob, listed, top_logprobs
+from pyengine.decode.logprobs import prompt_logprobs
 from pyengine.decode.panel import Panel
-from pyengine.decode.request import Handle, Request, samples
+from pyengine.decode.request import Handle, Request, for_each, samples
 from pyengine.decode.schedule import Schedule
 from pyengine.decode.settle import Judge
 from pyengine.decode.shaping import Shape, resolve
 from pyengine.errors import InputError, RequestError, first_line, real, whole
 from pyengine.fallback import choose_decoder
-from pyengine.modes import evaluating
 from pyengine.plan import Plan
 from pyengine.reader import Reader
 from pyengine.results import Event, Result, SamplingParams, seeded
 from pyengine.scorers import Part, Policy, Scorer, ScorerLike, parts_of
-from pyengine.strategies import BASE, Strategy, Tokenwise
+from pyengine.strategies import Strategy, Tokenwise
 
 log = logging.getLogger("pyengine")
 
@@ -228,8 +227,7 @@ class Engine:
         with bar:
             try:
                 for request in requests:
-                    handles[request.index] = self._core.submit(request)
-                    handles[request.index].tell = done.append
+                    handles[request.index] = self._core.submit(request, done.append)
                 while handles:
                     self._core.wait(lambda: bool(done), tick=lambda: bar.update(0))
                     while done:
@@ -264,8 +262,7 @@ class Engine:
         after which it fails. Whoever waits for the handle drives the engine, unless `start` gave it a thread.
         InputError for what is wrong with the request.
         """
-        request = self._request(prompt, strategy, sampling, scorer, priority, deadline)
-        return self._core.submit(request)
+        return self._core.submit(self._request(prompt, strategy, sampling, scorer, priority, deadline))
 
     def _request(
         self,
@@ -355,7 +352,7 @@ class Engine:
             readers = self._panel.readers(parts)
         requests: list[Request] = []
         refused: dict[int, InputError] = {}
-        strategies = _for_each(prompts, strategy)
+        strategies = for_each(prompts, strategy)
         plans: dict[tuple[Strategy, int], tuple[Plan, Shape]] = {}
         for i, (prompt, own, p) in enumerate(zip(prompts, strategies, seeded(prompts, sampling), strict=True)):
             if (own, id(p)) not in plans:
@@ -374,7 +371,7 @@ class Engine:
             plan, shape = plans[own, id(p)]
             requests.append(Request(i, text, ids, plan, room, p.seed, grown, shape, messages))
             if p.prompt_logprobs is not None:
-                requests[-1].prompt_logprobs = self._prompt_logprobs(ids, p.prompt_logprobs)
+                requests[-1].prompt_logprobs = prompt_logprobs(self.model, ids, p.prompt_logprobs)
         # A prompt without a reference is found before any is decoded.
         self._judge.refuse(requests)
         for request in requests:
@@ -385,14 +382,6 @@ class Engine:
         requests = [request for request in requests if not request.error]
         self._calibrated(prompts, requests, progress)
         return requests, refused
-
-    def _prompt_logprobs(self, ids: list[int], count: int) -> list[list[Logprob] | None]:
-        """At each token of a prompt but the first, by a pass of the model's own."""
-        with torch.inference_mode(), evaluating(self.model):
-            logits = self.model(input_ids=torch.tensor([ids], device=self.model.device), use_cache=False).logits[0, :-1]
-        token = torch.tensor(ids[1:], device=logits.device)
-        top = top_logprobs(logits, token, logits.shape[1] if count == -1 else min(count, logits.shape[1]))
-        return [None, *listed(top, [count] * len(token))]
 
     def _calibrated(self, prompts: list[Any], requests: list[Request], progress: bool | None) -> None:
         """A budget for whole sequences becomes a weight: one for all that have the same."""
@@ -409,11 +398,3 @@ class Engine:
             found = self.calibrate(own, strategy.kl_budget, [request.params for request in some], progress)
             for request in some:
                 request.plan = Plan(found, request.plan.parts, request.plan.readers, request.params)
-
-
-def _for_each(prompts: Sequence[Any], strategy: Strategy | Sequence[Strategy | None] | None) -> list[Strategy]:
-    if isinstance(strategy, (list, tuple)):
-        if len(strategy) != len(prompts):
-            raise InputError(f"{len(prompts)} prompts but {len(strategy)} strategies: give one, or one for each")
-        return [own or BASE for own in strategy]
-    return [strategy or BASE] * len(prompts)  # type: ignore[list-item]

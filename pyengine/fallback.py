@@ -247,7 +247,13 @@ def choose_decoder(
     except Exception as error:  # noqa: BLE001 - whatever a foreign model raises, a slower decoder serves it
         reason = first_line(error)
     _refuse(steady, config, reason)
-    replicated = ReplicatedDecoder(model, layers, max_rows)
+    return _unpaged(model, recompute, reason)
+
+
+def _unpaged(model: Any, recompute: RecomputeDecoder, reason: str | None) -> Decoder:
+    """The copying decoder where it is right, else the one that re-reads; reason: why the branching one is neither."""
+    config = model.config.get_text_config(decoder=True)
+    replicated = ReplicatedDecoder(model, recompute.layers, recompute.max_rows)
     log.warning("%s: prefixes are copied for each branch instead of shared (%s)", config.model_type, reason)
     try:
         reason = _mismatch(replicated, recompute)

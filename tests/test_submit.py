@@ -174,28 +174,34 @@ def test_branches_wait_until_there_are_leaves_for_all_of_them(engine):
     assert small.stats()["waiting"] == 0
 
 
-def test_a_long_prompt_is_read_beside_the_steps_of_others(model_dirs):
-    """In pieces: those that decode have a token after each."""
-    import pyengine.decode.schedule as schedule
-
-    engine = Engine.from_pretrained(model_dirs["qwen2"], cache_gb=0.05)
+def test_a_long_prompt_is_read_beside_the_steps_of_others(engine):
+    """In pieces, a page at least: those that decode have a token after each. A short one has its first at once."""
     engine.eos = frozenset()
-    short = engine.submit([5, 6, 7], None, sampling(40))
+    short = engine.submit(PROMPTS[0], None, sampling(40))
     engine._core.turn()
     read = []
     forward = engine._decoder._forward
     engine._decoder._forward = lambda work, ids, *rest: read.append(len(ids)) or forward(work, ids, *rest)
-    patched = pytest.MonkeyPatch()
-    patched.setitem(schedule.BESIDE_TOKENS, "cpu", 16)
-    long = engine.submit(list(range(1, 80)), None, sampling(4))
-    try:
-        for _ in range(4):
-            engine._core.turn()
-    finally:
-        patched.undo()
-    assert read == [16, 1] * 4
+    ids = [1 + i % 500 for i in range(4 * PAGE + 5)]
+    long = engine.submit(ids, None, sampling(4))
+    for _ in range(5):
+        engine._core.turn()
+    assert read == [PAGE, 1] * 4 + [5, 2]
     assert len(short.result().tokens) == 40
-    assert long.result().tokens == engine.generate([list(range(1, 80))], None, sampling(4))[0].tokens
+    assert long.result().tokens == engine.generate([ids], None, sampling(4))[0].tokens
+
+
+def test_a_plain_request_has_its_first_token_with_its_first_step(engine):
+    """While sixteen requests of eight branches are under way."""
+    busy = [engine.submit(PROMPTS[i % 8], Blockwise(8, 16), sampling(64, i), reviews.sentiment) for i in range(16)]
+    for _ in range(5):
+        engine._core.turn()
+    plain = engine.submit(PROMPTS[3], None, sampling())
+    plain.listening = True
+    engine._core.turn()
+    assert len(plain._events) == 1
+    for handle in (plain, *busy):
+        handle.cancel()
 
 
 def test_a_thread_of_its_own(engine):

@@ -31,8 +31,9 @@ class Core:
 
     # Requests
 
-    def submit(self, request: Request) -> Handle:
-        request.handle = Handle(request, self.wait)
+    def submit(self, request: Request, tell: Callable[[int], object] | None = None) -> Handle:
+        """tell: called with the request's index once it is done, by whoever steps."""
+        request.handle = Handle(request, self.wait, tell)
         with self._changed:
             if self._dead is not None:
                 raise InputError(f"this engine has stopped: {self._dead}") from self._dead

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+from pyengine.modes import evaluating
 
 
 class Logprob(NamedTuple):
@@ -79,6 +81,15 @@ def _keys(x: Tensor) -> Tensor:
     bits = x.view(torch.int32)
     rising = torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits).long()
     return (rising << 32) - torch.arange(x.shape[1], device=x.device)
+
+
+def prompt_logprobs(model: Any, ids: Sequence[int], count: int) -> list[list[Logprob] | None]:
+    """At each token of a prompt but the first, by a pass of the model's own; `count` as `listed` takes it."""
+    with torch.inference_mode(), evaluating(model):
+        logits = model(input_ids=torch.tensor([list(ids)], device=model.device), use_cache=False).logits[0, :-1]
+    token = torch.tensor(list(ids[1:]), device=logits.device)
+    top = top_logprobs(logits, token, logits.shape[1] if count == -1 else min(count, logits.shape[1]))
+    return [None, *listed(top, [count] * len(token))]
 
 
 def listed(top: TopLogprobs, counts: Sequence[int | None]) -> list[list[Logprob]]:

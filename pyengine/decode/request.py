@@ -15,11 +15,12 @@ from pyengine.decode import stops
 from pyengine.decode.logprobs import Logprob
 from pyengine.decode.shaping import Shape
 from pyengine.decoder import Decoder, Frontier, Stem
-from pyengine.errors import RequestError
+from pyengine.errors import InputError, RequestError
 from pyengine.plan import Plan
 from pyengine.reader import Reader
 from pyengine.results import Block, Event, FinishReason, Result, SamplingParams, seeded
 from pyengine.scorers import Hidden
+from pyengine.strategies import BASE, Strategy
 
 
 @dataclass(eq=False)
@@ -156,12 +157,16 @@ class Handle:
     Whoever waits drives the engine, unless it has a thread of its own. Leaving an iterator early cancels the request.
     """
 
-    def __init__(self, request: Request, wait: Callable[[Callable[[], bool], float | None], None]) -> None:
-        self._request, self._wait = request, wait
+    def __init__(
+        self,
+        request: Request,
+        wait: Callable[[Callable[[], bool], float | None], None],
+        tell: Callable[[int], object] | None = None,
+    ) -> None:
+        self._request, self._wait, self.tell = request, wait, tell
         self._events: deque[Event] = deque()
         self._outcome: Result | Exception | None = None
         self.listening = False  # somebody takes events token by token
-        self.tell: Callable[[int], object] | None = None  # called with the request's index once it is done
 
     @property
     def done(self) -> bool:
@@ -233,6 +238,14 @@ def samples(
         for i in range(p.n)
     ]
     return [prompt for prompt, n in zip(prompts, many, strict=True) for _ in range(n)], strategies, each
+
+
+def for_each(prompts: Sequence[Any], strategy: Strategy | Sequence[Strategy | None] | None) -> list[Strategy]:
+    if isinstance(strategy, (list, tuple)):
+        if len(strategy) != len(prompts):
+            raise InputError(f"{len(prompts)} prompts but {len(strategy)} strategies: give one, or one for each")
+        return [own or BASE for own in strategy]
+    return [strategy or BASE] * len(prompts)  # type: ignore[list-item]
 
 
 def mix(seed: int, words: Sequence[int]) -> int:

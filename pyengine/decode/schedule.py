@@ -12,7 +12,7 @@ from collections.abc import Callable
 
 import torch
 
-from pyengine.cache import LEAF
+from pyengine.cache import LEAF, PAGE
 from pyengine.decode.request import Request
 from pyengine.decode.rows import Begun, Rows
 from pyengine.decode.settle import Judge
@@ -21,7 +21,7 @@ from pyengine.errors import RequestError
 from pyengine.reader import Reader
 from pyengine.results import Event, Result
 
-BESIDE_TOKENS = {"cpu": 512, "cuda": 8192}  # of prompts that are read between two steps of others
+BESIDE_TOKENS = 8192  # of prompts that a GPU reads between two steps of others
 
 
 class Schedule:
@@ -167,7 +167,7 @@ class Schedule:
     def _prefill(self) -> None:
         if not self.reading:
             return
-        most = BESIDE_TOKENS.get(self.device.type, 512) if self.running else PREFILL_TOKENS
+        most = self._beside() if self.running else PREFILL_TOKENS
         for decoder in dict.fromkeys(d for r in self.reading for d in r.stems):
             pending = [r for r in self.reading if decoder in r.stems and decoder not in r.at]
             stems = {r.stems[decoder]: r for r in pending}
@@ -178,6 +178,11 @@ class Schedule:
             self.reading = [r for r in self.reading if r not in ready]
             self.running += ready
             self._replant(dict.fromkeys(ready))
+
+    def _beside(self) -> int:
+        """Tokens of prompts that are read between two steps of others. A CPU takes as long for a prompt's token as for
+        a row's: as many as there are rows hold those up by about one step more."""
+        return BESIDE_TOKENS if self.device.type != "cpu" else max(PAGE, len(self.rows.table))
 
     def _replant(self, begun: Begun) -> None:
         self._stale = False
