@@ -279,6 +279,13 @@ def test_a_step_that_fails_ends_what_was_under_way_and_nothing_else(engine):
     assert engine.generate(PROMPTS[0], None, sampling())
 
 
+def test_a_call_hears_that_another_threads_step_failed(engine):
+    engine.start()
+    engine._decoder.step = lambda *_: 1 / 0
+    with pytest.raises(RequestError, match="cut short"):
+        engine.generate(PROMPTS[:3], None, sampling())
+
+
 def test_an_engine_whose_thread_has_died_says_so(engine):
     engine.start()
     engine._decoder.step = lambda *_: 1 / 0

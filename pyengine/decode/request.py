@@ -173,6 +173,12 @@ class Handle:
         """Whether there is a result, or an error in its place."""
         return self._outcome is not None
 
+    def give(self, outcome: Result | Exception) -> None:
+        """The schedule's alone: it is done."""
+        self._outcome = outcome
+        if self.tell is not None:
+            self.tell(self._request.index)
+
     def cancel(self) -> None:
         """It is not wanted any more: what it holds is free with the next step. Nothing happens where it is done."""
         self._request.cancelled = True

@@ -100,7 +100,7 @@ class Schedule:
             if request.handle._outcome is None:
                 failure = RequestError(request.index, f"decoding was cut short ({type(error).__name__}: {error})")
                 failure.__cause__ = error
-                request.handle._outcome = failure
+                request.handle.give(failure)
 
     def _end(self, whole: bool) -> None:
         for decoder in self._begun or [self.decoder]:
@@ -324,9 +324,7 @@ class Schedule:
         else:
             outcome = RequestError(request.index, "it was cancelled")
         self.counts["error" if request.error else request.finish_reason or "cancelled"] += 1
-        request.handle._outcome = outcome
-        if request.handle.tell is not None:
-            request.handle.tell(request.index)
+        request.handle.give(outcome)
 
 
 def _leaves(request: Request) -> int:
