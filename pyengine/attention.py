@@ -38,6 +38,23 @@ NAME = "pyengine"
 QUERIES = 256  # of a long prompt at a time, where its mask or logits are written out
 
 
+_PASS: ContextVar[Pass | None] = ContextVar("pyengine_pass", default=None)
+# One pass at a time in a process, whoever's: models may share modules, and queue here.
+_PASSING = threading.RLock()
+
+
+def let_go(lock: Any = _PASSING) -> None:
+    """This thread holds the lock no longer: an interrupt between the last line of a `with` and its exit leaves it held,
+    and every other thread waiting for ever. Not within a pass, which holds it rightly."""
+    if lock is _PASSING and _PASS.get() is not None:
+        return
+    try:
+        while True:
+            lock.release()
+    except RuntimeError:  # it is not held any more
+        pass
+
+
 class Options(NamedTuple):
     """What a layer asks of attention."""
 
@@ -51,11 +68,6 @@ class Pass(Protocol):
     """One forward pass over packed tokens: query [Hq, T, D], key and value [Hkv, T, D] -> [T, Hq, D]."""
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, options: Options) -> Tensor: ...
-
-
-_PASS: ContextVar[Pass | None] = ContextVar("pyengine_pass", default=None)
-# One pass at a time in a process, whoever's: models may share modules, and queue here.
-_PASSING = threading.RLock()
 
 
 def _attention(

@@ -237,13 +237,14 @@ class Engine:
                         assert isinstance(outcome, (Result, InputError))
                         yield index, outcome
             finally:
-                self._abandon(list(handles.values()))
+                self._abandon(requests)
 
-    def _abandon(self, handles: list[Handle]) -> None:
-        """Whoever waited for these went away: what they hold is given back."""
-        for handle in handles:
-            handle.cancel()
-        if handles:
+    def _abandon(self, requests: list[Request]) -> None:
+        """Nobody waits for these any more: what they hold is given back. Also of one whose handle an interrupt lost."""
+        left = [request for request in requests if request.number and not request.handle.done]
+        for request in left:
+            request.cancelled = True
+        if left:
             self._core.sweep()
 
     def submit(
@@ -292,12 +293,10 @@ class Engine:
         return self._events(self._request(prompt, strategy, sampling))
 
     def _events(self, request: Request) -> Generator[Event, None, None]:
-        handle = self._core.submit(request)
         try:
-            yield from handle
+            yield from self._core.submit(request)
         finally:
-            if not handle.done:
-                self._abandon([handle])
+            self._abandon([request])
 
     def start(self) -> None:
         """Give the engine a thread of its own, which decodes whatever is submitted."""

@@ -13,7 +13,17 @@ import torch
 import transformers
 
 import pyengine
-from pyengine import BestOfK, Blockwise, Engine, InputError, PrefixScorer, RequestError, SamplingParams, Tokenwise
+from pyengine import (
+    BestOfK,
+    Blockwise,
+    Engine,
+    InputError,
+    PrefixScorer,
+    RequestError,
+    SamplingParams,
+    Tokenwise,
+    attention,
+)
 from pyengine.attention import NAME
 from pyengine.scorers import RewardModel
 
@@ -356,6 +366,21 @@ def interrupted(call, at):
     return False
 
 
+def free_for_others(*locks):
+    """Whether another thread gets these."""
+    got = []
+
+    def take():
+        for lock in locks:
+            got.append(lock.acquire(timeout=2))
+            lock.release()
+
+    thread = threading.Thread(target=take)
+    thread.start()
+    thread.join()
+    return got == [True] * len(locks)
+
+
 class Interrupted:
     """An engine with a reader and a prefix scorer, and what must be so after every interrupt."""
 
@@ -404,6 +429,7 @@ class Interrupted:
             assert decoder.cache.pages_in_use == 0, where
             assert decoder.cache.leaves_free == decoder.cache.leaves, where
         assert self.engine._core._driver is None, where
+        assert free_for_others(attention._PASSING, self.engine._core._changed), where
         assert self.engine._core.schedule.idle, where
         assert self.engine.parts == self.parts, where
 
@@ -422,7 +448,7 @@ def test_an_interrupt_at_any_line_leaves_model_and_cache_whole(at_work, call):
     every = int(os.environ.get("PYENGINE_INTERRUPT_EVERY", "97"))
     hit = 0
     for at in range(1 + total % every, total, every):
-        assert interrupted(run, at), at
+        assert interrupted(run, at) or at > 0.98 * total, at  # a run is a few lines longer or shorter
         hit += 1
         at_work.check(f"{call} at line {at} of {total}")
         if hit % 16 == 0:

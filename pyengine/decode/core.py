@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from pyengine.attention import let_go
 from pyengine.decode.request import Handle, Request
 from pyengine.decode.schedule import Schedule
 from pyengine.errors import InputError
@@ -31,10 +32,20 @@ class Core:
 
     # Requests
 
+    @contextmanager
+    def _held(self) -> Iterator[None]:
+        """Inside, nobody else looks or writes; an interrupt leaves no lock held."""
+        try:
+            with self._changed:
+                yield
+        except BaseException:
+            let_go(self._changed)
+            raise
+
     def submit(self, request: Request, tell: Callable[[int], object] | None = None) -> Handle:
         """tell: called with the request's index once it is done, by whoever steps."""
         request.handle = Handle(request, self.wait, tell)
-        with self._changed:
+        with self._held():
             if self._dead is not None:
                 raise InputError(f"this engine has stopped: {self._dead}") from self._dead
             if self._closing:
@@ -53,15 +64,15 @@ class Core:
         while not ready():
             if until is not None and time.monotonic() >= until:
                 raise TimeoutError(f"not done after {timeout:g} seconds")
-            with self._changed:
+            with self._held():
                 if self._driver == me:
                     raise InputError("this engine is decoding, and waits for the scorer that asks it: take another one")
-                if self._driver is not None or self._thread is not None:
-                    if not ready():
-                        left = 0.5 if until is None else until - time.monotonic()
-                        self._changed.wait(max(0.0, min(0.5, left)))
-                    continue
-            self._step(me, tick)
+                mine = self._driver is None and self._thread is None
+                if not mine and not ready():
+                    left = 0.5 if until is None else until - time.monotonic()
+                    self._changed.wait(max(0.0, min(0.5, left)))
+            if mine:
+                self._step(me, tick)
 
     def _step(self, me: int, tick: Tick) -> None:
         """One step by this thread, if nobody else steps. What cuts it short ends the requests that were under way."""
@@ -83,6 +94,8 @@ class Core:
             if self._driver == me or not self.schedule.whole:
                 self.schedule.abort(error)
             self._yield(me)
+            let_go(self._changed)
+            let_go()
             raise
 
     def _yield(self, me: int) -> None:

@@ -77,7 +77,7 @@ class Request:
     error: Exception | None = None  # why it cannot go on; it leaves at the end of the step
     cancelled: bool = False
     told: int = 0  # tokens, or blocks, of which there have been events
-    number: int = 0  # in the order of submission
+    number: int = 0  # in the order of submission, from 1 on
 
     def __post_init__(self) -> None:
         self.seed = mix(self.given_seed, self.prompt_ids)
