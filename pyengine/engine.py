@@ -241,6 +241,14 @@ class Engine:
 
     def _abandon(self, requests: list[Request]) -> None:
         """Nobody waits for these any more: what they hold is given back. Also of one whose handle an interrupt lost."""
+        # Given back once more where an interrupt cuts the first time short.
+        try:
+            self._dismiss(requests)
+        except BaseException:
+            self._dismiss(requests)
+            raise
+
+    def _dismiss(self, requests: list[Request]) -> None:
         left = [request for request in requests if request.number and not request.handle.done]
         for request in left:
             request.cancelled = True
@@ -294,9 +302,13 @@ class Engine:
 
     def _events(self, request: Request) -> Generator[Event, None, None]:
         try:
-            yield from self._core.submit(request)
-        finally:
+            try:
+                yield from self._core.submit(request)
+            finally:
+                self._abandon([request])
+        except BaseException:
             self._abandon([request])
+            raise
 
     def start(self) -> None:
         """Give the engine a thread of its own, which decodes whatever is submitted."""
