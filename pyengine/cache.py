@@ -24,10 +24,11 @@ import torch
 from torch import Tensor
 
 from pyengine.errors import InputError, first_line
-from pyengine.ops import common, flash
+from pyengine.ops import flash
+from pyengine.ops.settings import settings
 
 # Tokens of a page; csrc/cpu/tree_attention.h kTileTokens divides it.
-PAGE = flash.PAGE if common.ATTENTION == "flash" else 64
+PAGE = flash.PAGE if settings.attention == "flash" else 64
 LEAF = 16  # tokens of a leaf; csrc/cpu/tree_attention.h kTokens divides it
 HOST_SHARE, GPU_SHARE = 0.25, 0.6  # of the memory that is free, where no budget is given
 UNKNOWN_MEMORY = 16e9  # bytes, on a host that does not say

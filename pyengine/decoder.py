@@ -27,8 +27,8 @@ from pyengine.attention import Decode, Extend, ExtendByPage, Loan, Pass, Span, l
 from pyengine.cache import LEAF, PAGE, BranchingCache, Sequence, budget_for, bytes_of, in_gb
 from pyengine.checkpoint import context_of
 from pyengine.errors import InputError
-from pyengine.ops.common import DEBUG
 from pyengine.ops.linear import Forwards, quick_forwards, steady_forwards
+from pyengine.ops.settings import settings
 from pyengine.ops.tree_attention import kernel_serves, prepare
 from pyengine.reference import Tree
 from pyengine.scorers.base import Hidden
@@ -92,6 +92,7 @@ class Decoder(Protocol):
     device: torch.device
     max_rows: int
     waits: bool  # reading what a step drew would hold it up; rows that have ended may then go on for nothing
+    idles: bool  # rows that have ended may stay: they do no harm, wherever they stand in the context
     captured: dict[Hashable, Any]  # what is replayed
 
     def begin(self) -> None: ...
@@ -105,6 +106,7 @@ class Decoder(Protocol):
     def step(self, planted: Any, tokens: Tensor, alive: Tensor) -> Frontier: ...
     def commit(self, winners: list[tuple[Stem, int, int]]) -> None: ...
     def leave(self, stem: Stem) -> None: ...
+    def pages_short(self, winners: list[tuple[Stem, int, int]]) -> int: ...
 
 
 class BranchingDecoder:
@@ -115,6 +117,8 @@ class BranchingDecoder:
     that the pages of prompts and captured graphs outlive `end`. steady: a row's bits depend on its own tokens alone,
     as far as `invariance.why_not` finds nothing; on a CPU.
     """
+
+    idles = True
 
     def __init__(
         self,
@@ -274,10 +278,10 @@ class BranchingDecoder:
 
     def plant(self, rows: Rows) -> Planted:
         """The tree of these rows as their branches are: tails of `lengths` tokens."""
-        owners = [stem for i, (stem, _) in enumerate(rows) if i == 0 or rows[i - 1][0] is not stem]
-        sequences = [stem.sequence for stem in owners if stem.sequence is not None]
+        first = [i for i, (stem, _) in enumerate(rows) if i == 0 or rows[i - 1][0] is not stem]
+        sequences = [s for i in first if (s := rows[i][0].sequence) is not None]
+        first.append(len(rows))
         wide, deep = max(len(s.pages) for s in sequences), max(len(stem.leaves[b]) for stem, b in rows)
-        first = [i for i, (stem, _) in enumerate(rows) if i == 0 or rows[i - 1][0] is not stem] + [len(rows)]
         lengths = [stem.lengths[b] for stem, b in rows]
         tables: list[Any] = [
             [s.pages + [0] * (wide - len(s.pages)) for s in sequences],
@@ -290,7 +294,7 @@ class BranchingDecoder:
         if not self.waits:
             tree = Tree(*(torch.tensor(x, dtype=torch.int32, device=self.model.device) for x in tables))
             return Planted(tree, torch.tensor(positions), prepare(self.cache.layers, tree))
-        planted = self._bucket(len(sequences), len(rows), wide, deep)
+        planted = self._bucket(len(rows), wide, deep)
         # The first prompt that pads the bucket has all the rows that do.
         tables[2] += [len(planted.positions)] * (len(planted.tree.first_row) - len(first))
         planted.tree.leaves.fill_(-1)
@@ -303,8 +307,8 @@ class BranchingDecoder:
         return planted
 
     def _bucket(self, *sizes: int) -> Planted:
-        """The tensors for so many prompts, rows, pages and leaves: the next powers of two, but the prompts' as rows."""
-        key = tuple(map(power_of_two, sizes[1:]))
+        """The tensors for so many rows, pages and leaves: the next powers of two, and as many prompts as rows."""
+        key = tuple(map(power_of_two, sizes))
         if key not in self._buckets:
             rows, wide, deep = key
             zeros = partial(torch.zeros, dtype=torch.int32, device=self.model.device)
@@ -344,7 +348,7 @@ class BranchingDecoder:
         for stem, _, length in winners:
             stem.filled += length
             self._drop(stem)
-        if DEBUG:
+        if settings.debug:
             self.check_integrity()
 
     def check_integrity(self) -> None:
@@ -387,6 +391,11 @@ class BranchingDecoder:
             logits = logits if keep else logits[rows]
             hidden = {layer: h[rows] for layer, h in hidden.items()}
         return Frontier(logits, hidden)
+
+
+def spare_rows(decoder: Decoder, planted: Any, rows: int) -> int:
+    """How many rows pad the bucket in which so many are planted."""
+    return len(planted.positions) - rows if decoder.waits else 0
 
 
 def power_of_two(n: int) -> int:

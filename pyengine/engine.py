@@ -8,32 +8,33 @@ from collections import deque
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing, contextmanager
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM
 
-from pyengine.calibration import calibrate, check_budget
 from pyengine.checkpoint import context_of, device_of, ends_of, load_checkpoint, unapplied_defaults
 from pyengine.codec import Codec, PromptLike, as_prompts
 from pyengine.decode import stops
 from pyengine.decode.core import Core
 from pyengine.decode.logprobs import prompt_logprobs
 from pyengine.decode.panel import Panel
-from pyengine.decode.request import Handle, Request, for_each, samples
+from pyengine.decode.request import Handle, Request, samples
 from pyengine.decode.schedule import Schedule
 from pyengine.decode.settle import Judge
 from pyengine.decode.shaping import Shape, resolve
 from pyengine.errors import InputError, RequestError, first_line, real, whole
 from pyengine.fallback import choose_decoder
+from pyengine.kl_budget import calibrate, spend_budgets
 from pyengine.plan import Plan
 from pyengine.reader import Reader
-from pyengine.results import Event, Result, SamplingParams, seeded
+from pyengine.results import Event, Result, SamplingParams
 from pyengine.scorers import Part, Policy, Scorer, ScorerLike, parts_of
 from pyengine.strategies import Strategy, Tokenwise
 
 log = logging.getLogger("pyengine")
+T = TypeVar("T")
 
 
 class Engine:
@@ -97,7 +98,7 @@ class Engine:
         self._decoder = choose_decoder(model, (), max_rows, budget, frozen, batch_invariant)
         self._panel = Panel(self.policy, max_rows, budget, frozen, batch_invariant)
         self._judge = Judge(self.policy, self.codec, batch_invariant)
-        self._core = Core(Schedule(self._decoder, self._judge, self.policy.name, batch_invariant, model.device))
+        self._core = Core(Schedule(self._decoder, self._judge, self.policy.name, batch_invariant))
         self.parts: list[Part] = []
         self._readers: dict[Scorer, Reader] = {}
         self.set_scorer(scorer)
@@ -189,8 +190,8 @@ class Engine:
         """
         if errors not in ("raise", "return"):
             raise InputError(f'errors must be "raise" or "return", got {errors!r}')
-        prompts, strategy, sampling = samples(as_prompts(prompts), strategy, sampling)
-        requests, refused = self._accepted(prompts, strategy, sampling, progress)
+        prompts, strategies, params = samples(as_prompts(prompts), strategy, sampling)
+        requests, refused = self._accepted(prompts, strategies, params, progress)
         if errors == "raise" and refused:
             raise refused[min(refused)]
         with closing(self._outcomes(requests, refused, progress)) as outcomes:
@@ -213,42 +214,44 @@ class Engine:
 
         Prompts that cannot be decoded come first. Arguments as for `generate`.
         """
-        prompts, strategy, sampling = samples(as_prompts(prompts), strategy, sampling)
-        return self._outcomes(*self._accepted(prompts, strategy, sampling, progress), progress)
+        return self._outcomes(*self._accepted(*samples(as_prompts(prompts), strategy, sampling), progress), progress)
 
     def _outcomes(
         self, requests: list[Request], refused: dict[int, InputError], progress: bool | None
     ) -> Generator[tuple[int, Result | InputError], None, None]:
         yield from refused.items()
+        yield from self._minded(requests, self._finished(requests, progress))
+
+    def _finished(
+        self, requests: list[Request], progress: bool | None
+    ) -> Generator[tuple[int, Result | InputError], None, None]:
         hide = None if progress is None else not progress
-        bar = tqdm(total=len(requests), unit="prompt", delay=2, disable=hide, leave=False)
         done: deque[int] = deque()
-        handles: dict[int, Handle] = {}
-        with bar:
+        with tqdm(total=len(requests), unit="prompt", delay=2, disable=hide, leave=False) as bar:
+            handles = {request.index: self._core.submit(request, done.append) for request in requests}
+            while handles:
+                self._core.wait(lambda: bool(done), tick=lambda: bar.update(0))
+                while done:
+                    index = done.popleft()
+                    bar.update()
+                    outcome = handles.pop(index).outcome()
+                    assert isinstance(outcome, (Result, InputError))
+                    yield index, outcome
+
+    def _minded(self, requests: list[Request], given: Iterator[T]) -> Generator[T, None, None]:
+        """What is given while these are decoded; however that ends, they hold nothing afterwards."""
+        # Given back once more where an interrupt cuts the first time short.
+        try:
             try:
-                for request in requests:
-                    handles[request.index] = self._core.submit(request, done.append)
-                while handles:
-                    self._core.wait(lambda: bool(done), tick=lambda: bar.update(0))
-                    while done:
-                        index = done.popleft()
-                        bar.update()
-                        outcome = handles.pop(index).outcome()
-                        assert isinstance(outcome, (Result, InputError))
-                        yield index, outcome
+                yield from given
             finally:
                 self._abandon(requests)
+        except BaseException:
+            self._abandon(requests)
+            raise
 
     def _abandon(self, requests: list[Request]) -> None:
         """Nobody waits for these any more: what they hold is given back. Also of one whose handle an interrupt lost."""
-        # Given back once more where an interrupt cuts the first time short.
-        try:
-            self._dismiss(requests)
-        except BaseException:
-            self._dismiss(requests)
-            raise
-
-    def _dismiss(self, requests: list[Request]) -> None:
         left = [request for request in requests if request.number and not request.handle.done]
         for request in left:
             request.cancelled = True
@@ -284,7 +287,7 @@ class Engine:
     ) -> Request:
         if sampling is not None and sampling.n > 1:
             raise InputError(f"a handle is for one sample, n is {sampling.n}: submit each with a seed of its own")
-        requests, refused = self._accepted([prompt], strategy, sampling, scorer=scorer)
+        requests, refused = self._accepted(*samples([prompt], strategy, sampling), scorer=scorer)
         if refused:
             raise refused[0]
         requests[0].priority = priority
@@ -298,17 +301,11 @@ class Engine:
 
         A request that cannot be finished ends in its RequestError, after the events of what was committed.
         """
-        return self._events(self._request(prompt, strategy, sampling))
+        request = self._request(prompt, strategy, sampling)
+        return self._minded([request], self._events(request))
 
     def _events(self, request: Request) -> Generator[Event, None, None]:
-        try:
-            try:
-                yield from self._core.submit(request)
-            finally:
-                self._abandon([request])
-        except BaseException:
-            self._abandon([request])
-            raise
+        yield from self._core.submit(request)
 
     def start(self) -> None:
         """Give the engine a thread of its own, which decodes whatever is submitted."""
@@ -347,8 +344,8 @@ class Engine:
     def _accepted(
         self,
         prompts: list[Any],
-        strategy: Strategy | Sequence[Strategy | None] | None,
-        sampling: SamplingParams | Sequence[SamplingParams] | None,
+        strategies: list[Strategy],
+        sampling: list[SamplingParams],
         progress: bool | None = None,
         scorer: ScorerLike | None = None,
     ) -> tuple[list[Request], dict[int, InputError]]:
@@ -363,9 +360,8 @@ class Engine:
             readers = self._panel.readers(parts)
         requests: list[Request] = []
         refused: dict[int, InputError] = {}
-        strategies = for_each(prompts, strategy)
         plans: dict[tuple[Strategy, int], tuple[Plan, Shape]] = {}
-        for i, (prompt, own, p) in enumerate(zip(prompts, strategies, seeded(prompts, sampling), strict=True)):
+        for i, (prompt, own, p) in enumerate(zip(prompts, strategies, sampling, strict=True)):
             if (own, id(p)) not in plans:
                 plans[own, id(p)] = (
                     Plan(own, parts, readers, p),
@@ -391,21 +387,5 @@ class Engine:
                 assert isinstance(request.error, InputError)
                 refused[request.index] = request.error
         requests = [request for request in requests if not request.error]
-        self._calibrated(prompts, requests, progress)
+        spend_budgets(self.generate, prompts, requests, progress)
         return requests, refused
-
-    def _calibrated(self, prompts: list[Any], requests: list[Request], progress: bool | None) -> None:
-        """A budget for whole sequences becomes a weight: one for all that have the same."""
-        alike: dict[Strategy, list[Request]] = {}
-        for request in requests:
-            strategy = request.plan.strategy
-            if isinstance(strategy, Tokenwise) and strategy.kl_budget is not None:
-                check_budget([request.params])
-                if strategy.per == "sequence":
-                    alike.setdefault(strategy, []).append(request)
-        for strategy, some in alike.items():
-            assert isinstance(strategy, Tokenwise) and strategy.kl_budget is not None  # noqa: PT018
-            own = [prompts[request.index] for request in some]
-            found = self.calibrate(own, strategy.kl_budget, [request.params for request in some], progress)
-            for request in some:
-                request.plan = Plan(found, request.plan.parts, request.plan.readers, request.params)

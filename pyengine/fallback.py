@@ -34,7 +34,7 @@ SHORT_TRIAL, LONGEST_TRIAL, TRIAL_GROWTH = (
     256,
     8,
 )  # tokens: of a prompt with no window to pass, of any, that it grows by
-# Windows that transformers' caches know, and the hook is told of at each call, which `_layer_shapes` checks; and what
+# Windows that transformers' caches know, and the hook is told of at each call, which `layer_shapes` checks; and what
 # only sounds like a window.
 TOLD = frozenset({"sliding_window", "attention_chunk_size", "max_window_layers"})
 
@@ -46,7 +46,7 @@ def _layers_of(output: Any, layers: tuple[int, ...]) -> Hidden:
 class _Unpaged:
     """What both share: no memory to run out of, and nothing that outlives a call."""
 
-    waits = False
+    waits = idles = False
 
     def __init__(self, model: Any, layers: tuple[int, ...], max_rows: int = 256) -> None:
         self.model, self.layers, self.max_rows = model, layers, max_rows
@@ -67,6 +67,9 @@ class _Unpaged:
 
     def join(self, ids: list[int], leaves: int) -> Stem | None:
         return Stem(ids)
+
+    def pages_short(self, winners: list[tuple[Stem, int, int]]) -> int:
+        return 0
 
     def plant(self, rows: Rows) -> Rows:
         return list(rows)

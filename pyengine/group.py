@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from pyengine.cache import LEAF
-from pyengine.decoder import PREFILL_TOKENS, Decoder, Frontier, Rows, Stem
+from pyengine.cache import LEAF, BranchingCache
+from pyengine.decoder import PREFILL_TOKENS, Decoder, Frontier, Rows, Stem, spare_rows
 
 
 class Group:
@@ -24,7 +24,7 @@ class Group:
     def join(self, prompts: Sequence[list[int]]) -> None:
         found: dict[Stem, Frontier] = {}
         for ids in prompts:
-            stem = self.decoder.join(list(ids), self.k * -(-self.room // LEAF))
+            stem = self.decoder.join(list(ids), self.k * BranchingCache.leaves_for(self.room))
             assert stem is not None, "there is no room for this prompt"
             self.stems.append(stem)
             found[stem] = Frontier(torch.empty(0), {})
@@ -49,7 +49,7 @@ class Group:
     def append(self, tokens: Tensor) -> Frontier:
         """One token for each row."""
         n = len(self._rows)
-        spare = len(self.planted.positions) - n if self.decoder.waits else 0
+        spare = spare_rows(self.decoder, self.planted, n)
         alive = torch.ones(n, dtype=torch.bool, device=tokens.device)
         padded = (torch.nn.functional.pad(x, (0, spare)) for x in (tokens, alive))
         with torch.inference_mode():

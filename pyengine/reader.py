@@ -88,7 +88,7 @@ class Reader(BranchingDecoder):
 
     def _columns(self, longest: int) -> int:
         """Where a row is not to depend on the others a pass has the same columns whatever their length."""
-        return -(-longest // LEAF) * LEAF if self.steady else longest
+        return self.cache.leaves_for(longest) * LEAF if self.steady else longest
 
     def _extend_by(self, stems: list[Stem], tails: list[list[list[int]]]) -> Iterator[tuple[Tensor, Tensor, Frontier]]:
         """The tails in passes of so many columns: (index in it of each row's last token, whether that is in this pass,

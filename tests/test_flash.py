@@ -15,6 +15,7 @@ import torch
 
 from pyengine import ops, reference
 from pyengine.ops import flash
+from pyengine.ops.settings import settings
 
 
 def attention(query, key, value, scale, softcap, causal):
@@ -154,7 +155,7 @@ def test_what_it_cannot_serve_goes_elsewhere(dtype, width, page, window, served)
 
 def test_the_dispatcher_sends_full_attention_layers_there(monkeypatch):
     monkeypatch.setitem(sys.modules, "flash_attn", Double("flash_attn"))
-    monkeypatch.setitem(ops.tree_attention.__globals__, "ATTENTION", "flash")
+    monkeypatch.setattr(settings, "attention", "flash")
     query, stores, tree, key, value = problem()
     run = ops.tree_attention.__globals__["_tree_attention_gpu"]
     sinks = torch.linspace(-1, 4, 4)

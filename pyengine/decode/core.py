@@ -116,7 +116,7 @@ class Core:
     @contextmanager
     def alone(self, what: str) -> Iterator[None]:
         """Nobody decodes inside; InputError where somebody does."""
-        with self._changed:
+        with self._held():
             if not self.schedule.idle or self._driver is not None:
                 raise InputError(f"this engine is decoding: end or close what is open before {what}")
             yield
@@ -125,7 +125,7 @@ class Core:
 
     def start(self) -> None:
         """A thread of the engine's own steps from now on, until `close`."""
-        with self._changed:
+        with self._held():
             if self._thread is not None:
                 return
             self._closing = False
@@ -155,7 +155,7 @@ class Core:
 
     def drain(self, timeout: float | None = None) -> bool:
         """Take nothing more, and finish what is there; False where it is not done after so many seconds."""
-        with self._changed:
+        with self._held():
             self._closing = True
             self._changed.notify_all()
         try:
@@ -166,7 +166,7 @@ class Core:
 
     def close(self) -> None:
         """Cancel what is there, and take nothing more."""
-        with self._changed:
+        with self._held():
             self._closing = True
             for request in self.schedule.requests():
                 request.cancelled = True

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from weakref import WeakValueDictionary
+from weakref import WeakSet, WeakValueDictionary
 
 from pyengine.reader import Reader, reader_of
 from pyengine.scorers import Part, Policy, Scorer
@@ -15,6 +15,7 @@ class Panel:
         self._policy = policy
         self._readers_get = (max_rows, budget, frozen, steady)
         self._readers: WeakValueDictionary[Scorer, Reader] = WeakValueDictionary()
+        self._without: WeakSet[Scorer] = WeakSet()  # read as text: a trial takes a cache and several passes
 
     def check(self, parts: list[Part]) -> None:
         """InputError where one of them does not fit the policy; their parameters move to its device."""
@@ -27,9 +28,11 @@ class Panel:
         found: dict[Scorer, Reader] = {}
         for scorer in dict.fromkeys(part.scorer for part in parts):
             reader = self._readers.get(scorer)
-            if reader is None:
+            if reader is None and scorer not in self._without:
                 reader = reader_of(scorer, self._policy.tokenizer, *self._readers_get)
-            if reader is not None:
+            if reader is None:
+                self._without.add(scorer)
+            else:
                 self._readers[scorer] = found[scorer] = reader
         return found
 

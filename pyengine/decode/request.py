@@ -14,7 +14,7 @@ from pyengine.cache import LEAF
 from pyengine.decode import stops
 from pyengine.decode.logprobs import Logprob
 from pyengine.decode.shaping import Shape
-from pyengine.decoder import Decoder, Frontier, Stem
+from pyengine.decoder import Decoder, Stem
 from pyengine.errors import InputError, RequestError
 from pyengine.plan import Plan
 from pyengine.reader import Reader
@@ -54,12 +54,11 @@ class Request:
     messages: list[Any] | None = None  # what the prompt was, if a conversation
     priority: int = 0
     deadline: float | None = None  # by time.monotonic()
-    seed: int = field(init=False)  # given_seed, mixed with the prompt
-    seeds: list[int] = field(init=False)  # of each branch: that one, and others made from it
+    seeds: list[int] = field(init=False)  # of each branch: given_seed mixed with the prompt, and others made from that
+    ends: frozenset[int] = field(init=False)  # tokens that end a branch
     handle: Handle = field(init=False)
     # Where it is:
     stems: dict[Decoder, Stem] = field(default_factory=dict)
-    at: dict[Decoder, Frontier] = field(default_factory=dict)  # of prefixes that are read and have no branches yet
     branches: list[Branch] = field(default_factory=list)
     room: int = 0  # tokens of a branch of the block
     # What it has:
@@ -68,7 +67,6 @@ class Request:
     logp_policy: list[float] = field(default_factory=list)
     kl_tokens: float = 0.0  # exact KL of the proposals along the response
     blocks: list[Block] = field(default_factory=list)
-    committed: int = 0  # blocks
     logprobs: list[list[Logprob]] = field(default_factory=list)
     prompt_logprobs: list[list[Logprob] | None] | None = None
     scores: list[float] | None = None  # of the whole response, one for each part of the scorer
@@ -80,13 +78,9 @@ class Request:
     number: int = 0  # in the order of submission, from 1 on
 
     def __post_init__(self) -> None:
-        self.seed = mix(self.given_seed, self.prompt_ids)
-        self.seeds = [mix(self.seed, [b]) if b else self.seed for b in range(self.plan.k)]
-
-    @property
-    def ends(self) -> frozenset[int]:
-        """Tokens that end a branch."""
-        return self.text.ends.eos | self.text.ends.tokens
+        seed = mix(self.given_seed, self.prompt_ids)
+        self.seeds = [mix(seed, [b]) if b else seed for b in range(self.plan.k)]
+        self.ends = self.text.ends.eos | self.text.ends.tokens
 
     @property
     def params(self) -> SamplingParams:
@@ -105,9 +99,13 @@ class Request:
             return min(LEAF, left)
         return min(self.plan.strategy.block_tokens or left, left)
 
+    def steps(self, decoder: Decoder) -> bool:
+        """Whether it has a row for each branch there; a reader by which it selects sees whole blocks."""
+        return not (isinstance(decoder, Reader) and self.plan.selects)
+
     def stepping(self) -> list[tuple[Decoder, Stem]]:
-        """Where it has a row for each branch; a reader by which it selects sees whole blocks."""
-        return [(d, stem) for d, stem in self.stems.items() if not (isinstance(d, Reader) and self.plan.selects)]
+        """Where it has a row for each branch."""
+        return [(decoder, stem) for decoder, stem in self.stems.items() if self.steps(decoder)]
 
     def fork(self) -> None:
         """The branches of its next block."""
@@ -129,7 +127,7 @@ class Request:
         assert self.finish_reason is not None
         kl, bounded = self.kl_tokens, self.plan.selects
         if bounded:
-            kl += ledger.best_of_k_bound(self.plan.k) * self.committed
+            kl += ledger.best_of_k_bound(self.plan.k) * len(self.blocks)
         scores, parts = self.scores or [], self.plan.parts
         return Result(
             prompt=self.prompt,
@@ -230,28 +228,23 @@ class Handle:
 
 
 def samples(
-    prompts: Sequence[Any], strategy: Any, sampling: SamplingParams | Sequence[SamplingParams] | None
-) -> tuple[list[Any], Any, list[SamplingParams]]:
-    """The prompts, strategies and parameters of a call with n samples of a prompt side by side, each with a seed of its
-    own: the first has the seed that was given, sample i one made of it and i."""
+    prompts: Sequence[Any],
+    strategy: Strategy | Sequence[Strategy | None] | None,
+    sampling: SamplingParams | Sequence[SamplingParams] | None,
+) -> tuple[list[Any], list[Strategy], list[SamplingParams]]:
+    """A prompt, strategy and parameters with a seed for each sample of a call, the n of one prompt side by side: the
+    first has the seed that was given, sample i one made of it and i. InputError for another number of strategies or
+    parameters than there are prompts."""
     params = seeded(prompts, sampling)
-    many = [p.n for p in params]
-    several = isinstance(strategy, (list, tuple)) and len(strategy) == len(prompts)
-    strategies = [s for s, n in zip(strategy, many, strict=True) for _ in range(n)] if several else strategy
-    each = [
-        replace(p, n=1, seed=mix(p.seed or 0, [i]) if i else p.seed) if p.n > 1 else p
-        for p in params
-        for i in range(p.n)
-    ]
-    return [prompt for prompt, n in zip(prompts, many, strict=True) for _ in range(n)], strategies, each
-
-
-def for_each(prompts: Sequence[Any], strategy: Strategy | Sequence[Strategy | None] | None) -> list[Strategy]:
-    if isinstance(strategy, (list, tuple)):
-        if len(strategy) != len(prompts):
-            raise InputError(f"{len(prompts)} prompts but {len(strategy)} strategies: give one, or one for each")
-        return [own or BASE for own in strategy]
-    return [strategy or BASE] * len(prompts)  # type: ignore[list-item]
+    if not isinstance(strategy, (list, tuple)):
+        strategy = [strategy] * len(prompts)  # type: ignore[list-item]
+    if len(strategy) != len(prompts):
+        raise InputError(f"{len(prompts)} prompts but {len(strategy)} strategies: give one, or one for each")
+    found: list[tuple[Any, Strategy, SamplingParams]] = []
+    for prompt, own, p in zip(prompts, strategy, params, strict=True):
+        each = [p] if p.n == 1 else [replace(p, n=1, seed=mix(p.seed or 0, [i]) if i else p.seed) for i in range(p.n)]
+        found += [(prompt, own or BASE, one) for one in each]
+    return [prompt for prompt, _, _ in found], [own for _, own, _ in found], [p for _, _, p in found]
 
 
 def mix(seed: int, words: Sequence[int]) -> int:

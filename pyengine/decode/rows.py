@@ -74,8 +74,8 @@ class Rows:
             theirs = [(i, row) for i, row in enumerate(self.table) if reader in row[0].stems and row[0].plan.tilts]
             was, self._followed[reader] = followed.get(reader, []), [row for _, row in theirs]
             there = None if before is None else before.beside.get(reader)
-            stay = [was.index(row) for _, row in theirs if reader not in row[0].at]
-            new = [(row[0].at[reader], 1) for _, row in theirs if reader in row[0].at]
+            stay = [was.index(row) for _, row in theirs if row[0].stems[reader].at is None]
+            new = [(at, 1) for _, row in theirs if (at := row[0].stems[reader].at) is not None]
             stems = [(row[0].stems[reader], row[1]) for _, row in theirs]
             frontier = _carried(None if there is None else there.frontier, stay, new)
             beside[reader] = ([i for i, _ in theirs], stems, frontier)
@@ -83,7 +83,7 @@ class Rows:
             self.decoder,
             [(request.stems[self.decoder], b) for request, b in self.table],
             [self._draw(request, b, tilts) for request, b in self.table],
-            _carried(old, sources, [(request.at[self.decoder], n) for request, n in fresh]),
+            _carried(old, sources, [(at, n) for r, n in fresh if (at := r.stems[self.decoder].at) is not None]),
             [Follower(scorer, readers.get(scorer)) for scorer in tilts],
             beside,
             self.steady,
@@ -93,7 +93,8 @@ class Rows:
         if before is not None:  # rows in the middle of a block know the states at their last tokens
             step.carry(before, sources)
         for request, _ in fresh:
-            request.at = {}
+            for _, stem in request.stepping():
+                stem.at = None  # its rows have it now
         return step
 
     def _shaped(

@@ -12,7 +12,7 @@ from collections.abc import Callable
 
 import torch
 
-from pyengine.cache import LEAF, PAGE
+from pyengine.cache import PAGE, BranchingCache
 from pyengine.decode.request import Request
 from pyengine.decode.rows import Begun, Rows
 from pyengine.decode.settle import Judge
@@ -27,9 +27,8 @@ BESIDE_TOKENS = 8192  # of prompts that a GPU reads between two steps of others
 class Schedule:
     """decoder: the base policy's; name: what messages call it."""
 
-    def __init__(self, decoder: Decoder, judge: Judge, name: str, steady: bool, device: torch.device) -> None:
+    def __init__(self, decoder: Decoder, judge: Judge, name: str, steady: bool) -> None:
         self.decoder, self.judge = decoder, judge
-        self.device = device
         self.incoming: deque[Request] = deque()  # the one place where other threads write
         self.waiting: list[Request] = []  # in the order in which they are to be admitted
         self.reading: list[Request] = []  # whose prompts are being read
@@ -97,7 +96,7 @@ class Schedule:
         self._end(False)
         self.whole = True
         for request in requests:
-            if request.handle._outcome is None:
+            if not request.handle.done:
                 failure = RequestError(request.index, f"decoding was cut short ({type(error).__name__}: {error})")
                 failure.__cause__ = error
                 request.handle.give(failure)
@@ -110,17 +109,17 @@ class Schedule:
     # Coming
 
     def _collect(self) -> None:
-        while self.incoming:
-            self.waiting.append(self.incoming.popleft())
+        if self.incoming:
+            while self.incoming:
+                self.waiting.append(self.incoming.popleft())
             self.waiting.sort(key=lambda r: r.priority)  # stable: equals in the order of their coming
-        now = time.monotonic()
-        for request in [*self.waiting, *self.reading, *self.running]:
+        now, over = time.monotonic(), list[Request]()
+        for request in (*self.waiting, *self.reading, *self.running):
             if request.deadline is not None and now > request.deadline and not request.over:
                 request.fail("its deadline has passed")
-        for request in [r for r in self.waiting if r.over]:
-            self.waiting.remove(request)
-            self._finish(request)
-        for request in [r for r in [*self.reading, *self.running] if r.over]:
+            if request.over:
+                over.append(request)
+        for request in over:
             self._leave(request)
 
     def _admit(self) -> None:
@@ -142,8 +141,7 @@ class Schedule:
             if decoder not in self._begun:
                 decoder.begin()
                 self._begun.append(decoder)
-            selecting = isinstance(decoder, Reader) and request.plan.selects
-            stem = self._place(decoder, request, ids, 0 if selecting else _leaves(request))
+            stem = self._place(decoder, ids, _leaves(request) if request.steps(decoder) else 0)
             if stem is None:
                 for there, own in request.stems.items():
                     there.leave(own)
@@ -154,12 +152,10 @@ class Schedule:
         self.decoder.layers = tuple(sorted({*self.decoder.layers, *layers}))
         return True
 
-    def _place(self, decoder: Decoder, request: Request, ids: list[int], leaves: int) -> Stem | None:
+    def _place(self, decoder: Decoder, ids: list[int], leaves: int) -> Stem | None:
         """Leaves and pages of those that are still being read are spoken for."""
-        for other in self.reading:
-            if decoder in other.stems and not (isinstance(decoder, Reader) and other.plan.selects):
-                leaves += _leaves(other)
-        return decoder.join(ids, leaves)
+        spoken_for = sum(_leaves(other) for other in self.reading if decoder in other.stems and other.steps(decoder))
+        return decoder.join(ids, leaves + spoken_for)
 
     def _decoders(self, request: Request) -> list[Decoder]:
         return [self.decoder, *request.plan.follows()]
@@ -169,11 +165,11 @@ class Schedule:
             return
         most = self._beside() if self.running else PREFILL_TOKENS
         for decoder in dict.fromkeys(d for r in self.reading for d in r.stems):
-            pending = [r for r in self.reading if decoder in r.stems and decoder not in r.at]
-            stems = {r.stems[decoder]: r for r in pending}
-            for stem, frontier in decoder.prefill(list(stems), most) if stems else []:
-                stems[stem].at[decoder] = stem.at = frontier
-        ready = [r for r in self.reading if len(r.at) == len(r.stems)]
+            theirs = [r.stems[decoder] for r in self.reading if decoder in r.stems]
+            pending = [stem for stem in theirs if stem.at is None]
+            for stem, frontier in decoder.prefill(pending, most) if pending else []:
+                stem.at = frontier
+        ready = [r for r in self.reading if all(stem.at is not None for stem in r.stems.values())]
         if ready:
             self.reading = [r for r in self.reading if r not in ready]
             self.running += ready
@@ -182,7 +178,7 @@ class Schedule:
     def _beside(self) -> int:
         """Tokens of prompts that are read between two steps of others. A CPU takes as long for a prompt's token as for
         a row's: as many as there are rows hold those up by about one step more."""
-        return BESIDE_TOKENS if self.device.type != "cpu" else max(PAGE, len(self.rows.table))
+        return BESIDE_TOKENS if self.decoder.device.type != "cpu" else max(PAGE, len(self.rows.table))
 
     def _replant(self, begun: Begun) -> None:
         self._stale = False
@@ -208,7 +204,7 @@ class Schedule:
         dead = sum(
             request.branches[b].ended for request, b in self.rows.table if request in there and request not in begun
         )
-        drop = dead if not isinstance(self.decoder, BranchingDecoder) else 2 * dead > len(self.rows.table)
+        drop = 2 * dead > len(self.rows.table) if self.decoder.idles else dead
         if begun or drop or self._stale:
             self._replant(begun)
 
@@ -227,7 +223,6 @@ class Schedule:
             request.logprobs += branch.logprobs
             if branch.text is not None:
                 request.text = branch.text
-            request.committed += 1
             request.finish_reason = branch.finish_reason
             if request.finish_reason is None and not self._outgrown(request):
                 begun[request] = at[request, b]
@@ -238,11 +233,12 @@ class Schedule:
             self._make_room(decoder, some, begun)
         for decoder, some in moves.items():
             stay = [(r, b, n) for r, b, n in some if r in begun]
-            if isinstance(decoder, Reader) and any(r.plan.selects for r, _, _ in stay):
-                decoder.keep([(r.stems[decoder], b) for r, b, _ in stay if r.plan.selects])
-                stay = [move for move in stay if not move[0].plan.selects]
-            if stay:
-                decoder.commit([(r.stems[decoder], b, n) for r, b, n in stay])
+            read = [(r.stems[decoder], b) for r, b, _ in stay if not r.steps(decoder)]
+            stepped = [(r.stems[decoder], b, n) for r, b, n in stay if r.steps(decoder)]
+            if read and isinstance(decoder, Reader):
+                decoder.keep(read)
+            if stepped:
+                decoder.commit(stepped)
         return begun
 
     def _outgrown(self, request: Request) -> bool:
@@ -256,8 +252,6 @@ class Schedule:
 
     def _make_room(self, decoder: Decoder, moves: list[tuple[Request, int, int]], begun: Begun) -> None:
         """While there are not the pages, the youngest of the least urgent gives up its own, and is read again later."""
-        if not isinstance(decoder, BranchingDecoder):
-            return
         while decoder.pages_short([(r.stems[decoder], b, n) for r, b, n in moves if r in begun]) > 0:
             there = [r for r in [*self.running, *self.reading] if decoder in r.stems and not r.over]
             self._preempt(max(there, key=lambda r: (r.priority, r.number)))
@@ -274,7 +268,7 @@ class Schedule:
         for branch in request.branches:
             if branch.text is not None:  # what a stream has shown is drawn again, and not shown twice
                 request.text.shown = max(request.text.shown, branch.text.shown)
-        request.stems, request.at, request.branches = {}, {}, []
+        request.stems, request.branches = {}, []
         first = next((i for i, r in enumerate(self.waiting) if r.priority >= request.priority), len(self.waiting))
         self.waiting.insert(first, request)
 
@@ -306,13 +300,13 @@ class Schedule:
 
     def _leave(self, request: Request) -> None:
         """What it holds is free, and its caller has the outcome."""
-        for where in (self.reading, self.running):
+        for where in (self.waiting, self.reading, self.running):
             if request in where:
                 where.remove(request)
-                self._stale = True
+                self._stale |= where is self.running
         for decoder, stem in request.stems.items():
             decoder.leave(stem)
-        request.stems, request.at = {}, {}
+        request.stems = {}
         self._finish(request)
 
     def _finish(self, request: Request) -> None:
@@ -329,4 +323,4 @@ class Schedule:
 
 def _leaves(request: Request) -> int:
     """Of the branches of its next block."""
-    return request.plan.k * -(-request.next_room // LEAF)
+    return request.plan.k * BranchingCache.leaves_for(request.next_room)

@@ -32,51 +32,53 @@ class Judge:
     def refuse(self, requests: Sequence[Request]) -> None:
         """Fail requests whose prompt a transform cannot serve, as one without a reference, before any is decoded."""
         owned = [(request, Branch()) for request in requests]
-        zeros = dict.fromkeys(range(len(owned)), torch.zeros(()))
-        self._transformed(owned, dict.fromkeys((p.scorer for r in requests for p in r.plan.parts), zeros))
+        zeros = torch.zeros(len(owned))
+        self._transformed(owned, {part.scorer: zeros for request in requests for part in request.plan.parts})
 
     # Scores
 
-    def score(self, owned: Owned, selecting: bool) -> dict[int, Tensor]:
-        """Transformed scores [R] of each of these branches, by its place; NaN where its request has failed, as one does
-        that a scorer cannot score. selecting: readers follow the requests, and keep what they read."""
-        raw: dict[Scorer, dict[int, Tensor]] = {}
-        followed: dict[Scorer, list[int]] = {}  # one pass for each, however often it is in a sum
-        names: dict[Scorer, str] = {}
+    def score(self, owned: Owned, selecting: bool) -> Tensor:
+        """Transformed scores [N, R] of these branches, R as many as the longest of their sums has; NaN behind a
+        shorter one, and where a request has failed, as one does that a scorer cannot score. selecting: readers follow
+        the requests, and keep what they read."""
+        followed: dict[Scorer, tuple[str, list[int]]] = {}  # its name, and who follows it, however often in a sum
         for place, (request, _) in enumerate(owned):
             for part in request.plan.parts:
-                places = followed.setdefault(part.scorer, [])
-                names.setdefault(part.scorer, part.name)
-                if not places or places[-1] != place:
+                places = followed.setdefault(part.scorer, (part.name, []))[1]
+                if places[-1:] != [place]:
                     places.append(place)
-        for scorer, places in followed.items():
+        raw: dict[Scorer, Tensor] = {}
+        for scorer, (name, places) in followed.items():
             some = [owned[i] for i in places]
             reader = some[0][0].plan.readers.get(scorer)
             if reader is not None and selecting:
                 found = self._read(reader, some)
             else:
-                found = self._each(partial(self._score, scorer, reader), names[scorer], some)
-            raw[scorer] = dict(zip(places, found, strict=True))
+                found = self._each(partial(self._score, scorer, reader, some), name, some)
+            raw[scorer] = self._none(len(owned))
+            raw[scorer][places] = found
         return self._transformed(owned, raw)
 
-    def _transformed(self, owned: Owned, raw: Mapping[Scorer, Mapping[int, Tensor]]) -> dict[int, Tensor]:
-        out: dict[int, list[Tensor]] = {i: [] for i in range(len(owned))}
-        plans = {id(request.plan.parts): request.plan.parts for request, _ in owned}
-        for key, parts in plans.items():
-            places = [i for i, (request, _) in enumerate(owned) if id(request.plan.parts) == key]
-            for part in parts:
-                scores = {owned[i][1]: raw[part.scorer][i] for i in places}
-                found = self._each(partial(_utilities, part, scores), part.name, [owned[i] for i in places])
-                for i, score in zip(places, found, strict=True):
-                    out[i].append(score)
-        return {i: torch.stack(scores) for i, scores in out.items() if scores}
+    def _none(self, *size: int) -> Tensor:
+        return torch.full(size, torch.nan, device=self._policy.device)
+
+    def _transformed(self, owned: Owned, raw: Mapping[Scorer, Tensor]) -> Tensor:
+        """What the sums' transforms make of raw scores [N]; a call for all that share a sum."""
+        out = self._none(len(owned), max((len(request.plan.parts) for request, _ in owned), default=0))
+        for parts in {id(r.plan.parts): r.plan.parts for r, _ in owned}.values():
+            places = [i for i, (request, _) in enumerate(owned) if request.plan.parts is parts]
+            some, prompts = [owned[i] for i in places], [owned[i][0].prompt for i in places]
+            for column, part in enumerate(parts):
+                utilities = partial(_utilities, part, raw[part.scorer][places], prompts)
+                out[places, column] = self._each(utilities, part.name, some)
+        return out
 
     def _read(self, reader: Reader, owned: Owned) -> Tensor:
         """Raw scores of all branches of these requests by a scorer that has a cache of its own."""
-        out = torch.full((len(owned),), torch.nan, device=self._policy.device)
-        groups = [(request, [i for i, (r, _) in enumerate(owned) if r is request]) for request in _owners(owned)]
+        out = self._none(len(owned))
         waiting: list[tuple[Request, list[int], list[list[int]]]] = []
-        for request, places in groups:
+        for request, branches in groupby(range(len(owned)), key=lambda i: owned[i][0]):
+            places = list(branches)
             tails = reader.given([owned[i][1].tokens for i in places], request.ends)
             reason = reader.misfit(request.stems[reader], tails)
             if reason:
@@ -88,22 +90,23 @@ class Judge:
             out[[i for _, places, _ in waiting for i in places]] = scores.to(out)
         return out
 
-    def _score(self, scorer: Scorer, reader: Reader | None, owned: Owned) -> Tensor:
-        """Raw scores of branches, each read from its start.
+    def _score(self, scorer: Scorer, reader: Reader | None, owned: Owned, at: list[int]) -> Tensor:
+        """Raw scores of some of the branches, each read from its start.
 
         A reward model that has a reader for k > 1 reads the same tokens here: text leaves special tokens out, and need
         not give the tokens that were drawn.
         """
-        requests = [request for request, _ in owned]
-        drawn = [request.tokens + branch.tokens for request, branch in owned]
+        some = [owned[i] for i in at]
+        requests = [request for request, _ in some]
+        drawn = [request.tokens + branch.tokens for request, branch in some]
         if isinstance(scorer, RewardModel) and reader is not None:
             ids = [r.prompt_ids + reader.given([own], r.ends)[0] for r, own in zip(requests, drawn, strict=True)]
             return scorer.score_tokens([r.prompt for r in requests], ids).to(self._policy.device)
         candidates = Candidates(
             prompts=[r.prompt for r in requests],
             tokens=drawn,
-            hidden={layer: torch.stack([b.hidden[layer] for _, b in owned]) for layer in scorer.layers},
-            previous={layer: torch.stack([b.previous[layer] for _, b in owned]) for layer in scorer.layers},
+            hidden={layer: torch.stack([b.hidden[layer] for _, b in some]) for layer in scorer.layers},
+            previous={layer: torch.stack([b.previous[layer] for _, b in some]) for layer in scorer.layers},
             decode=lambda tokens, skip_special_tokens=True: [
                 self._codec.between(r.prompt_ids, ids, skip_special_tokens)
                 for r, ids in zip(requests, tokens, strict=True)
@@ -113,13 +116,13 @@ class Judge:
         )
         return scorer.score(candidates).to(self._policy.device)
 
-    def _each(self, score: Callable[[Owned], Tensor], name: str, owned: Owned) -> Tensor:
-        """score(some) of all whose requests are sound, fp32 [len(owned)] with NaN for the others.
+    def _each(self, score: Callable[[list[int]], Tensor], name: str, owned: Owned) -> Tensor:
+        """score(places) of all places whose requests are sound, fp32 [len(owned)] with NaN for the others.
 
         Where it raises for all together each request is asked for alone, so that only the one at fault fails; always
         where a request is not to depend on the others.
         """
-        out = torch.full((len(owned),), torch.nan, device=self._policy.device)
+        out = self._none(len(owned))
         sound = [i for i, (request, _) in enumerate(owned) if request.error is None]
 
         def apart(places: Iterable[int]) -> list[list[int]]:
@@ -129,7 +132,7 @@ class Judge:
         while waiting:
             places = waiting.pop()
             try:
-                out[places] = score([owned[i] for i in places]).to(out)
+                out[places] = score(places).to(out)
             except Exception as error:  # noqa: BLE001 - whatever a caller's function raises
                 if len(apart(places)) > 1:
                     waiting += apart(places)
@@ -149,23 +152,23 @@ class Judge:
         chosen: dict[Request, int] = {}
         first = 0
         # One call for requests of as many branches and the same weights and beta; most of a server's are alike.
-        alike: dict[tuple[int, float, tuple[float, ...]], list[tuple[Request, Tensor]]] = {}
+        alike: dict[tuple[int, float, tuple[float, ...]], list[tuple[Request, int]]] = {}
         for request in requests:
-            own = torch.stack([scores[first + j] for j in range(len(request.branches))])
-            first += len(request.branches)
             if request.error is None:
                 strategy, weights = request.plan.strategy, tuple(part.weight for part in request.plan.parts)
                 beta = 0.0 if isinstance(strategy, Tokenwise) else strategy.beta or 0.0
-                alike.setdefault((strategy.k, beta, weights), []).append((request, own))
-        for (_, beta, weights), group in alike.items():
-            rows = torch.stack([own for _, own in group])
+                alike.setdefault((strategy.k, beta, weights), []).append((request, first))
+            first += len(request.branches)
+        for (k, beta, weights), group in alike.items():
+            places = [[at + b for b in range(k)] for _, at in group]
+            rows = scores[torch.tensor(places, device=scores.device), : len(weights)]
             if rows.isnan().any():
                 warnings.warn("a scorer returned NaN; such candidates rank last", RuntimeWarning, stacklevel=2)
             picked = ops.select_block(
                 rows,
                 torch.tensor(weights, device=rows.device),
                 beta=beta,
-                seed=torch.tensor([r.seed for r, _ in group], device=rows.device),
+                seed=torch.tensor([r.seeds[0] for r, _ in group], device=rows.device),
                 position=torch.tensor([len(r.tokens) for r, _ in group], device=rows.device),
             )
             fields = picked.index.tolist(), picked.utility.tolist(), picked.probability.tolist(), rows.tolist()
@@ -178,18 +181,14 @@ class Judge:
         """Score the responses that have ended and that no selection has scored (k = 1); before they are committed."""
         owned = [(request, request.branches[0]) for request in requests if request.plan.parts]
         if owned:
-            scores = self.score(owned, selecting=False)
-            for i, (request, _) in enumerate(owned):
-                request.scores = scores[i].tolist()
+            scores = self.score(owned, selecting=False).tolist()
+            for (request, _), own in zip(owned, scores, strict=True):
+                request.scores = own[: len(request.plan.parts)]
 
 
-def _utilities(part: Part, scores: Mapping[Branch, Tensor], owned: Owned) -> Tensor:
-    """Raw scores of these branches, transformed."""
-    return part.utilities(torch.stack([scores[branch] for _, branch in owned]), [r.prompt for r, _ in owned])
-
-
-def _owners(owned: Owned) -> list[Request]:
-    return list(dict.fromkeys(request for request, _ in owned))
+def _utilities(part: Part, scores: Tensor, prompts: Sequence[str], at: list[int]) -> Tensor:
+    """Some of these raw scores, transformed."""
+    return part.utilities(scores[at], [prompts[i] for i in at])
 
 
 def _grown(request: Request, branch: Branch) -> stops.Branch:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -17,7 +18,7 @@ from torch import Tensor
 from pyengine import ledger, ops
 from pyengine.decode.logprobs import TopLogprobs, top_logprobs
 from pyengine.decode.shaping import Shaping
-from pyengine.decoder import Decoder, Frontier, Rows
+from pyengine.decoder import Decoder, Frontier, Rows, spare_rows
 from pyengine.errors import first_line
 from pyengine.ops import TiltSample
 from pyengine.ops.linear import steady as held_steady
@@ -82,7 +83,7 @@ class Step:
         self.n, self.fixed = len(rows), decoder.waits and not beside and shaping is None and top is None
         self.device = frontier.logits.device
         self.planted = decoder.plant(rows)
-        spare = len(self.planted.positions) - self.n if decoder.waits else 0
+        spare = spare_rows(decoder, self.planted, self.n)
         frontier, draws = _spread(frontier, spare), [*draws, *[PADDING] * spare]
         self.logits, self.hidden = frontier
         # Of each row, at its last token and at the one before; of their own where tensors are written in place.
@@ -94,11 +95,12 @@ class Step:
         }
         self._columns(draws)
         self.alive = torch.tensor([True] * self.n + [False] * spare, device=self.device)
-        self.at = torch.zeros(1, dtype=torch.long, device=self.device)  # the step, since the host has looked
-        types = (torch.long, torch.float32, torch.float32, torch.float32, torch.bool)
-        size = (HORIZON, len(draws)) if self.fixed else (0,)
-        self.kept = TiltSample(*(torch.zeros(size, dtype=dtype, device=self.device) for dtype in types))
-        self.drawn: list[TiltSample] = []
+        self.drawn: list[TiltSample] = []  # since the host has looked; where tensors stay, in `kept` instead
+        if self.fixed:
+            types = (torch.long, torch.float32, torch.float32, torch.float32, torch.bool)
+            zeros = partial(torch.zeros, device=self.device)
+            self.kept = TiltSample(*(zeros(HORIZON, len(draws), dtype=dtype) for dtype in types))
+            self.at = zeros(1, dtype=torch.long)  # the step
         self.top: list[TopLogprobs] = []  # of each token since the host has looked
         self.bad: dict[int, Blame] = {}  # rows whose numbers were not finite, and whose fault it is
 
@@ -156,7 +158,7 @@ class Step:
         """The rows that follow a tilt, None for all, and what its head reads of them."""
         other = self.beside.get(decoder)
         if other is not None:
-            return other.index, {layer: h[: len(other.index)] for layer, h in other.hidden.items()}
+            return other.index, {layer: h[: len(other.index)] for layer, h in other.frontier.hidden.items()}
         if self.fixed:  # which rows follow must not be asked of the device
             return None, self.hidden
         assert self.weights is not None
@@ -203,8 +205,8 @@ class Step:
             return torch.where(self.budget > 0, solved, 1.0)[:, None] * self.weights
         return self.weights.index_copy(0, index, solved[:, None] * self.weights[index])
 
-    def step(self) -> bool:
-        """One token for every row; False where that was the last of them all and nobody reads what follows it."""
+    def step(self) -> None:
+        """One token for every row. It is not read by the model where it is the last of them all and nobody reads on."""
         logits, values = self.base(), self.values()
         weights = self.lambdas(logits, values)
         drawn = ops.tilt_sample(logits, values, weights, **self.columns)
@@ -219,7 +221,7 @@ class Step:
                 self.bad.setdefault(row, "request" if who == "model" and _drawable(self.logits[row]) else who)
         going = self.alive & ~(drawn.token[:, None] == self.ends).any(-1)
         if not self.decoder.waits and not self.hidden and not bool((going & ((self.room > 1) | ~self.final)).any()):
-            return False
+            return
         going &= self.room > 1
         before, alive = self.hidden, self.alive[:, None]
         logits, hidden = self.decoder.step(self.planted, drawn.token, self.alive)
@@ -232,7 +234,6 @@ class Step:
         self.columns["position"].add_(self.alive)
         self.room.sub_(self.alive.long())
         self._set("alive", going)
-        return True
 
     def _set(self, name: str, value: Any) -> None:
         if not self.fixed:
@@ -320,14 +321,10 @@ class _Beside:
     planted: Any
     frontier: Frontier
 
-    def __post_init__(self) -> None:
-        self.hidden = self.frontier.hidden
-
     def append(self, decoder: Decoder, token: Tensor, alive: Tensor) -> None:
-        spare = len(self.planted.positions) - len(self.index) if decoder.waits else 0
+        spare = spare_rows(decoder, self.planted, len(self.index))
         token, alive = (torch.nn.functional.pad(x[self.index], (0, spare)) for x in (token, alive))
         self.frontier = decoder.step(self.planted, token, alive)
-        self.hidden = self.frontier.hidden
 
 
 def _spread(frontier: Frontier, spare: int) -> Frontier:

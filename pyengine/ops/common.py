@@ -32,7 +32,6 @@ _PARAMETERS = {
 }
 
 BEST_ISA = _C.instruction_set()
-FORCED_GPU, ATTENTION, DEBUG = settings.gpu_backend, settings.attention, settings.debug  # as they were at the start
 
 # "op/kernel" -> calls: which kernel really ran. Tests read it; nothing else depends on it.
 LAUNCHES: Counter[str] = Counter()

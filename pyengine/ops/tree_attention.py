@@ -11,10 +11,7 @@ from torch.nn.functional import scaled_dot_product_attention
 import pyengine._C as _C
 from pyengine.ops import flash, leaves
 from pyengine.ops.common import (
-    ATTENTION,
-    DEBUG,
     DTYPE_CODE,
-    FORCED_GPU,
     check_float,
     fail,
     instruction_set,
@@ -25,6 +22,7 @@ from pyengine.ops.common import (
     triton_kernels,
     unit_strides,
 )
+from pyengine.ops.settings import settings
 from pyengine.reference import Tree
 
 OP = "tree_attention"
@@ -352,12 +350,12 @@ def masked_attention(
 
 def _tree_attention_gpu(query: Tensor, key: Tensor | None, value: Tensor | None, *rest: Any) -> Tensor:
     """rest: stores, tree, scale, window, softcap, sinks."""
-    kernels = None if FORCED_GPU == "reference" else triton_kernels(OP)
+    kernels = None if settings.gpu_backend == "reference" else triton_kernels(OP)
     page, leaf = rest[0].shape[2], rest[2].shape[2]
     stores, tree, (scale, window, softcap, sinks) = rest[:4], Tree(*rest[4:9]), rest[9:]
-    if DEBUG:
+    if settings.debug:
         check_tables(stores, tree, query.shape[1])
-    if ATTENTION == "flash" and flash.serves(query, page, window):
+    if settings.attention == "flash" and flash.serves(query, page, window):
         launched(OP, "flash")
         return flash.tree_attention(query, key, value, stores, tree, scale, softcap, sinks)
     if kernels is None or page % TILE or leaf % TOKENS:

@@ -7,9 +7,11 @@ import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from pyengine.decode.request import Request
 from pyengine.errors import InputError
+from pyengine.plan import Plan
 from pyengine.results import Result, SamplingParams, seeded
-from pyengine.strategies import Tokenwise
+from pyengine.strategies import Strategy, Tokenwise
 
 RUNS = 12  # decodes at most; 3 to 5 are usual
 
@@ -50,6 +52,25 @@ def calibrate(
             stacklevel=3,
         )
     return Tokenwise(best)
+
+
+def spend_budgets(
+    generate: Callable[..., list[Result]], prompts: Sequence[Any], requests: Sequence[Request], progress: bool | None
+) -> None:
+    """A budget for whole sequences becomes a weight: one for all that have the same."""
+    alike: dict[Strategy, list[Request]] = {}
+    for request in requests:
+        strategy = request.plan.strategy
+        if isinstance(strategy, Tokenwise) and strategy.kl_budget is not None:
+            check_budget([request.params])
+            if strategy.per == "sequence":
+                alike.setdefault(strategy, []).append(request)
+    for strategy, some in alike.items():
+        assert isinstance(strategy, Tokenwise) and strategy.kl_budget is not None  # noqa: PT018
+        own = [prompts[request.index] for request in some]
+        found = calibrate(generate, own, strategy.kl_budget, [request.params for request in some], progress)
+        for request in some:
+            request.plan = Plan(found, request.plan.parts, request.plan.readers, request.params)
 
 
 def check_budget(sampling: Sequence[SamplingParams]) -> None:
