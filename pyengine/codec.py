@@ -9,6 +9,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+from transformers.convert_slow_tokenizer import bytes_to_unicode
+
 from pyengine.errors import InputError, first_line
 
 BROKEN = "\ufffd"  # what a decoder shows for bytes that are no character
@@ -87,6 +89,8 @@ class Codec:
         added = getattr(tokenizer, "added_tokens_decoder", {})
         self.special = frozenset(tokenizer.all_special_ids) | {i for i, token in added.items() if token.special}
         self._bytes = _byte_tokens(tokenizer)
+        self._letters = _byte_letters(tokenizer)
+        self._pieces: dict[int, tuple[str, bytes]] = {}
 
     # Text to tokens
 
@@ -203,6 +207,22 @@ class Codec:
     def _decoded(self, ids: Sequence[int]) -> str:
         return self.tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False)
 
+    def piece(self, token: int) -> tuple[str, bytes]:
+        """The text and the bytes of one token in the middle of a text. One that is a part of a character has its own
+        bytes, and U+FFFD as text."""
+        if token not in self._pieces:
+            before = self.pieces("a")[-1:]
+            text = self._decoded([*before, token])[len(self._decoded(before)) :]
+            letters = self.tokenizer.convert_ids_to_tokens(token) or ""
+            if token in self._bytes:
+                data = bytes([self._bytes[token]])
+            elif BROKEN in text and all(letter in self._letters for letter in letters):
+                data = bytes(self._letters[letter] for letter in letters)
+            else:
+                data = text.encode()
+            self._pieces[token] = text, data
+        return self._pieces[token]
+
     def after(self, ids: Sequence[int], skip_special_tokens: bool = True) -> Text:
         """The text that is to follow these tokens, empty so far."""
         return Text(self, tuple(ids), skip_special_tokens)
@@ -277,6 +297,12 @@ def _byte_tokens(tokenizer: Any) -> dict[int, int]:
     # A tokenizer that does not fall back may have such tokens all the same, which are their own text then.
     letter = next((i for i, value in values.items() if value == ord("A")), None)
     return {} if letter is None or tokenizer.decode([letter]).strip() != "A" else values
+
+
+def _byte_letters(tokenizer: Any) -> dict[str, int]:
+    """{letter: the byte that it stands for} in the tokens of a byte-level tokenizer; none in others'."""
+    decoder = getattr(getattr(tokenizer, "backend_tokenizer", None), "decoder", None)
+    return {letter: byte for byte, letter in bytes_to_unicode().items()} if "ByteLevel" in str(decoder) else {}
 
 
 def _runs(ids: Sequence[int], values: Mapping[int, int]) -> list[tuple[int, int, bytes]]:

@@ -101,6 +101,7 @@ class Engine:
         self._core = Core(Schedule(self._decoder, self._judge, self.policy.name, batch_invariant))
         self.parts: list[Part] = []
         self._readers: dict[Scorer, Reader] = {}
+        self._kept: dict[Scorer, Reader] = {}
         self.set_scorer(scorer)
 
     @classmethod
@@ -148,6 +149,12 @@ class Engine:
         self.parts, self._readers = [], {s: r for s, r in self._readers.items() if s in wanted}
         self._readers = self._panel.readers(parts)
         self.parts = parts
+
+    def keep(self, scorer: ScorerLike) -> None:
+        """Check a scorer that requests will name, and make its cache before the first of them comes."""
+        parts = parts_of(scorer)
+        self._panel.check(parts)
+        self._kept |= self._panel.readers(parts)
 
     def forget(self) -> None:
         """What was read of prompts, and captured, is not used again: for a `frozen` engine whose model has changed."""
@@ -310,6 +317,13 @@ class Engine:
     def start(self) -> None:
         """Give the engine a thread of its own, which decodes whatever is submitted."""
         self._core.start()
+
+    def step(self) -> bool:
+        """One pass of the loop by this thread, for a host with a loop of its own; False where nobody is there."""
+        if self._core.schedule.idle:
+            return False
+        self._core.turn()
+        return True
 
     def drain(self, timeout: float | None = None) -> bool:
         """Take no more requests, and finish what is there; False where that is not done after so many seconds."""

@@ -175,6 +175,7 @@ def seeded(prompts: Sequence[Any], sampling: SamplingParams | Sequence[SamplingP
 @dataclass
 class Candidate:
     """One branch of a block. utility is the weighted sum of scores, each after its transforms; NaN ranks as -inf.
+    logp_base: log-probability in nats of its tokens under the base policy.
 
     text is what its tokens add: a character that is split between two blocks belongs to the one that completes it. The
     texts of the chosen candidates join to the result's.
@@ -186,6 +187,7 @@ class Candidate:
     utility: float
     probability: float  # of being selected, given the K candidates
     finish_reason: FinishReason | None
+    logp_base: float = 0.0
 
 
 @dataclass
@@ -195,6 +197,11 @@ class Block:
     start: int
     candidates: list[Candidate]
     chosen: int
+
+    @property
+    def ranks(self) -> list[int]:
+        """Of each candidate by the base policy's log-probability, 1 for the likeliest."""
+        return [1 + sum(other.logp_base > one.logp_base for other in self.candidates) for one in self.candidates]
 
 
 @dataclass
@@ -232,6 +239,11 @@ class Result:
     logprobs: list[list[Any]] | None = None
     prompt_logprobs: list[list[Any] | None] | None = None
 
+    @property
+    def drawn_tokens(self) -> int:
+        """Tokens of all branches, those that were not kept among them."""
+        return sum(len(c.tokens) for block in self.blocks for c in block.candidates) or len(self.tokens)
+
     def to_dict(self) -> dict[str, Any]:
         """Plain Python values, for JSON."""
         return dataclasses.asdict(self)
@@ -245,6 +257,8 @@ class Event:
     tokens: list[int]
     block: Block | None = None
     result: Result | None = None
+    kl: float = 0.0  # nats from the base policy when this was committed, as in `Result`
+    logprobs: list[list[Any]] | None = None  # of these tokens, where they were asked for
 
 
 def finite(value: Any) -> Any:

@@ -51,7 +51,7 @@ class Core:
             if self._closing:
                 raise InputError("this engine is closed: it takes no more requests")
             self._numbers += 1
-            request.number = self._numbers
+            request.number, request.arrived = self._numbers, time.monotonic()
             self.schedule.incoming.append(request)
             self._changed.notify_all()
         return request.handle
@@ -105,7 +105,7 @@ class Core:
                 self._changed.notify_all()
 
     def turn(self) -> None:
-        """One step, whoever waits for it."""
+        """One step by this thread, unless another steps."""
         self._step(threading.get_ident(), int)
 
     def sweep(self) -> None:

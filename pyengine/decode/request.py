@@ -76,6 +76,8 @@ class Request:
     cancelled: bool = False
     told: int = 0  # tokens, or blocks, of which there have been events
     number: int = 0  # in the order of submission, from 1 on
+    arrived: float = 0.0  # by time.monotonic(); when it was submitted
+    admitted: float | None = None  # when it was first given memory
 
     def __post_init__(self) -> None:
         seed = mix(self.given_seed, self.prompt_ids)
@@ -122,12 +124,13 @@ class Request:
             self.error = RequestError(self.index, reason)
             self.error.__cause__ = cause
 
+    def kl(self, blocks: int) -> float:
+        """Nats from the base policy, after so many selections."""
+        return self.kl_tokens + (ledger.best_of_k_bound(self.plan.k) * blocks if self.plan.selects else 0.0)
+
     def result(self) -> Result:
         """Of a request that has ended."""
         assert self.finish_reason is not None
-        kl, bounded = self.kl_tokens, self.plan.selects
-        if bounded:
-            kl += ledger.best_of_k_bound(self.plan.k) * len(self.blocks)
         scores, parts = self.scores or [], self.plan.parts
         return Result(
             prompt=self.prompt,
@@ -139,8 +142,8 @@ class Request:
             rewards={p.name: s for p, s in zip(parts, scores, strict=True)} if scores else {},
             logp_base=self.logp_base,
             logp_policy=self.logp_policy,
-            kl=kl,
-            kl_kind="bound" if bounded else "exact",
+            kl=self.kl(len(self.blocks)),
+            kl_kind="bound" if self.plan.selects else "exact",
             seed=self.given_seed,
             blocks=self.blocks,
             stop_reason=None if self.text.finish is None else self.text.finish.stop_reason,
@@ -176,6 +179,29 @@ class Handle:
         self._outcome = outcome
         if self.tell is not None:
             self.tell(self._request.index)
+
+    def listen(self) -> Handle:
+        """From now on each token or block is an event of its own, for `take`."""
+        self.listening = True
+        return self
+
+    def take(self) -> list[Event]:
+        """The events that are there, without waiting: for a host that drives the engine by `Engine.step`."""
+        return [self._events.popleft() for _ in range(len(self._events))]
+
+    @property
+    def prompt(self) -> str:
+        return self._request.prompt
+
+    @property
+    def prompt_ids(self) -> list[int]:
+        return self._request.prompt_ids
+
+    @property
+    def queued(self) -> float | None:
+        """Seconds that it waited for memory; None while it waits."""
+        admitted = self._request.admitted
+        return None if admitted is None else admitted - self._request.arrived
 
     def cancel(self) -> None:
         """It is not wanted any more: what it holds is free with the next step. Nothing happens where it is done."""

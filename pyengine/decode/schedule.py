@@ -7,7 +7,7 @@ called from any.
 from __future__ import annotations
 
 import time
-from collections import Counter, deque
+from collections import Counter, defaultdict, deque
 from collections.abc import Callable
 
 import torch
@@ -34,6 +34,7 @@ class Schedule:
         self.reading: list[Request] = []  # whose prompts are being read
         self.running: list[Request] = []  # that have rows
         self.counts: Counter[str] = Counter()
+        self.seconds: defaultdict[str, float] = defaultdict(float)  # of the steps so far, by phase
         self._begun: list[Decoder] = []  # decoders that have prompts, or had since nobody was there
         self.rows = Rows(decoder, name, steady)
         self._stale = False  # a request with rows has left since they were planted
@@ -57,6 +58,7 @@ class Schedule:
             cache = self.decoder.cache
             found |= {"pages_in_use": cache.pages_in_use, "pages": cache.capacity}
             found |= {"leaves_in_use": cache.leaves - cache.leaves_free, "leaves": cache.leaves}
+        found |= {f"{phase}_seconds": seconds for phase, seconds in self.seconds.items()}
         return found | dict(self.counts)
 
     def refuse(self, request: Request) -> None:
@@ -74,17 +76,29 @@ class Schedule:
     def step(self, tick: Callable[[], object] = int) -> None:
         """Requests come and go, and those that are there have a few tokens more."""
         self.whole = False
+        began = time.perf_counter()
         self._collect()
         self._admit()
+        began = self._spent("admit", began)
         self._prefill()
         if self._stale:
             self._replant({})
+        began = self._spent("prefill", began)
         if self.running:
             self.counts["drawn_tokens"] += len(self.rows.table) * self.rows.run(tick)
-            self._settle()
+            began = self._spent("draw", began)
+            chosen = self._select()
+            began = self._spent("score", began)
+            self._settle(chosen)
         if self.idle:
             self._end(True)
+        self._spent("commit", began)
         self.whole = True
+
+    def _spent(self, phase: str, since: float) -> float:
+        now = time.perf_counter()
+        self.seconds[phase] += now - since
+        return now
 
     def abort(self, error: BaseException) -> None:
         """A step was cut short: nobody that was on its way can go on, and the memory is whole again."""
@@ -132,6 +146,8 @@ class Schedule:
             if not self._join(request):
                 return
             rows += request.plan.k
+            if request.admitted is None:
+                request.admitted = time.monotonic()
             self.reading.append(self.waiting.pop(0))
 
     def _join(self, request: Request) -> bool:
@@ -148,6 +164,7 @@ class Schedule:
                 request.stems = {}
                 return False
             request.stems[decoder] = stem
+        self.counts["prefix_hit_tokens"] += request.stems[self.decoder].filled
         layers = {layer for part in request.plan.parts for layer in part.scorer.layers}
         self.decoder.layers = tuple(sorted({*self.decoder.layers, *layers}))
         return True
@@ -186,7 +203,8 @@ class Schedule:
 
     # The ends of blocks
 
-    def _settle(self) -> None:
+    def _select(self) -> dict[Request, int]:
+        """The branch that is kept of each request whose block has ended."""
         ended = [r for r in self.running if not r.error and all(branch.ended for branch in r.branches)]
         self.rows.note_states()
         blocks = [r for r in ended if r.plan.selects]
@@ -194,7 +212,10 @@ class Schedule:
         singles = [r for r in ended if not r.plan.selects]
         self.judge.score_ended([r for r in singles if r.branches[0].finish_reason])
         chosen |= dict.fromkeys(singles, 0)
-        begun = self._commit({r: b for r, b in chosen.items() if r.error is None})
+        return {r: b for r, b in chosen.items() if r.error is None}
+
+    def _settle(self, chosen: dict[Request, int]) -> None:
+        begun = self._commit(chosen)
         for request in self.running:
             self._tell(request)
         over = [r for r in self.running if r.over]
@@ -282,18 +303,22 @@ class Schedule:
         events: list[Event] = []
         if request.plan.selects:
             for block in request.blocks[request.told :]:
+                request.told += 1
                 picked = block.candidates[block.chosen]
-                events.append(Event(picked.text, picked.tokens, block))
-            request.told = len(request.blocks)
+                logprobs = request.logprobs[block.start :][: len(picked.tokens)] or None
+                events.append(Event(picked.text, picked.tokens, block, kl=request.kl(request.told), logprobs=logprobs))
         elif request.error is None:
             new = [*request.tokens, *(t for branch in request.branches for t in branch.tokens)][request.told :]
-            request.told += len(new)
+            likeliest = [*request.logprobs, *(one for branch in request.branches for one in branch.logprobs)]
+            kl = request.kl(0) + sum(branch.kl for branch in request.branches)
             state = next((branch.text for branch in request.branches), None) or request.text
             pieces = [[token] for token in new] if handle.listening else [new] if new else []
             for piece in pieces:
                 if not request.text.ends.strings:
                     state.push(piece)
-                events.append(Event(state.show(), piece))
+                logprobs = likeliest[request.told :][: len(piece)] or None
+                request.told += len(piece)
+                events.append(Event(state.show(), piece, kl=kl, logprobs=logprobs))
         if over:  # kept here too: whoever listens may have taken the event before the request has left
             request.outcome = events[-1].result = request.result()
         handle._events += events

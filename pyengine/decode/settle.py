@@ -209,6 +209,7 @@ def _record(
             utility[j],
             probability[j],
             branch.finish_reason,
+            sum(branch.logp_base),
         )
         for j, (text, branch) in enumerate(zip(grown, request.branches, strict=True))
     ]

@@ -1,0 +1,113 @@
+"""`pyengine serve`."""
+
+from __future__ import annotations
+
+import logging
+import os
+from typing import Annotated
+
+import typer
+
+from pyengine.errors import InputError
+from pyengine.named import SCORERS
+
+
+def serve(
+    model: Annotated[str | None, typer.Argument(help="Directory or hub id; default: the embedded model.")] = None,
+    scorer: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="NAME=SOURCE, a directory, hub id, FILE.py:FUNCTION or embedded name; the first is the default."
+        ),
+    ] = None,
+    host: Annotated[str, typer.Option(help="Address to listen at; another than this machine's own needs a key.")] = (
+        "127.0.0.1"
+    ),
+    port: Annotated[int, typer.Option(help="0 takes a free one.")] = 8000,
+    api_key: Annotated[
+        str | None, typer.Option(envvar="PYENGINE_API_KEY", help="What clients must send as Bearer token.")
+    ] = None,
+    served_model_name: Annotated[str | None, typer.Option(help="What clients call the model.")] = None,
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16.")] = None,
+    cache_gb: Annotated[
+        float | None, typer.Option(help="GB for keys and values (default: a share of what is free).")
+    ] = None,
+    max_rows: Annotated[int, typer.Option(help="Branches decoded at once.")] = 256,
+    max_model_len: Annotated[
+        int | None, typer.Option(help="Tokens of prompt and answer (default: the model's).")
+    ] = None,
+    max_requests: Annotated[int, typer.Option(help="Samples under way at once, waiting ones included.")] = 1024,
+    max_queue: Annotated[int, typer.Option(help="Samples that wait for rows.")] = 512,
+    max_k: Annotated[int, typer.Option(help="Branches that a request may ask for.")] = 64,
+    max_n: Annotated[int, typer.Option(help="Samples that a request may ask for.")] = 16,
+    max_tokens: Annotated[int, typer.Option(help="New tokens that a request may ask for.")] = 4096,
+    default_max_tokens: Annotated[int, typer.Option(help="New tokens where a request names none.")] = 256,
+    max_logprobs: Annotated[int, typer.Option(help="Likeliest tokens that a request may ask for.")] = 20,
+    max_body_bytes: Annotated[int, typer.Option(help="Bytes of a request's body.")] = 4 << 20,
+    request_timeout: Annotated[float, typer.Option(help="Seconds that a request may take.")] = 600.0,
+    shutdown_timeout: Annotated[float, typer.Option(help="Seconds for what is under way, after SIGTERM.")] = 30.0,
+    allow_origin: Annotated[list[str] | None, typer.Option(help="Site whose pages may call it (CORS).")] = None,
+    log_requests: Annotated[bool, typer.Option("--log-requests", help="Write prompts into the log.")] = False,
+    batch_invariant: Annotated[
+        bool, typer.Option("--batch-invariant", help="A prompt's bits are the same whatever is beside it; slower.")
+    ] = False,
+    trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code", help="Run the model's own code.")] = False,
+) -> None:
+    """Serve a model over HTTP, to any client of OpenAI's API."""
+    try:
+        from pyengine.serve.run import ServeOptions, serve
+    except ModuleNotFoundError as error:
+        raise InputError(f"{error.name} is missing: pip install 'tilt-engine[serve]'") from error
+    from pyengine.serve.limits import Limits
+    from pyengine.serve.wire import CoreOptions
+
+    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
+    if dtype not in (None, "float32", "bfloat16", "float16"):
+        raise InputError(f"--dtype must be float32, bfloat16 or float16, got {dtype!r}")
+    core = CoreOptions(
+        model=model,
+        scorers=_scorers(scorer, model),
+        device=device,
+        dtype=dtype,
+        max_rows=max_rows,
+        cache_gb=cache_gb,
+        max_model_len=max_model_len,
+        batch_invariant=batch_invariant,
+        trust_remote_code=trust_remote_code,
+    )
+    limits = Limits(
+        requests=max_requests,
+        queue=max_queue,
+        k=min(max_k, max_rows),
+        n=max_n,
+        max_tokens=max_tokens,
+        default_max_tokens=min(default_max_tokens, max_tokens),
+        logprobs=max_logprobs,
+        body_bytes=max_body_bytes,
+        request_timeout=request_timeout,
+    )
+    options = ServeOptions(
+        host=host,
+        port=port,
+        name=served_model_name,
+        api_key=api_key or None,
+        origins=tuple(allow_origin or ()),
+        log_requests=log_requests,
+        shutdown_timeout=shutdown_timeout,
+    )
+    os.environ.pop("PYENGINE_API_KEY", None)  # the core has no use for it
+    serve(core, options, limits)
+
+
+def _scorers(given: list[str] | None, model: str | None) -> tuple[tuple[str, str], ...]:
+    """(name, source) each; the embedded model has all embedded ones, unless others are given."""
+    if not given:
+        return tuple((name, name) for name in SCORERS) if model is None else ()
+    found: dict[str, str] = {}
+    for one in given:
+        name, _, source = one.partition("=")
+        if not name or name in found or ("=" in one and not source) or "," in name:
+            raise InputError(f"--scorer {one}: give NAME=SOURCE, each name once and without commas")
+        found[name] = source or name
+    return tuple(found.items())

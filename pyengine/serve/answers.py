@@ -1,0 +1,157 @@
+"""What clients get: OpenAI's objects, whole or in pieces, with what the engine knows beside them under `tilt`."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+from uuid import uuid4
+
+from pyengine.serve.wire import Done, Piece, Places, Token
+
+
+@dataclass
+class Answer:
+    """One HTTP answer. tokens, texts: of each prompt, n choices each. echo: each choice begins with its prompt's text.
+    silent: of an answer without a token, where only the prompt's own log-probabilities were asked for. top: the likeliest
+    tokens that were asked for at each place."""
+
+    model: str
+    chat: bool
+    n: int
+    echo: bool = False
+    silent: bool = False
+    top: int = 0
+    tokens: Sequence[int] = ()
+    texts: Sequence[str] = ()
+    drawn: int = 0  # of all branches
+    committed: int = 0
+    offsets: dict[int, int] = field(default_factory=dict)  # characters of each choice that were given
+    id: str = ""
+    created: int = 0
+
+    def __post_init__(self) -> None:
+        self.id = ("chatcmpl-" if self.chat else "cmpl-") + uuid4().hex
+        self.created = int(time.time())
+
+    def _object(self, piece: bool, choices: list[dict[str, Any]]) -> dict[str, Any]:
+        kind = ("chat.completion" + ".chunk" * piece) if self.chat else "text_completion"
+        return {"id": self.id, "object": kind, "created": self.created, "model": self.model, "choices": choices}
+
+    # Whole
+
+    def whole(self, done: Sequence[Done]) -> dict[str, Any]:
+        """The object of all choices, in their order."""
+        choices = [self._choice(one) for one in sorted(done, key=lambda one: one.choice)]
+        return self._object(False, choices) | {"usage": self.usage()}
+
+    def _choice(self, done: Done) -> dict[str, Any]:
+        self.count(done)
+        told = {"finish_reason": done.finish_reason, "stop_reason": done.stop_reason, "tilt": tilt(done)}
+        if self.chat:
+            content = {"role": "assistant", "content": done.text, "refusal": None}
+            return {
+                "index": done.choice,
+                "message": content,
+                "logprobs": self._logprobs(done.choice, done.logprobs),
+            } | told
+        before = self.texts[done.choice // self.n] if self.echo else ""
+        if self.silent:
+            done = done._replace(text="", logprobs=[])
+        places = done.logprobs
+        if places is not None and done.prompt_logprobs is not None:
+            places = [*done.prompt_logprobs, *places]
+        text = before + done.text
+        return {"index": done.choice, "text": text, "logprobs": self._logprobs(done.choice, places)} | told
+
+    def count(self, done: Done) -> None:
+        self.committed += 0 if self.silent else len(done.tokens)
+        self.drawn += done.drawn_tokens
+
+    def usage(self) -> dict[str, Any]:
+        prompt, drawn = sum(self.tokens), {"tilt_drawn_tokens": self.drawn}
+        return {
+            "prompt_tokens": prompt,
+            "completion_tokens": self.committed,
+            "total_tokens": prompt + self.committed,
+            "completion_tokens_details": drawn,
+        }
+
+    # In pieces
+
+    def first(self, index: int) -> dict[str, Any] | None:
+        """The piece with which a choice begins: the role, or the prompt that is to be echoed."""
+        if self.chat:
+            return self._piece(index, {"role": "assistant", "content": ""})
+        return self._piece(index, self.texts[index // self.n]) if self.echo else None
+
+    def piece(self, piece: Piece) -> dict[str, Any]:
+        told: dict[str, Any] = {"kl": piece.kl}
+        if piece.block is not None:
+            told["block"] = piece.block
+        content = {"content": piece.text} if self.chat else piece.text
+        return self._piece(piece.choice, content, self._logprobs(piece.choice, piece.logprobs), tilt=told)
+
+    def last(self, done: Done) -> dict[str, Any]:
+        self.count(done)
+        told = {"finish_reason": done.finish_reason, "stop_reason": done.stop_reason, "tilt": tilt(done)}
+        return self._piece(done.choice, {} if self.chat else "", **told)
+
+    def _piece(self, index: int, content: Any, logprobs: Any = None, **told: Any) -> dict[str, Any]:
+        choice = {
+            "index": index,
+            "delta" if self.chat else "text": content,
+            "logprobs": logprobs,
+            "finish_reason": None,
+        }
+        return self._object(True, [choice | told])
+
+    def final(self) -> dict[str, Any]:
+        """Without choices: what it all took."""
+        return self._object(True, []) | {"usage": self.usage()}
+
+    # Log-probabilities
+
+    def _logprobs(self, index: int, places: Places | None) -> dict[str, Any] | None:
+        if places is None:
+            return None
+        if self.chat:
+            return {
+                "content": [_shown(one) | {"top_logprobs": [_shown(o) for o in top[: self.top]]} for one, top in places]
+            }
+        at = [self.offsets.get(index, 0)]
+        for token, _ in places:
+            at.append(at[-1] + len(token.text))
+        self.offsets[index] = at.pop()
+        return {
+            "tokens": [token.text for token, _ in places],
+            "token_logprobs": [token.logprob for token, _ in places],
+            # Of tokens that look alike the likeliest stays.
+            "top_logprobs": [{one.text: one.logprob for one in reversed(top)} or None for _, top in places],
+            "text_offset": at,
+            "base_token_logprobs": [token.base_logprob for token, _ in places],
+        }
+
+
+def _shown(one: Token) -> dict[str, Any]:
+    return {"token": one.text, "logprob": one.logprob, "bytes": list(one.data), "base_logprob": one.base_logprob}
+
+
+def tilt(done: Done) -> dict[str, Any]:
+    """What the engine knows of a choice: scores, KL in nats and its kind, the seed that gives it again."""
+    told = {
+        "reward": done.reward,
+        "rewards": done.rewards,
+        "kl": done.kl,
+        "kl_kind": done.kl_kind,
+        "seed": done.seed,
+        "drawn_tokens": done.drawn_tokens,
+    }
+    return told if done.blocks is None else told | {"candidates": done.blocks}
+
+
+def event(data: dict[str, Any]) -> bytes:
+    """One server-sent event."""
+    return b"data: " + json.dumps(data, ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode() + b"\n\n"

@@ -1,0 +1,56 @@
+"""How much one client, and all together, may ask for; and the answer to whoever asks for more."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+# status -> OpenAI's name for the kind of error
+TYPES = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error", 503: "service_unavailable_error"}
+
+
+class Refused(Exception):
+    """A request that gets an error for an answer, in OpenAI's form. retry: seconds until it may be tried again."""
+
+    def __init__(
+        self, status: int, message: str, param: str | None = None, code: str | None = None, retry: int | None = None
+    ) -> None:
+        super().__init__(message)
+        self.status, self.message, self.param, self.code, self.retry = status, message, param, code, retry
+
+    @property
+    def body(self) -> dict[str, dict[str, str | None]]:
+        kind = TYPES.get(self.status, "server_error" if self.status >= 500 else "invalid_request_error")
+        return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Each is a flag of `pyengine serve`. default_max_tokens: of a request that names none. requests: samples under way
+    at once; queue: of these, those that wait for rows. request_timeout: seconds."""
+
+    requests: int = 1024
+    queue: int = 512
+    k: int = 64
+    n: int = 16
+    max_tokens: int = 4096
+    default_max_tokens: int = 256
+    logprobs: int = 20
+    body_bytes: int = 4 << 20
+    request_timeout: float = 600.0
+
+    def at_most(self, name: str, value: int | None, field: str) -> None:
+        """Refused, naming field, value and limit, where a request asks for more than that limit."""
+        most = getattr(self, name)
+        if value is not None and value > most:
+            flag = "--max-" + name.replace("_", "-").removeprefix("max-")
+            message = f"{field} is {value}, this server's limit is {most} ({flag})"
+            raise Refused(400, message, field, "limit_exceeded")
+
+    def room(self, live: int, waiting: int, more: int) -> None:
+        """Refused where `more` samples would be too many beside those that are there."""
+        if live + more > self.requests:
+            message = f"{more} samples beside {live} under way, this server's limit is {self.requests} (--max-requests)"
+            raise Refused(429, message, "n" if more > self.requests else None, "too_many_requests", retry=1)
+        if waiting + more > self.queue:
+            message = f"{more} samples behind {waiting} that wait, this server's limit is {self.queue} (--max-queue)"
+            raise Refused(429, message, "n" if more > self.queue else None, "queue_full", retry=1)
