@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import http.client
+import json
 import os
+import re
 import subprocess
 import sys
+import time
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may reach for a hub
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -166,3 +170,63 @@ def poisoned(monkeypatch):
 
     monkeypatch.setattr(torch, "empty", lambda *a, **k: poison(empty(*a, **k)))
     monkeypatch.setattr(torch.Tensor, "new_empty", lambda self, *a, **k: poison(new_empty(self, *a, **k)))
+
+
+class Server:
+    """A server as a process of its own, and what a test asks it."""
+
+    def __init__(self, process, address, key):
+        self.process, self.address = process, address
+        self.url = f"http://{address[0]}:{address[1]}"
+        self.headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {key}"} if key else {})
+
+    def ask(self, method, path, body=None, headers=None):
+        """Status and JSON, or text where it is none."""
+        connection = http.client.HTTPConnection(*self.address, timeout=60)
+        data = body if isinstance(body, bytes) or body is None else json.dumps(body)
+        connection.request(method, path, data, self.headers if headers is None else self.headers | headers)
+        answer = connection.getresponse()
+        text = answer.read().decode()
+        connection.close()
+        return answer.status, json.loads(text) if answer.headers["Content-Type"] == "application/json" else text
+
+    def post(self, path, body, headers=None):
+        return self.ask("POST", path, body, headers)
+
+    def get(self, path, headers=None):
+        """headers: {} sends none."""
+        connection = http.client.HTTPConnection(*self.address, timeout=60)
+        connection.request("GET", path, headers=self.headers if headers is None else headers)
+        answer = connection.getresponse()
+        return answer.status, answer.read().decode()
+
+    def metrics(self):
+        """{sample: value}."""
+        lines = [line for line in self.get("/metrics")[1].splitlines() if not line.startswith("#")]
+        return {name: float(value) for name, value in (line.rsplit(" ", 1) for line in lines)}
+
+
+@pytest.fixture(scope="session")
+def serve(tmp_path_factory):
+    """Starts `pyengine serve` of the embedded model with these arguments."""
+    directory = tmp_path_factory.mktemp("serve")
+    faulty = directory / "faulty.py"
+    faulty.write_text("def raises(prompts, completions):\n    raise ValueError('it always does')\n")
+    scorers = [f"--scorer={name}" for name in ("prefix", "sentiment", "length", f"raises={faulty}:raises")]
+    running = []
+
+    def start(*arguments):
+        log = directory / f"{len(running)}.log"
+        command = [sys.executable, "-m", "pyengine", "serve", "--port=0", "--cache-gb=0.05", *scorers, *arguments]
+        with log.open("w") as file:
+            running.append(subprocess.Popen(command, stderr=file, env=os.environ | {"OMP_NUM_THREADS": "1"}))
+        while not (found := re.search(r"is served at http://([\d.]+):(\d+)", log.read_text())):
+            assert running[-1].poll() is None, log.read_text()
+            time.sleep(0.05)
+        key = arguments[arguments.index("--api-key") + 1] if "--api-key" in arguments else None
+        return Server(running[-1], (found[1], int(found[2])), key)
+
+    yield start
+    for process in running:
+        process.kill()
+        process.wait()

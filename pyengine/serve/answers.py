@@ -14,9 +14,11 @@ from pyengine.serve.wire import Done, Piece, Places, Token
 
 @dataclass
 class Answer:
-    """One HTTP answer. tokens, texts: of each prompt, n choices each. echo: each choice begins with its prompt's text.
-    silent: of an answer without a token, where only the prompt's own log-probabilities were asked for. top: the likeliest
-    tokens that were asked for at each place."""
+    """One HTTP answer.
+
+    tokens, texts: of each prompt, n choices each. echo: each choice begins with its prompt's text. silent: without a
+    token, as only the prompt's own log-probabilities were asked for. top: likeliest tokens asked for at each place.
+    """
 
     model: str
     chat: bool

@@ -231,7 +231,7 @@ class Core:
         )
 
     def _places(self, tokens: list[int], logprobs: list[Any] | None) -> Places | None:
-        """What the tokens' log-probabilities look like. JSON has no -inf: what is less than -9999 is -9999, as in vLLM."""
+        """What is known of these tokens. JSON has no -inf: a log-probability below -9999 is -9999, as in vLLM."""
         if logprobs is None:
             return None
         places: Places = []

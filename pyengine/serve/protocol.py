@@ -230,10 +230,12 @@ def sampling_in(body: Any, limits: Limits) -> SamplingParams:
 
 def field_of(message: str) -> tuple[str | None, str]:
     """The field that an error of the engine names, as this server calls it, and the message without the class."""
-    found = re.match(r"SamplingParams: (?:a token of )?(\w+)", message)
+    found = re.match(r"SamplingParams: (?:a token of |token \S+ of )?(\w+)", message)
     if found:
         field = "response_format" if found[1] == "grammar" else found[1]
         return field, message.removeprefix("SamplingParams: ")
+    if re.match(r"Tokenwise", message):
+        return ("tilt_kl_budget" if "kl_budget" in message else "tilt_scorer"), message
     found = re.match(r"(tilt_\w+): ", message)
     return (found[1], message[found.end() :]) if found else (None, message)
 
