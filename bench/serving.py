@@ -28,7 +28,6 @@ from pyengine.worlds import reviews
 
 RESULTS = Path(__file__).parent / "results" / "serving.json"
 CLIENTS, ROUNDS = 32, 7
-FAULTY = "def raises(prompts, completions):\n    raise ValueError('it always does')\n"
 
 
 @contextmanager
@@ -51,6 +50,10 @@ def served(*arguments: str) -> Iterator[tuple[str, int, subprocess.Popen[str]]]:
             process.send_signal(signal.SIGTERM)
             if process.wait(60) != 0:
                 raise SystemExit(f"the server ended with {process.returncode}")
+        except BaseException:
+            log.seek(0)
+            print(log.read()[-4000:], file=sys.stderr)
+            raise
         finally:
             process.kill()
 
@@ -153,12 +156,18 @@ def timed(model: str | None, count: int, tokens: int) -> dict[str, Any]:
     }
 
 
+def record(what: str, measured: Any) -> None:
+    """Into the results, beside what was measured of other things."""
+    known = json.loads(RESULTS.read_text()) if RESULTS.is_file() else {}
+    RESULTS.write_text(json.dumps(known | {what: measured}, indent=1) + "\n")
+
+
 def main(what: str, *arguments: str) -> None:
     if what == "time":
         rows = [timed(None, 512, 64)] + [timed(model, 64, 32) for model in arguments]
         for row in rows:
             print(json.dumps(row))
-        RESULTS.write_text(json.dumps(rows, indent=1) + "\n")
+        record("time", rows)
     elif what == "soak":
         from bench.serving_soak import soak
 

@@ -42,7 +42,7 @@ class Metrics:
     def done(self, done: Done) -> None:
         self.finished.labels(done.finish_reason).inc()
         self.committed.inc(len(done.tokens))
-        self.kl.labels(done.kl_kind).inc(done.kl)
+        self.kl.labels(done.kl_kind).inc(max(0.0, done.kl))  # a KL of 0 may be rounded to less
         self.queued.observe(done.queued)
         for rank in done.ranks:
             self.ranks.observe(rank)
