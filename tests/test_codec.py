@@ -161,6 +161,18 @@ def test_pieces_join_to_the_text(codec, skip):
             assert both.endswith(whole)
 
 
+def test_tokens_have_the_bytes_of_their_part_of_the_text(codec):
+    """Also where a character lies in several of them."""
+    text = "a naïve 写一首诗 🦊 fox"
+    ids = codec.pieces(text)
+    if codec.tokenizer.unk_token_id not in ids and "".join(codec.decode(ids).split()) == "".join(text.split()):
+        data = b"".join(codec.piece(token)[1] for token in ids)
+        assert "".join(data.decode().split()) == "".join(text.split())
+    for token in ids:
+        shown, data = codec.piece(token)
+        assert data.decode(errors="replace") == shown or BROKEN in shown
+
+
 def test_text_is_the_tokenizers_own_wherever_bytes_make_characters(codec):
     compared = 0
     for prompt, response in cases(codec, 300, seed=2):

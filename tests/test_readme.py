@@ -7,6 +7,8 @@ import re
 import shlex
 import subprocess
 import sys
+import threading
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -16,6 +18,8 @@ PAGES = {
     page.name: re.findall(r"^```(\w*)\n(.*?)^```", page.read_text(), re.DOTALL | re.MULTILINE)
     for page in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
 }
+# A server runs until it is told to end; the first of its page is there while the rest of that page runs.
+SERVE = "pyengine serve"
 COMMANDS = {
     line: None
     for blocks in PAGES.values()
@@ -31,10 +35,43 @@ def test_only_languages_that_are_run_here():
     assert {language for blocks in PAGES.values() for language, _ in blocks} == {"python", "sh"}
 
 
+@contextmanager
+def serving(command):
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(
+        [sys.executable, "-m", *shlex.split(command)], stderr=subprocess.PIPE, text=True, env=environment
+    )
+    try:
+        said = ""
+        while "is served at" not in said:
+            line = process.stderr.readline()
+            assert line, said
+            said += line
+        threading.Thread(target=process.stderr.read, daemon=True).start()
+        yield
+        process.terminate()
+        assert process.wait(30) == 0
+    finally:
+        process.kill()
+
+
+@pytest.fixture(scope="module")
+def served():
+    with serving(SERVE):
+        yield
+
+
 @pytest.mark.parametrize("command", COMMANDS)
-def test_command(command, tmp_path):
+def test_command(command, tmp_path, request):
     """`make` targets must exist (running them here would run this test again); the rest must succeed."""
     words = shlex.split(command, comments=True)
+    if command == SERVE:
+        return request.getfixturevalue("served")
+    if command.startswith(SERVE):
+        with serving(command):
+            return
+    if words[0] == "curl":
+        request.getfixturevalue("served")
     if words[0] == "make":
         subprocess.run(["make", "-n", *words[1:]], cwd=ROOT, check=True, capture_output=True)
         return
@@ -47,8 +84,10 @@ def test_command(command, tmp_path):
 
 
 @pytest.mark.parametrize("page", [name for name, blocks in PROGRAMS.items() if blocks])
-def test_python_blocks_in_order(page, tmp_path):
+def test_python_blocks_in_order(page, tmp_path, request):
     """One after the other in one program, as a reader would type them."""
+    if page == "serving.md":
+        request.getfixturevalue("served")
     (tmp_path / "page.py").write_text("\n".join(PROGRAMS[page]))
     done = subprocess.run([sys.executable, "page.py"], cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
