@@ -1,9 +1,10 @@
 """Whatever clients do to the server, nobody else's answer suffers and nothing is left behind.
 
-`python -m bench.serving soak [N]`: N requests of every kind from 32 clients. A tenth is cancelled midway, half of them
-by closing the stream and half by dropping the socket. Among the others are bodies that are no JSON, prompts that are
-too long, scorers that are not there and one that raises, and a client process is killed. Each answer has the status that it
-should have, 100 are the same when asked for again alone, no page is in use afterwards, and memory has not grown.
+`python -m bench.serving soak [N]`: N requests of every kind from 32 clients. A tenth is cancelled midway, half of
+them by closing the stream and half by dropping the socket. Among the others are bodies that are no JSON, prompts that
+are too long, scorers that are not there and one that raises, and a client process is killed. Each answer has the
+status that it should have, 100 are the same when asked for again alone, no page is in use afterwards, and memory has
+not grown.
 """
 
 from __future__ import annotations
