@@ -60,7 +60,7 @@ main() {
   step info 60 "$PYTHON" -m pyengine info
   "$PYTHON" -c 'import pyengine._C; print("runs", pyengine._C.__file__)'
   step test_cuda 120 bash -c 'tests "$REPO/tests/test_cuda.py"'
-  step test_triton 150 bash -c 'tests "$REPO/tests/test_triton.py"'
+  step test_triton 150 bash -c 'tests "$REPO/tests/test_triton.py" "$REPO/tests/test_triton_trees.py"'
   step test_tilt 60 bash -c 'tests "$REPO/tests/test_tilt.py" -k "opcheck or graph_breaks or equals_the_reference"'
   step memcheck 80 bash -c 'sanitize memcheck'
   step racecheck 80 bash -c 'sanitize racecheck'

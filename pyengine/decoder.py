@@ -27,6 +27,7 @@ from pyengine.attention import Decode, Extend, ExtendByPage, Loan, Pass, Span, l
 from pyengine.cache import LEAF, PAGE, BranchingCache, Sequence, budget_for, bytes_of, in_gb
 from pyengine.checkpoint import context_of
 from pyengine.errors import InputError
+from pyengine.modes import states_of
 from pyengine.ops.linear import Forwards, quick_forwards, steady_forwards
 from pyengine.ops.settings import settings
 from pyengine.ops.tree_attention import kernel_serves, prepare
@@ -382,11 +383,7 @@ class BranchingDecoder:
             **keep,
         )
         logits = output.logits[0]
-        hidden = {layer: output.hidden_states[layer][0] for layer in self.layers}
-        if any(h.dim() != 2 for h in hidden.values()):  # Gemma 3n keeps four
-            raise InputError(
-                f"{self.model.config.model_type}: a token has several hidden states; no scorer reads those"
-            )
+        hidden = {layer: states_of(self.model, output, layer)[0] for layer in self.layers}
         if rows is not None:
             logits = logits if keep else logits[rows]
             hidden = {layer: h[rows] for layer, h in hidden.items()}

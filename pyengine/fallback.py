@@ -21,7 +21,7 @@ from pyengine.decoder import BranchingDecoder, Decoder, Frontier, Rows, Stem
 from pyengine.errors import InputError, first_line
 from pyengine.group import Group
 from pyengine.invariance import why_not
-from pyengine.modes import evaluating
+from pyengine.modes import evaluating, states_of
 from pyengine.scorers.base import Hidden
 
 log = logging.getLogger("pyengine")
@@ -39,8 +39,8 @@ SHORT_TRIAL, LONGEST_TRIAL, TRIAL_GROWTH = (
 TOLD = frozenset({"sliding_window", "attention_chunk_size", "max_window_layers"})
 
 
-def _layers_of(output: Any, layers: tuple[int, ...]) -> Hidden:
-    return {layer: output.hidden_states[layer][:, -1] for layer in layers}
+def _layers_of(model: Any, output: Any, layers: tuple[int, ...]) -> Hidden:
+    return {layer: states_of(model, output, layer)[:, -1] for layer in layers}
 
 
 class _Unpaged:
@@ -107,7 +107,7 @@ class RecomputeDecoder(_Unpaged):
             ids = torch.tensor([rows[i] for i in index], device=self.model.device)
             with evaluating(self.model):
                 output = self.model(input_ids=ids, use_cache=False, output_hidden_states=bool(self.layers))
-            logits, hidden = output.logits[:, -1], _layers_of(output, self.layers)
+            logits, hidden = output.logits[:, -1], _layers_of(self.model, output, self.layers)
             for j, i in enumerate(index):
                 parts[i] = Frontier(logits[j : j + 1], {layer: h[j : j + 1] for layer, h in hidden.items()})
         return Frontier.of([parts[i] for i in range(len(rows))])
@@ -200,7 +200,7 @@ class ReplicatedDecoder(_Unpaged):
                 **self._keep_last,
             )
         cohort.store = output.past_key_values
-        return Frontier(output.logits[:, -1], _layers_of(output, self.layers))
+        return Frontier(output.logits[:, -1], _layers_of(self.model, output, self.layers))
 
 
 def choose_decoder(

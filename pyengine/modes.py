@@ -1,10 +1,14 @@
-"""Evaluation mode for as long as a model is read, and every module's own mode afterwards."""
+"""How a model is read: in evaluation mode, every module having its own again afterwards, and one state for a token."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
+
+from torch import Tensor
+
+from pyengine.errors import InputError
 
 
 @contextmanager
@@ -27,3 +31,11 @@ def evaluating(*models: Any) -> Iterator[None]:
 def _train(modules: list[Any]) -> None:
     for module in modules:
         module.training = True
+
+
+def states_of(model: Any, output: Any, layer: int) -> Tensor:
+    """The hidden states [B, T, D] of a layer in what `model` put out; InputError where a token has several."""
+    states: Tensor = output.hidden_states[layer]
+    if states.dim() != 3:  # Gemma 3n keeps four
+        raise InputError(f"{model.config.model_type}: a token has several hidden states; no scorer reads those")
+    return states

@@ -15,6 +15,7 @@ from pyengine.checkpoint import same_tokenizer
 from pyengine.decoder import PREFILL_TOKENS, BranchingDecoder, Frontier, Stem
 from pyengine.errors import InputError, first_line
 from pyengine.invariance import why_not
+from pyengine.modes import states_of
 from pyengine.ops.linear import steady as held_steady
 from pyengine.scorers import PrefixModel, RewardModel, Scorer
 
@@ -172,7 +173,7 @@ class PrefixReader(Reader):
         # A base policy may draw a row that pads its vocabulary, which this model does not embed.
         ids = ids.clamp(max=self.model.get_input_embeddings().weight.shape[0] - 1)
         output = self.model(input_ids=ids, position_ids=positions, use_cache=False, output_hidden_states=True)
-        self._states = output.hidden_states[self.head.layer][0]
+        self._states = states_of(self.model, output, self.head.layer)[0]
         states = self._states if rows is None else self._states[rows]
         return Frontier(states[:, :0], {self.head.layer: states})
 

@@ -9,9 +9,13 @@ import re
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may reach for a hub
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# Small tensors gain nothing from threads, and where two files run at a time those of one wait for those of the other.
+# The processes that tests start heed only this; a test that is about threads asks for them itself.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch
@@ -21,13 +25,16 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 import pyengine
 from pyengine import _C, Engine, ops
 
-# Small tensors gain nothing from threads, and on a busy machine each of torch's barriers costs milliseconds.
 torch.set_num_threads(1)
+
+# By what they take; the others follow in the order of their names.
+LONGEST = ("claims", "triton_trees", "embedded", "tilt", "training_prefix", "triton", "readme", "packaging")
 
 
 def pytest_collection_modifyitems(items):
-    """The longest file starts first: with several workers, the one that comes last is waited for."""
-    items.sort(key=lambda item: item.path.name != "test_triton.py")
+    """The longest files start first: with several workers, the one that comes last is waited for."""
+    place = {f"test_{name}.py": i for i, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: place.get(item.path.name, len(place)))
 
 
 TEXTS = ["the quick brown fox jumps over the lazy dog", "pack my box with five dozen jugs", "sphinx of quartz"]
@@ -144,6 +151,26 @@ def in_two_processes(tmp_path):
     return run
 
 
+@pytest.fixture
+def in_triton():
+    """Runs a file of tests/triton_cases in a process of its own: on the GPU where there is one, else interpreted.
+
+    The interpreter is chosen when triton is imported, so it would seize every other test of this process too.
+    """
+    pytest.importorskip("triton")
+    cases = Path(__file__).with_name("triton_cases")
+    environment = os.environ | {"PYTHONPATH": str(cases)}
+    environment |= {} if torch.cuda.is_available() else {"TRITON_INTERPRET": "1"}
+
+    def run(name):
+        command = [sys.executable, "-m", "pytest", "-q", "--noconftest", "-p", "rig", cases / name]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert "passed" in done.stdout
+
+    return run
+
+
 def _instruction_sets():
     for name in ("portable", "avx2", "avx512"):
         try:
@@ -219,7 +246,7 @@ def serve(tmp_path_factory):
         log = directory / f"{len(running)}.log"
         command = [sys.executable, "-m", "pyengine", "serve", "--port=0", "--cache-gb=0.05", *scorers, *arguments]
         with log.open("w") as file:
-            running.append(subprocess.Popen(command, stderr=file, env=os.environ | {"OMP_NUM_THREADS": "1"}))
+            running.append(subprocess.Popen(command, stderr=file))
         while not (found := re.search(r"is served at http://([\d.]+):(\d+)", log.read_text())):
             assert running[-1].poll() is None, log.read_text()
             time.sleep(0.05)

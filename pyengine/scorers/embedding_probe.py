@@ -14,7 +14,7 @@ from transformers import AutoModel
 from pyengine import ops
 from pyengine.checkpoint import load_checkpoint
 from pyengine.errors import InputError, first_line
-from pyengine.modes import evaluating
+from pyengine.modes import evaluating, states_of
 from pyengine.ops import BlockSelection
 from pyengine.scorers.base import Candidates, Scorer
 from pyengine.scorers.heads import Probe
@@ -64,7 +64,7 @@ def last_states(
         mask = (torch.arange(padded.shape[1]) < lengths[:, None]).long()
         given = {"input_ids": padded.to(model.device), "attention_mask": mask.to(model.device)}
         with evaluating(model):
-            states = model(**given, output_hidden_states=True).hidden_states[layer]
+            states = states_of(model, model(**given, output_hidden_states=True), layer)
         out[rows] = states[torch.arange(len(rows)), lengths - 1].float().cpu()
     return out
 

@@ -13,7 +13,7 @@ from transformers import AutoModel
 
 from pyengine.checkpoint import context_of, load_checkpoint
 from pyengine.errors import InputError, first_line
-from pyengine.modes import evaluating
+from pyengine.modes import evaluating, states_of
 from pyengine.scorers.base import Candidates, Hidden, Policy, Scorer
 from pyengine.scorers.heads import FORMAT, PrefixScorer, load_head
 
@@ -90,7 +90,7 @@ class PrefixModel(Scorer):
             output = self.model(
                 input_ids=torch.tensor([ids], device=self.model.device), use_cache=False, output_hidden_states=True
             )
-        return output.hidden_states[self.head.layer][0]
+        return states_of(self.model, output, self.head.layer)[0]
 
     @torch.inference_mode()
     def score(self, candidates: Candidates) -> Tensor:

@@ -9,6 +9,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from pyengine.modes import states_of
 from pyengine.scorers import PrefixScorer
 from pyengine.training.data import Encoded
 
@@ -85,7 +86,7 @@ def _read(model: Any, batch: Batch, rows: Tensor, layer: int, logits: bool) -> P
         output_hidden_states=True,
         **({"logits_to_keep": 1} if keep_few else {}),
     )
-    hidden = output.hidden_states[layer].flatten(0, 1)
+    hidden = states_of(model, output, layer).flatten(0, 1)
     at = ((steps >= start) & (steps < end)).flatten().nonzero()[:, 0]
     return Prefixes(
         before=hidden[at - 1],
