@@ -152,9 +152,12 @@ class Engine:
 
     def keep(self, scorer: ScorerLike) -> None:
         """Check a scorer that requests will name, and make its cache before the first of them comes."""
+        self._kept |= self._followed(scorer)[1]
+
+    def _followed(self, scorer: ScorerLike) -> tuple[list[Part], dict[Scorer, Reader]]:
         parts = parts_of(scorer)
         self._panel.check(parts)
-        self._kept |= self._panel.readers(parts)
+        return parts, self._panel.readers(parts)
 
     def forget(self) -> None:
         """What was read of prompts, and captured, is not used again: for a `frozen` engine whose model has changed."""
@@ -367,20 +370,14 @@ class Engine:
 
         A budget for whole sequences has become a weight. InputError for what is wrong with the call as a whole.
         """
-        parts, readers = self.parts, self._readers
-        if scorer is not None:
-            parts = parts_of(scorer)
-            self._panel.check(parts)
-            readers = self._panel.readers(parts)
+        parts, readers = (self.parts, self._readers) if scorer is None else self._followed(scorer)
         requests: list[Request] = []
         refused: dict[int, InputError] = {}
         plans: dict[tuple[Strategy, int], tuple[Plan, Shape]] = {}
         for i, (prompt, own, p) in enumerate(zip(prompts, strategies, sampling, strict=True)):
             if (own, id(p)) not in plans:
-                plans[own, id(p)] = (
-                    Plan(own, parts, readers, p),
-                    resolve(p, self.codec, self.policy.vocab_size, self.eos),
-                )
+                shape = resolve(p, self.codec, self.policy.vocab_size, self.eos)
+                plans[own, id(p)] = Plan(own, parts, readers, p), shape
             try:
                 text, ids, messages = self.codec.read(prompt, f"prompt {i}")
             except InputError as error:
