@@ -239,12 +239,13 @@ def serve(tmp_path_factory):
     directory = tmp_path_factory.mktemp("serve")
     faulty = directory / "faulty.py"
     faulty.write_text("def raises(prompts, completions):\n    raise ValueError('it always does')\n")
-    scorers = [f"--scorer={name}" for name in ("prefix", "sentiment", "length", f"raises={faulty}:raises")]
+    known = ("prefix", "sentiment", "length", f"raises={faulty}:raises")
     running = []
 
-    def start(*arguments):
+    def start(*arguments, scorers=known):
         log = directory / f"{len(running)}.log"
-        command = [sys.executable, "-m", "pyengine", "serve", "--port=0", "--cache-gb=0.05", *scorers, *arguments]
+        command = [sys.executable, "-m", "pyengine", "serve", "--port=0", "--cache-gb=0.05", *arguments]
+        command += [f"--scorer={scorer}" for scorer in scorers]
         with log.open("w") as file:
             running.append(subprocess.Popen(command, stderr=file))
         while not (found := re.search(r"is served at http://([\d.]+):(\d+)", log.read_text())):

@@ -2,21 +2,29 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import re
 import socket
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
-from pyengine import BestOfK, Blockwise, Tokenwise
+from pyengine import BestOfK, Blockwise, SamplingParams, Tokenwise
 from pyengine.errors import InputError
 from pyengine.named import scorer_named
+from pyengine.serve import app
+from pyengine.serve.answers import Answer
+from pyengine.serve.core import Core
 from pyengine.serve.limits import Limits, Refused
+from pyengine.serve.link import Link
 from pyengine.serve.protocol import Chat, Completion, prompts_of, sampling_in
-from pyengine.serve.wire import Cancel, Wire, framed
+from pyengine.serve.wire import Cancel, CoreOptions, Done, Failed, Job, Wire, framed
 from pyengine.vocabulary import FieldError, Tilt, tilt_of
 
 ROOT = Path(__file__).parent.parent
@@ -121,6 +129,80 @@ def test_the_wire_takes_messages_however_they_are_cut():
     ours.close()
     assert wire.take(None) == []
     assert wire.closed
+
+
+@pytest.fixture
+def core():
+    """In this process, with its wire's other end."""
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        yield Core(CoreOptions(scorers=(("length", "length"),), cache_gb=0.05), Wire(theirs)), Wire(ours)
+
+
+@pytest.mark.parametrize("listening", [False, True])
+def test_what_was_cancelled_is_free_within_two_steps(core, listening):
+    core, _ = core
+    sampling = SamplingParams(max_tokens=200, ignore_eos=True, seed=1, n=2)
+    out = []
+    core._obey(Job(1, ["Review of"], Blockwise(4, 8), sampling, None, listening, False), out)
+    core._obey(Job(2, ["Review of"], None, sampling, None, listening, False), out)
+    for _ in range(12):
+        core.engine.step()
+        core._collect(out)
+    assert core.engine.stats()["rows"] == 10
+    core._obey(Cancel(1), out)
+    core._obey(Cancel(2), out)
+    core.engine.step()
+    core.engine.step()
+    stats = core.engine.stats()
+    assert [stats[name] for name in ("running", "waiting", "rows", "pages_in_use", "leaves_in_use")] == [0] * 5
+    assert core.jobs == {}
+
+
+def test_a_step_that_fails_ends_its_requests_and_two_end_the_core(core, monkeypatch):
+    core, front = core
+    step, failing = core.engine.step, [True]
+
+    def fails():
+        if not core.engine._core.schedule.idle and failing:
+            failing.pop()
+            core.engine._core.schedule.abort(RuntimeError("out of memory"))
+            raise RuntimeError("out of memory")
+        return step()
+
+    monkeypatch.setattr(core.engine, "step", fails)
+    sampling = SamplingParams(max_tokens=8, seed=1)
+    front.send(Job(1, ["Review of"], None, sampling, None, False, False))
+    running = threading.Thread(target=core.run)
+    running.start()
+    heard = []
+    while not any(isinstance(message, Failed) for message in heard):
+        heard += [message for batch in front.take(None) for message in batch]
+    assert "out of memory" in next(message.message for message in heard if isinstance(message, Failed))
+    front.send(Job(2, ["Review of"], None, sampling, None, False, False))
+    while not any(isinstance(message, Done) for message in heard):
+        heard += [message for batch in front.take(None) for message in batch]
+    front._socket.shutdown(socket.SHUT_RDWR)
+    running.join()
+
+
+def test_a_stream_with_nothing_to_show_says_that_it_lives(monkeypatch):
+    monkeypatch.setattr(app, "QUIET", 0.05)
+    link = Link(CoreOptions())
+    service = app.Service(link, Limits(), "policy", None, False)
+
+    async def listen():
+        link._writer = SimpleNamespace(write=lambda data: None)
+        number, queue = link.ask(Job, ["a"], None, SamplingParams(), None, True, False)
+        stream = app.Talk(service, number, queue, time.monotonic(), False).stream(Answer("policy", False, 1), 1, False)
+        first = await anext(stream)
+        queue.put_nowait(Failed(number, "over", False))
+        return first, [piece async for piece in stream]
+
+    first, rest = asyncio.run(listen())
+    assert first.startswith(b":")
+    assert b"over" in rest[-2]
+    assert link.live == 0
 
 
 def test_the_front_needs_no_torch():
