@@ -18,6 +18,7 @@ if TYPE_CHECKING:  # torch takes seconds that `pyengine --help` need not spend
 MODELS = ("prefix", "probe", "reward-model")  # embedded
 EXACT = {"sentiment": reviews.sentiment, "politeness": reviews.politeness, "length": reviews.length}
 SCORERS = (*MODELS, *EXACT)
+SOURCES = f"a directory, a hub id, FILE.py:FUNCTION, or embedded: {', '.join(SCORERS)}"  # in words
 
 
 def scorer_named(name: str) -> ScorerLike:
@@ -31,7 +32,7 @@ def scorer_named(name: str) -> ScorerLike:
     if name in EXACT:
         return EXACT[name]
     source, colon, function = name.rpartition(":")
-    if colon and function.isidentifier():
+    if colon and function.isidentifier() and not Path(name).is_dir():
         return _function(source, function)
     if not name or ("/" not in name and not Path(name).is_dir()):  # else the hub is asked, which takes its time
         raise InputError(

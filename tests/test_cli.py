@@ -274,6 +274,27 @@ def test_a_line_keeps_what_else_it_holds(run, tmp_path):
     assert found[0]["prompt_ids"] == [5, 6]
 
 
+def test_a_function_of_your_own_is_followed(run, tmp_path):
+    (tmp_path / "own.py").write_text("def brief(prompts, completions):\n    return [-len(c) for c in completions]\n")
+    options = (
+        "--scorer",
+        f"{tmp_path}/own.py:brief",
+        "--k",
+        4,
+        "--block",
+        8,
+        "--max-tokens",
+        30,
+        "--seed",
+        1,
+        "--json",
+    )
+    code, out, err = run("generate", "Review of the Harbour, a bakery:", *options)
+    assert (code, err) == (0, "")
+    result = json.loads(out)
+    assert result["rewards"] == {"brief": -len(result["text"])}
+
+
 TEMPLATE = (
     "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}{% if add_generation_prompt %}<me>{% endif %}"
 )

@@ -351,7 +351,7 @@ def test_a_model_that_is_not_there_ends_it(tmp_path):
 def test_sigterm_finishes_what_runs_and_refuses_the_rest(serve):
     server = serve("--shutdown-timeout", "60")
     connection = http.client.HTTPConnection(*server.address)
-    connection.request("POST", "/v1/completions", json.dumps(LONG | {"max_tokens": 200}), server.headers)
+    connection.request("POST", "/v1/completions", json.dumps(LONG | {"max_tokens": 480}), server.headers)
     while not server.metrics()["pyengine_rows"]:
         time.sleep(0.01)
     server.process.send_signal(signal.SIGTERM)

@@ -9,7 +9,7 @@ import typer
 
 from pyengine.cli.load import Complaints, load_engine, quiet_loading, read_rows
 from pyengine.errors import InputError, whole
-from pyengine.named import SCORERS, scorer_named
+from pyengine.named import SOURCES, scorer_named
 
 
 def demo(
@@ -35,7 +35,7 @@ def curve(
     prompts: Annotated[int, typer.Option(help="Prompts for the embedded model, or of --input at most.")] = 64,
     input: Annotated[Path | None, typer.Option(help='JSONL file, one {"prompt": ...} a line.')] = None,
     model: Annotated[str | None, typer.Option(help="Directory or hub id; default: the embedded model.")] = None,
-    scorer: Annotated[str, typer.Option(help=f"What is followed: directory, hub id, {', '.join(SCORERS)}.")] = "prefix",
+    scorer: Annotated[str, typer.Option(help=f"What is followed: {SOURCES}.")] = "prefix",
     reward: Annotated[
         str | None, typer.Option(help="What is measured, and what best-of-K follows; default: the scorer.")
     ] = None,

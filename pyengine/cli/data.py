@@ -12,14 +12,12 @@ import typer
 
 from pyengine.cli.load import load_engine, quiet_loading
 from pyengine.errors import InputError
-from pyengine.named import SCORERS, scorer_named
-
-NAMES = ", ".join(SCORERS)
+from pyengine.named import SOURCES, scorer_named
 
 
 def label(
     data: Annotated[Path, typer.Argument(help='JSONL file, {"prompt", "response"} a line.')],
-    scorer: Annotated[str, typer.Option(help=f"Reads text: directory, hub id or embedded: {NAMES}.")],
+    scorer: Annotated[str, typer.Option(help=f"Reads text: {SOURCES}.")],
     out: Annotated[Path, typer.Option(help='The same lines with "reward"; a report comes beside it.')],
     ray: Annotated[
         str | None, typer.Option(help="On a Ray cluster: its HOST:PORT, auto, or local to start one here.")
@@ -44,7 +42,7 @@ def label(
 
 
 def pairs(
-    scorer: Annotated[str, typer.Option(help=f"What prefers: directory, hub id or embedded: {NAMES}.")],
+    scorer: Annotated[str, typer.Option(help=f"What prefers: {SOURCES}.")],
     out: Annotated[Path, typer.Option(help='JSONL of {"prompt", "chosen", "rejected"}; a report comes beside it.')],
     prompts: Annotated[
         Path | None, typer.Option(help='JSONL file, {"prompt"} a line; default: the embedded reviews.')

@@ -11,7 +11,7 @@ import typer
 
 from pyengine.cli.load import Complaints, Row, conditioned, load_engine, read_rows
 from pyengine.errors import InputError, RequestError
-from pyengine.named import SCORERS
+from pyengine.named import SOURCES
 
 if TYPE_CHECKING:
     from pyengine.results import Event, Result
@@ -63,7 +63,7 @@ def generate(
         Path | None, typer.Option(help='JSONL file, a "prompt" (text), "prompt_ids" or "messages" a line.')
     ] = None,
     model: Annotated[str | None, typer.Option(help="Directory or hub id; default: the embedded model.")] = None,
-    scorer: Annotated[str | None, typer.Option(help=f"Directory, hub id or embedded: {', '.join(SCORERS)}.")] = None,
+    scorer: Annotated[str | None, typer.Option(help=f"What is followed: {SOURCES}.")] = None,
     strategy: Annotated[
         str | None, typer.Option(help=f"{', '.join(STRATEGIES)}; default: blockwise with a scorer, else base.")
     ] = None,

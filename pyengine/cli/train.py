@@ -14,7 +14,7 @@ import typer
 
 import pyengine
 from pyengine.errors import InputError, real, whole
-from pyengine.named import SCORERS, scorer_named
+from pyengine.named import SOURCES, scorer_named
 
 if TYPE_CHECKING:
     from pyengine.engine import Engine
@@ -45,9 +45,7 @@ def scorer(
         Path | None, typer.Option(help='JSONL file, {"prompt", "response", "reward"} a line; or --rollouts.')
     ] = None,
     rollouts: Annotated[int | None, typer.Option(help="Responses that the model draws and --reward scores.")] = None,
-    reward: Annotated[
-        str | None, typer.Option(help=f"Directory or hub id of a scorer, or {', '.join(SCORERS)}.")
-    ] = None,
+    reward: Annotated[str | None, typer.Option(help=f"What scores them: {SOURCES}.")] = None,
     prompts: Annotated[
         Path | None, typer.Option(help='JSONL file, {"prompt"} a line, for --rollouts; default: the embedded reviews.')
     ] = None,
@@ -110,7 +108,7 @@ def scorer(
     if max_tokens is not None:
         whole(max_tokens, "--max-tokens", 1)
     if rollouts is not None and reward is None:
-        raise InputError(f"--rollouts needs --reward: a scorer's directory, or {', '.join(SCORERS)}")
+        raise InputError(f"--rollouts needs --reward: {SOURCES}")
     if model is not None and rollouts is not None and prompts is None:
         raise InputError("--rollouts of another model need --prompts FILE.jsonl")
     fresh(out, resume)

@@ -67,7 +67,7 @@ def serve(core: CoreOptions, options: ServeOptions, limits: Limits) -> None:
         await link.close()
 
     app = make_app(service, options.origins, lifespan)
-    config = uvicorn.Config(app, log_level="warning", lifespan="on", timeout_graceful_shutdown=5, server_header=False)
+    config = uvicorn.Config(app, log_level="warning", lifespan="on", timeout_graceful_shutdown=1, server_header=False)
     server = Draining(config, service, options.shutdown_timeout)
     server.run(sockets=[listening])
     if failed:
