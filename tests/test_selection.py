@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+import pyengine
 from pyengine import BestOfK, Blockwise, Engine, PrefixScorer, Probe, SamplingParams
 
 PROMPTS = ["the quick brown fox", "pack my box", "sphinx", "the lazy dog jumps"]
@@ -38,3 +39,12 @@ def test_a_branch_is_scored_on_its_own_states_whichever_were_dropped(engine, mon
                     want = prefix.values({-1: states[-1][0, -2:-1]})[0, candidate.tokens[-1]]
                     assert candidate.scores["prefix"] == pytest.approx(want.item(), abs=1e-3)
                     assert candidate.scores["probe"] == pytest.approx(probe(states[2][0, -1]).item(), abs=1e-3)
+
+
+def test_candidates_have_their_base_log_probability(engine):
+    engine.set_scorer(pyengine.embedded("prefix"))
+    (result,) = engine.generate("Review of the Harbour, a bakery:", Blockwise(4, 8), SamplingParams(24, seed=3))
+    for block in result.blocks:
+        kept = block.candidates[block.chosen]
+        own = result.logp_base[block.start : block.start + len(kept.tokens)]
+        assert kept.logp_base == pytest.approx(sum(own))
