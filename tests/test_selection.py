@@ -42,7 +42,7 @@ def test_a_branch_is_scored_on_its_own_states_whichever_were_dropped(engine, mon
 
 def test_candidates_have_their_base_log_probability(engine):
     engine.set_scorer(lambda prompts, completions: [float(len(c)) for c in completions])
-    (result,) = engine.generate("the quick", Blockwise(4, 8), SamplingParams(24, seed=3))
+    (result,) = engine.generate("the quick", Blockwise(4, 8), SamplingParams(24, seed=3, top_k=5))
     for block in result.blocks:
         kept = block.candidates[block.chosen]
         own = result.logp_base[block.start : block.start + len(kept.tokens)]
