@@ -168,6 +168,15 @@ def test_streamed_logprobs_are_those_of_the_whole(client):
         assert [at for p in pieces for at in p.text_offset] == whole.text_offset
 
 
+def test_logprobs_are_the_policys_with_the_bases_beside(client, engine):
+    (result,) = engine.generate(PROMPT, Tokenwise(4.0), SamplingParams(max_tokens=24, seed=3))
+    tilted = {"tilt_strategy": "tokenwise", "tilt_weight": 4.0}
+    logprobs = complete(client, logprobs=1, extra_body=tilted).choices[0].logprobs
+    assert logprobs.token_logprobs == pytest.approx(result.logp_policy, abs=1e-5)
+    assert logprobs.base_token_logprobs == pytest.approx(result.logp_base, abs=1e-5)
+    assert result.logp_policy != pytest.approx(result.logp_base, abs=1e-2)
+
+
 def test_bias_and_penalties(client, server):
     greedy = complete(client, temperature=0, logprobs=0).choices[0]
     first = greedy.logprobs.tokens[0]
