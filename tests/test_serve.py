@@ -92,8 +92,11 @@ def test_a_stream_joins_to_the_answer(client):
         assert sorted(c["rank"] for c in block["candidates"])[0] == 1
     assert chunks[-1].choices[0].tilt["kl"] == pytest.approx(whole.tilt["kl"])
     assert usage.usage.completion_tokens_details.tilt_drawn_tokens == whole.tilt["drawn_tokens"]
-    tokens = list(complete(client, stream=True))
-    assert len(tokens) == complete(client).usage.completion_tokens + 1  # a chunk for each token, and the end
+    told = {"include_usage": True, "continuous_usage_stats": True}
+    *tokens, usage = complete(client, stream=True, stream_options=told)
+    count = complete(client).usage.completion_tokens  # a chunk for each token, and the end
+    assert [chunk.usage.completion_tokens for chunk in tokens] == [*range(1, count + 1), count]
+    assert tokens[0].usage.total_tokens == usage.usage.prompt_tokens + 1
 
 
 def test_candidates_of_a_whole_answer(client):

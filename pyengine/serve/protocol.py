@@ -48,6 +48,7 @@ class StreamOptions(BaseModel):
     model_config = STRICT
     include_usage: bool | None = None
     include_obfuscation: Literal[False] | None = None
+    continuous_usage_stats: bool | None = None  # vLLM's
 
 
 class ResponseFormat(BaseModel):
