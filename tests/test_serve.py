@@ -20,6 +20,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import pyengine
 from pyengine import Blockwise, Engine, SamplingParams, Tokenwise
+from pyengine.serve.limits import Refused
+from pyengine.serve.link import Link
+from pyengine.serve.wire import CoreOptions, Job
 
 PROMPT = "Review of the Harbour, a bakery:"
 SCHEMA = {
@@ -93,8 +96,11 @@ def test_a_stream_joins_to_the_answer(client):
             assert c["rank"] == 1 + sum(other["base_logprob"] > c["base_logprob"] for other in block["candidates"])
     assert chunks[-1].choices[0].tilt["kl"] == pytest.approx(whole.tilt["kl"])
     assert usage.usage.completion_tokens_details.tilt_drawn_tokens == whole.tilt["drawn_tokens"]
-    tokens = list(complete(client, stream=True))
-    assert len(tokens) == complete(client).usage.completion_tokens + 1  # a chunk for each token, and the end
+    told = {"include_usage": True, "continuous_usage_stats": True}
+    *tokens, usage = complete(client, stream=True, stream_options=told)
+    count = complete(client).usage.completion_tokens  # a chunk for each token, and the end
+    assert [chunk.usage.completion_tokens for chunk in tokens] == [*range(1, count + 1), count]
+    assert tokens[0].usage.total_tokens == usage.usage.prompt_tokens + 1
 
 
 def test_candidates_of_a_whole_answer(client):
@@ -234,6 +240,7 @@ REFUSED = {
     "token": ({"prompt": [1, 10**6]}, "prompt"),
     "stop token": ({"extra_body": {"stop_token_ids": [10**6]}}, "stop_token_ids"),
     "logit_bias": ({"logit_bias": {"word": 1}}, "logit_bias"),
+    "long logit_bias": ({"logit_bias": {"9" * 5000: 1}}, "logit_bias"),
     "format": ({"extra_body": {"response_format": {"type": "xml"}}}, "response_format"),
     "schema": ({"extra_body": {"response_format": {"type": "json_schema", "json_schema": {}}}}, "response_format"),
     "stream_options": ({"stream_options": {"include_usage": True}}, "stream_options"),
@@ -248,6 +255,17 @@ def test_bad_values_are_named(client, name):
         complete(client, **fields)
     assert caught.value.body["param"] == param
     assert caught.value.body["type"] == "invalid_request_error"
+
+
+def test_what_is_nested_too_deeply_is_refused_and_leaves_nothing_under_way(server):
+    deep = json.loads('{"a":' * 900 + "1" + "}" * 900)
+    wanted = {"type": "json_schema", "json_schema": {"schema": deep}}
+    status, body = server.post("/v1/completions", {"prompt": PROMPT, "response_format": wanted})
+    assert (status, body["error"]["code"]) == (400, "invalid_body")
+    link = Link(CoreOptions())
+    with pytest.raises(Refused, match="nested too deeply"):
+        link.ask(Job, [PROMPT], None, SamplingParams(grammar={"json": deep}), None, False, False)
+    assert link.live == link.waiting == 0
 
 
 def test_a_refusal_says_limit_value_and_field(client):

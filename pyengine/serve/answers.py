@@ -18,6 +18,7 @@ class Answer:
 
     tokens, texts: of each prompt, n choices each. echo: each choice begins with its prompt's text. silent: without a
     token, as only the prompt's own log-probabilities were asked for. top: likeliest tokens asked for at each place.
+    running: each piece says how many tokens there are so far.
     """
 
     model: str
@@ -26,10 +27,11 @@ class Answer:
     echo: bool = False
     silent: bool = False
     top: int = 0
+    running: bool = False
     tokens: Sequence[int] = ()
     texts: Sequence[str] = ()
     drawn: int = 0  # of all branches
-    committed: int = 0
+    committed: dict[int, int] = field(default_factory=dict)  # tokens of each choice
     offsets: dict[int, int] = field(default_factory=dict)  # characters of each choice that were given
     id: str = ""
     created: int = 0
@@ -69,17 +71,15 @@ class Answer:
         return {"index": done.choice, "text": text, "logprobs": self._logprobs(done.choice, places)} | told
 
     def count(self, done: Done) -> None:
-        self.committed += 0 if self.silent else len(done.tokens)
+        self.committed[done.choice] = 0 if self.silent else len(done.tokens)
         self.drawn += done.drawn_tokens
 
     def usage(self) -> dict[str, Any]:
-        prompt, drawn = sum(self.tokens), {"tilt_drawn_tokens": self.drawn}
-        return {
-            "prompt_tokens": prompt,
-            "completion_tokens": self.committed,
-            "total_tokens": prompt + self.committed,
-            "completion_tokens_details": drawn,
-        }
+        return self._so_far() | {"completion_tokens_details": {"tilt_drawn_tokens": self.drawn}}
+
+    def _so_far(self) -> dict[str, Any]:
+        prompt, committed = sum(self.tokens), sum(self.committed.values())
+        return {"prompt_tokens": prompt, "completion_tokens": committed, "total_tokens": prompt + committed}
 
     # In pieces
 
@@ -90,6 +90,8 @@ class Answer:
         return self._piece(index, self.texts[index // self.n]) if self.echo else None
 
     def piece(self, piece: Piece) -> dict[str, Any]:
+        if not self.silent:
+            self.committed[piece.choice] = self.committed.get(piece.choice, 0) + len(piece.tokens)
         told: dict[str, Any] = {"kl": piece.kl}
         if piece.block is not None:
             told["block"] = piece.block
@@ -108,7 +110,8 @@ class Answer:
             "logprobs": logprobs,
             "finish_reason": None,
         }
-        return self._object(True, [choice | told])
+        whole = self._object(True, [choice | told])
+        return whole | {"usage": self._so_far()} if self.running else whole
 
     def final(self) -> dict[str, Any]:
         """Without choices: what it all took."""

@@ -26,6 +26,7 @@ from pyengine.serve.protocol import (
     Chat,
     Completion,
     Detokenization,
+    StreamOptions,
     Tokenization,
     field_of,
     prompts_of,
@@ -98,8 +99,9 @@ class Service:
             answer.tokens, answer.texts = accepted.tokens, accepted.texts
             count = len(prompts) * sampling.n
             if listening:
-                usage = body.stream_options is not None and bool(body.stream_options.include_usage)
-                return Events(talk, talk.stream(answer, count, usage))
+                options = body.stream_options or StreamOptions()
+                answer.running = bool(options.continuous_usage_stats)
+                return Events(talk, talk.stream(answer, count, bool(options.include_usage)))
             return JSONResponse(answer.whole(await unless_gone(http, talk.whole(count))))
         except BaseException:
             talk.end(False)

@@ -12,6 +12,7 @@ import sys
 from typing import Any
 
 from pyengine.errors import InputError
+from pyengine.serve.limits import Refused
 from pyengine.serve.wire import HEADER, Cancel, CoreOptions, Failed, Job, Ready, Stats, framed
 
 GONE = "the core has stopped"
@@ -76,9 +77,14 @@ class Link:
         return int(self.stats.engine.get("waiting", 0)) + self._sent - self.stats.taken
 
     def ask(self, make: Any, *fields: Any) -> tuple[int, asyncio.Queue[Any]]:
-        """Send a message of this kind; its number, and the queue of what comes back until `forget`."""
+        """Send a message of this kind; its number, and the queue of what comes back until `forget`. Refused where it is
+        nested deeper than can be sent, and then nothing is under way."""
         number = next(self._numbers)
         message = make(number, *fields)
+        try:
+            data = framed(message)
+        except RecursionError:
+            raise Refused(400, "the body is nested too deeply", None, "invalid_body") from None
         queue: asyncio.Queue[Any] = asyncio.Queue()
         self._queues[number] = queue
         if isinstance(message, Job):
@@ -86,7 +92,7 @@ class Link:
             self.live += self._sizes[number]
             self._sent += self._sizes[number]
         if self.dead is None:
-            self._writer.write(framed(message))
+            self._writer.write(data)
         else:
             queue.put_nowait(Failed(number, GONE, False))
         return number, queue

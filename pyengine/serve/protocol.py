@@ -48,6 +48,7 @@ class StreamOptions(BaseModel):
     model_config = STRICT
     include_usage: bool | None = None
     include_obfuscation: Literal[False] | None = None
+    continuous_usage_stats: bool | None = None  # vLLM's
 
 
 class ResponseFormat(BaseModel):
@@ -243,9 +244,9 @@ def field_of(message: str) -> tuple[str | None, str]:
 def _biases(given: dict[str, float] | None) -> dict[int, float] | None:
     if given is None:
         return None
-    if not all(key.isdecimal() for key in given):
-        key = next(key for key in given if not key.isdecimal())
-        raise Refused(400, f"logit_bias has {key!r:.40}, which is no token id", "logit_bias", "invalid_value")
+    wrong = next((key for key in given if not key.isdecimal() or len(key) > 10), None)  # Python reads no 5000 digits
+    if wrong is not None:
+        raise Refused(400, f"logit_bias has {wrong!r:.40}, which is no token id", "logit_bias", "invalid_value")
     return {int(key): bias for key, bias in given.items()}
 
 
