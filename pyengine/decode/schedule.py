@@ -80,7 +80,7 @@ class Schedule:
         if self._stale:
             self._replant({})
         if self.running:
-            self.counts["drawn_tokens"] += len(self.rows.table) * self.rows.run(tick)
+            self.counts["drawn_tokens"] += self.rows.run(tick)
             self._settle()
         if self.idle:
             self._end(True)
@@ -176,9 +176,9 @@ class Schedule:
             self._replant(dict.fromkeys(ready))
 
     def _beside(self) -> int:
-        """Tokens of prompts that are read between two steps of others. A CPU takes as long for a prompt's token as for
-        a row's: as many as there are rows hold those up by about one step more."""
-        return BESIDE_TOKENS if self.decoder.device.type != "cpu" else max(PAGE, len(self.rows.table))
+        """Tokens of prompts that are read between two runs of others. A CPU takes as long for a prompt's token as for a
+        row's: as many as there are rows, for each step of a run, hold those up by about as many steps more."""
+        return BESIDE_TOKENS if self.decoder.device.type != "cpu" else max(PAGE, len(self.rows.table)) * self.rows.steps
 
     def _replant(self, begun: Begun) -> None:
         self._stale = False
