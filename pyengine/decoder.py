@@ -34,7 +34,7 @@ from pyengine.reference import Tree
 from pyengine.scorers.base import Hidden
 
 PREFILL_TOKENS = 4096  # in one pass
-LIGHT = 2_000_000  # parameters
+LIGHT = 4_000_000  # parameters: at 10 million rows that idle cost more than looks do
 
 
 class Frontier(NamedTuple):

@@ -207,7 +207,7 @@ def test_rows_of_a_light_model_idle_until_the_host_looks(shaped, ends):
         probe, head = (load_scorer(pyengine.embedded(name)) for name in ("probe", "prefix"))
         scorers = [None, probe, PrefixModel(engine.model, engine.tokenizer, head), probe]
         each = [(p, kinds[i % 4], sampling(40, i, **shaped), scorers[i % 4]) for i, p in enumerate(PROMPTS)]
-        each.append((PROMPTS[0], BestOfK(16), sampling(3, **shaped), probe))  # then looks are not at the ends of blocks
+        each.append((PROMPTS[0], BestOfK(48), sampling(3, **shaped), probe))  # then looks are not at the ends of blocks
         handles = [engine.submit(*one) for one in each]
         steps = []
         while not core.schedule.idle:
@@ -223,8 +223,10 @@ def test_rows_of_a_light_model_idle_until_the_host_looks(shaped, ends):
     assert len(turns[0]) < len(turns[1]) * (0.8 if shaped else 0.5)
 
 
-@pytest.mark.parametrize(("rows", "ends", "want"), [(8, [1], 8), (8, [1, 2], 2), (8, [1, 3, 5], 3), (1, [1], 1)])
-def test_the_host_looks_where_a_quarter_of_the_rows_idles(engine, rows, ends, want):
+@pytest.mark.parametrize(
+    ("rows", "ends", "want"), [(8, [1, 2, 3, 4], 8), (8, [1, 2, 3, 4, 5], 5), (3, [1, 6, 6], 6), (1, [1], 1)]
+)
+def test_the_host_looks_where_more_than_half_of_the_rows_idle(engine, rows, ends, want):
     engine.eos = frozenset()
     for i in range(rows):
         engine.submit(PROMPTS[i], None, sampling([*ends, *[40] * rows][i]))

@@ -17,7 +17,6 @@ from pyengine.reader import Reader
 from pyengine.results import FinishReason
 from pyengine.scorers import Scorer
 
-IDLE = 0.25  # of a light model's rows may have ended before the host looks
 Begun = dict[Request, int | None]  # requests that begin a block: the row of their winner, None for a prompt just read
 
 
@@ -133,9 +132,9 @@ class Rows:
         """A few tokens for every row; returns how many were drawn in all. They have joined the branches."""
         step = self.step
         assert step is not None
-        horizon, n = self._horizon(step), len(self.table)
-        # Rows that idle cost as much as others: where so few go on, the host looks.
-        few = max(int(step.alive.sum()) * (1 - IDLE), (n - 1) // 2) if horizon > 1 and not self.decoder.waits else -1
+        horizon = self._horizon(step)
+        # Rows that idle cost as much as others: where more than half do, the host looks.
+        few = (len(self.table) - 1) // 2 if horizon > 1 and not self.decoder.waits else -1
         graph = self.decoder.captured[step.key] if step.fixed else None
         self.steps = 0
         while self.steps < horizon:
@@ -165,26 +164,28 @@ class Rows:
         likeliest = listed(step.top[0], [r.params.logprobs for r, _ in self.table]) if step.top else []
         step.top.clear()
         ended, count = list[int](), 0
-        for row, ((request, b), fields) in enumerate(zip(self.table, step.read(self.steps), strict=True)):
-            branch = request.branches[b]
+        tokens, logp_base, logp_policy, kl, valid = step.read(self.steps)
+        sound = all(valid)
+        for row, (request, b) in enumerate(self.table):
+            branch, at = request.branches[b], row * self.steps
             if branch.ended or request.error:
                 continue
-            n = min(self.steps, request.room - len(branch.tokens))
-            if n > 1 and not request.ends.isdisjoint(fields[0]):
-                n = min(n, 1 + next(i for i, token in enumerate(fields[0]) if token in request.ends))
-            tokens, logp_base, logp_policy, kl, valid = fields if n == self.steps else [x[:n] for x in fields]
-            if False in valid:
-                self._blame(request, len(branch.tokens) + valid.index(False), step, row)
+            drawn = tokens[at : at + min(self.steps, request.room - len(branch.tokens))]
+            if not request.ends.isdisjoint(drawn):
+                del drawn[1 + next(i for i, token in enumerate(drawn) if token in request.ends) :]
+            end = at + len(drawn)
+            if not sound and False in valid[at:end]:
+                self._blame(request, len(branch.tokens) + valid[at:end].index(False), step, row)
                 continue
-            branch.tokens += tokens
-            branch.logp_base += logp_base
-            branch.logp_policy += logp_policy
-            for nats in kl:
+            branch.tokens += drawn
+            branch.logp_base += logp_base[at:end]
+            branch.logp_policy += logp_policy[at:end]
+            for nats in kl[at:end]:
                 branch.kl += nats
-            if request.params.logprobs is not None:
+            if likeliest and request.params.logprobs is not None:
                 branch.logprobs.append(likeliest[row])
-            count += n
-            branch.finish_reason = self._finish(request, branch, tokens[-1])
+            count += len(drawn)
+            branch.finish_reason = self._finish(request, branch, drawn[-1])
             branch.ended = branch.finish_reason is not None or len(branch.tokens) == request.room
             if branch.ended:
                 ended.append(row)

@@ -258,14 +258,14 @@ class Step:
 
     # What the host reads
 
-    def read(self, steps: int) -> list[tuple[list[Any], ...]]:
-        """Of each row that is no padding, the fields of `TiltSample`, each of all steps since the last call."""
+    def read(self, steps: int) -> list[list[Any]]:
+        """The fields of `TiltSample` of all steps since the last call: a row's behind the one's before, no padding."""
         if self.fixed:
-            fields = [x[:steps] for x in self.kept]
+            fields = [x[:steps].T for x in self.kept]
             self.at.zero_()
         else:
-            fields, self.drawn = [torch.stack(x) for x in zip(*self.drawn, strict=True)], []
-        return list(zip(*(x[:, : self.n].T.tolist() for x in fields), strict=True))  # one transfer for each
+            fields, self.drawn = [torch.stack(x, 1) for x in zip(*self.drawn, strict=True)], []
+        return [x[: self.n].flatten().tolist() for x in fields]  # one transfer for each
 
     def frontier(self) -> Frontier:
         """At the last token of each row that is no padding."""

@@ -96,6 +96,8 @@ class Branch:
 
     def _ends_with(self, tokens: Sequence[int]) -> tuple[int, Finish] | None:
         """The first of the tokens that ends the branch by what it is or by being the last, with why."""
+        if self.count + len(tokens) < self.ends.limit and self.ends.eos.union(self.ends.tokens).isdisjoint(tokens):
+            return None
         for i, token in enumerate(tokens):
             at = self.count + i + 1
             if at > self.ends.min_tokens:
