@@ -189,7 +189,7 @@ def test_a_long_prompt_is_read_beside_the_steps_of_others(engine, listening, wan
     long = engine.submit(ids, None, sampling(4))
     while len(read) < len(want):
         engine._core.turn()
-    assert read == want
+    assert read[: len(want)] == want
     assert len(short.result().tokens) == 40
     assert long.result().tokens == engine.generate([ids], None, sampling(4))[0].tokens
 

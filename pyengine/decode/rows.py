@@ -29,6 +29,7 @@ class Rows:
         self.table: list[tuple[Request, int]] = []  # (request, branch) of each row
         self.step: Step | None = None
         self.steps = 0  # that the last run made
+        self.before = 0  # that were made before it
         self._followed: dict[Reader, list[tuple[Request, int]]] = {}  # rows that a reader tilts, in its order
 
     def clear(self) -> None:
@@ -136,7 +137,7 @@ class Rows:
         # Rows that idle cost as much as others: where more than half do, the host looks.
         few = (len(self.table) - 1) // 2 if horizon > 1 and not self.decoder.waits else -1
         graph = self.decoder.captured[step.key] if step.fixed else None
-        self.steps = 0
+        self.before, self.steps = self.before + self.steps, 0
         while self.steps < horizon:
             tick()
             if graph is not None:
@@ -189,6 +190,7 @@ class Rows:
             branch.ended = branch.finish_reason is not None or len(branch.tokens) == request.room
             if branch.ended:
                 ended.append(row)
+                request.ended_at = max(request.ended_at, self.before + len(drawn))
         if ended:
             step.alive[ended] = False
         return count

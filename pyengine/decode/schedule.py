@@ -198,7 +198,7 @@ class Schedule:
         for request in self.running:
             self._tell(request)
         over = [r for r in self.running if r.over]
-        for request in over:
+        for request in sorted(over, key=lambda r: r.ended_at):  # several steps may have been made
             self._leave(request)
         there = set(self.running)
         dead = sum(
