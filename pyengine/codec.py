@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -252,7 +251,11 @@ class Text:
 
     def copy(self) -> Text:
         """A fork, which grows apart from now on."""
-        return copy.copy(self)
+        if self.whole:
+            self._settle(self.pending)  # once for all that are made
+        other = object.__new__(Text)  # as `copy.copy` makes it, in a fraction of the time
+        other.__dict__.update(self.__dict__)
+        return other
 
     def push(self, ids: Sequence[int], last: bool = False) -> str:
         """The new text, once these tokens have followed. last: none will follow, so that nothing is held back."""

@@ -35,6 +35,7 @@ from pyengine.reference import Tree
 from pyengine.scorers.base import Hidden
 
 PREFILL_TOKENS = 4096  # in one pass
+LIGHT = 4_000_000  # parameters: at 10 million rows that idle cost more than looks do
 
 
 class Frontier(NamedTuple):
@@ -94,6 +95,7 @@ class Decoder(Protocol):
     max_rows: int
     waits: bool  # reading what a step drew would hold it up; rows that have ended may then go on for nothing
     idles: bool  # rows that have ended may stay: they do no harm, wherever they stand in the context
+    light: bool  # a step takes hardly longer than the host's look at it, so that rows may idle until the next
     captured: dict[Hashable, Any]  # what is replayed
 
     def begin(self) -> None: ...
@@ -139,6 +141,7 @@ class BranchingDecoder:
         self._shapes = layer_shapes(self._loan)
         self.cache = BranchingCache(self._shapes, bytes_of(budget, model.device), model.dtype, model.device)
         self.waits = model.device.type != "cpu"
+        self.light = sum(parameter.numel() for parameter in model.parameters()) <= LIGHT
         self.context = context_of(model.config) or 2**31
         self._keep_some = "logits_to_keep" in inspect.signature(model.forward).parameters
         self._quick = [] if steady else quick_forwards(model)
@@ -318,12 +321,12 @@ class BranchingDecoder:
         return self._buckets[key]
 
     def step(self, planted: Planted, tokens: Tensor, alive: Tensor) -> Frontier:
-        """On the device alone: it may be captured and replayed. A row that is not alive writes over its last token."""
+        """On the device alone: it may be captured and replayed. A row that is not alive reads its last token again, if
+        that is what it is given."""
         planted.tree.tail_len.add_(alive)
-        positions = planted.positions.clamp(max=self.context - 1)
-        frontier = self._forward(Decode(self.cache, planted.tree, 1, planted.calls), tokens, positions)
         planted.positions.add_(alive)
-        return frontier
+        positions = (planted.positions - 1).clamp_(min=0)  # of a row that pads a bucket
+        return self._forward(Decode(self.cache, planted.tree, 1, planted.calls), tokens, positions)
 
     @torch.inference_mode()
     def extend(self, planted: Planted, tokens: Tensor, last: Tensor) -> Frontier:

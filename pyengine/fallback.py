@@ -46,7 +46,7 @@ def _layers_of(model: Any, output: Any, layers: tuple[int, ...]) -> Hidden:
 class _Unpaged:
     """What both share: no memory to run out of, and nothing that outlives a call."""
 
-    waits = idles = False
+    waits = idles = light = False
 
     def __init__(self, model: Any, layers: tuple[int, ...], max_rows: int = 256) -> None:
         self.model, self.layers, self.max_rows = model, layers, max_rows

@@ -16,6 +16,7 @@ import torch
 import pyengine
 from pyengine import BestOfK, Blockwise, Engine, InputError, RequestError, SamplingParams, Tokenwise
 from pyengine.cache import PAGE, budget_for
+from pyengine.scorers import PrefixModel, load_scorer
 from pyengine.worlds import reviews
 
 ROOT = Path(__file__).parent.parent
@@ -97,9 +98,9 @@ def test_leaving_an_iterator_early_cancels(engine):
 @pytest.mark.parametrize("after", [0, 1, 5])
 def test_what_is_cancelled_is_free_with_the_next_step_and_others_go_on(engine, after):
     engine.eos = frozenset()
-    want = engine.generate(PROMPTS[1], BestOfK(1), sampling(40))[0]
+    want = engine.generate(PROMPTS[1], BestOfK(1), sampling(80))[0]
     gone = engine.submit(PROMPTS[0], None, sampling(200))
-    stays = engine.submit(PROMPTS[1], BestOfK(1), sampling(40))
+    stays = engine.submit(PROMPTS[1], BestOfK(1), sampling(80))
     for _ in range(after):
         engine._core.turn()
     gone.cancel()
@@ -174,21 +175,63 @@ def test_branches_wait_until_there_are_leaves_for_all_of_them(engine):
     assert small.stats()["waiting"] == 0
 
 
-def test_a_long_prompt_is_read_beside_the_steps_of_others(engine):
-    """In pieces, a page at least: those that decode have a token after each. A short one has its first at once."""
+@pytest.mark.parametrize(("listening", "want"), [(True, [PAGE, 1] * 4 + [5, 2]), (False, [4 * PAGE + 5, *[2] * 4])])
+def test_a_long_prompt_is_read_beside_the_steps_of_others(engine, listening, want):
+    """In pieces, a page at least for each token that those have which decode. A short one has its first at once."""
     engine.eos = frozenset()
     short = engine.submit(PROMPTS[0], None, sampling(40))
+    short.listening = listening
     engine._core.turn()
     read = []
     forward = engine._decoder._forward
     engine._decoder._forward = lambda work, ids, *rest: read.append(len(ids)) or forward(work, ids, *rest)
     ids = [1 + i % 500 for i in range(4 * PAGE + 5)]
     long = engine.submit(ids, None, sampling(4))
-    for _ in range(5):
+    while len(read) < len(want):
         engine._core.turn()
-    assert read == [PAGE, 1] * 4 + [5, 2]
+    assert read[: len(want)] == want
     assert len(short.result().tokens) == 40
     assert long.result().tokens == engine.generate([ids], None, sampling(4))[0].tokens
+
+
+@pytest.mark.parametrize(("shaped", "ends"), [({}, {0}), ({}, ()), ({"frequency_penalty": 1.0}, {0})])
+def test_rows_of_a_light_model_idle_until_the_host_looks(shaped, ends):
+    """At most eight steps later; they go on as where it looks after each, and what they draw meanwhile nobody has."""
+    kinds = [None, Blockwise(2, 5), Tokenwise(1.0), Blockwise(16, 24)]
+    found, drawn, turns = [], [], []
+    for light in (True, False):
+        engine = Engine.from_pretrained(pyengine.embedded("policy"), cache_gb=0.05, batch_invariant=True)
+        engine.eos, core = frozenset(ends), engine._core
+        assert engine._decoder.light
+        engine._decoder.light = light
+        probe, head = (load_scorer(pyengine.embedded(name)) for name in ("probe", "prefix"))
+        scorers = [None, probe, PrefixModel(engine.model, engine.tokenizer, head), probe]
+        each = [(p, kinds[i % 4], sampling(40, i, **shaped), scorers[i % 4]) for i, p in enumerate(PROMPTS)]
+        each.append((PROMPTS[0], BestOfK(48), sampling(3, **shaped), probe))  # then looks are not at the ends of blocks
+        handles = [engine.submit(*one) for one in each]
+        steps = []
+        while not core.schedule.idle:
+            core.turn()
+            steps.append(core.schedule.rows.steps)
+        turns.append(steps)
+        found.append([handle.result() for handle in handles])
+        drawn.append(engine.stats()["drawn_tokens"])
+    assert found[0] == found[1]
+    assert drawn[0] == drawn[1]
+    assert set(turns[1]) == {1}
+    assert max(turns[0]) > 2
+    assert len(turns[0]) < len(turns[1]) * (0.8 if shaped else 0.5)
+
+
+@pytest.mark.parametrize(
+    ("rows", "ends", "want"), [(8, [1, 2, 3, 4], 8), (8, [1, 2, 3, 4, 5], 5), (3, [1, 6, 6], 6), (1, [1], 1)]
+)
+def test_the_host_looks_where_more_than_half_of_the_rows_idle(engine, rows, ends, want):
+    engine.eos = frozenset()
+    for i in range(rows):
+        engine.submit(PROMPTS[i], None, sampling([*ends, *[40] * rows][i]))
+    engine._core.turn()
+    assert engine._core.schedule.rows.steps == want
 
 
 def test_a_plain_request_has_its_first_token_with_its_first_step(engine):
@@ -260,6 +303,7 @@ def test_async(engine):
 
 def test_a_step_that_fails_ends_what_was_under_way_and_nothing_else(engine):
     """An error of the engine's own, not of a request: each handle raises it, and the engine is whole again."""
+    engine.eos = frozenset()
     first, second = (engine.submit(prompt, None, sampling(40)) for prompt in PROMPTS[:2])
     engine._core.turn()
     step = engine._decoder.step

@@ -74,6 +74,7 @@ class Request:
     outcome: Result | None = None  # once it has ended
     error: Exception | None = None  # why it cannot go on; it leaves at the end of the step
     cancelled: bool = False
+    ended_at: int = 0  # the step of the loop with which its last branch ended
     told: int = 0  # tokens, or blocks, of which there have been events
     number: int = 0  # in the order of submission, from 1 on
     arrived: float = 0.0  # by time.monotonic(); when it was submitted

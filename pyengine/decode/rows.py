@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from itertools import groupby
+from operator import itemgetter
 
 import torch
 
@@ -26,6 +28,8 @@ class Rows:
         self.device = decoder.device
         self.table: list[tuple[Request, int]] = []  # (request, branch) of each row
         self.step: Step | None = None
+        self.steps = 0  # that the last run made
+        self.before = 0  # that were made before it
         self._followed: dict[Reader, list[tuple[Request, int]]] = {}  # rows that a reader tilts, in its order
 
     def clear(self) -> None:
@@ -82,7 +86,7 @@ class Rows:
         step = Step(
             self.decoder,
             [(request.stems[self.decoder], b) for request, b in self.table],
-            [self._draw(request, b, tilts) for request, b in self.table],
+            [draw for request, own in groupby(self.table, itemgetter(0)) for draw in self._draws(request, own, tilts)],
             _carried(old, sources, [(at, n) for r, n in fresh if (at := r.stems[self.decoder].at) is not None]),
             [Follower(scorer, readers.get(scorer)) for scorer in tilts],
             beside,
@@ -112,69 +116,84 @@ class Rows:
             parts.append(one.take([0] * n))
         return Shaping.join(parts)
 
-    def _draw(self, request: Request, b: int, tilts: Sequence[Scorer]) -> Draw:
-        """How the next token of a branch is drawn."""
-        p, plan, there = request.params, request.plan, len(request.branches[b].tokens)
-        return Draw(
-            p.temperature,
-            p.top_k,
-            p.top_p,
-            p.min_p,
-            request.seeds[b],
-            len(request.tokens) + there,
-            request.room - there,
-            len(request.tokens) + request.room == request.limit,
-            request.ends,
-            tuple([plan.tilts.get(scorer, 0.0) for scorer in tilts]) if plan.tilts else (),
-            plan.budget or 0.0,
-        )
+    def _draws(self, request: Request, rows: Iterable[tuple[Request, int]], tilts: Sequence[Scorer]) -> list[Draw]:
+        """How the next tokens of its branches are drawn."""
+        p, plan, done = request.params, request.plan, len(request.tokens)
+        weights = tuple([plan.tilts.get(scorer, 0.0) for scorer in tilts]) if plan.tilts else ()
+        same = (done + request.room == request.limit, request.ends, weights, plan.budget or 0.0)
+        there = [(b, len(request.branches[b].tokens)) for _, b in rows]
+        return [
+            Draw(p.temperature, p.top_k, p.top_p, p.min_p, request.seeds[b], done + n, request.room - n, *same)
+            for b, n in there
+        ]
 
     # Tokens
 
     def run(self, tick: Callable[[], object]) -> int:
-        """A few tokens for every row; returns how many steps it made. What was drawn joins the branches."""
+        """A few tokens for every row; returns how many were drawn in all. They have joined the branches."""
         step = self.step
         assert step is not None
-        steps = self._horizon()
+        horizon = self._horizon(step)
+        # Rows that idle cost as much as others: where more than half do, the host looks.
+        few = (len(self.table) - 1) // 2 if horizon > 1 and not self.decoder.waits else -1
         graph = self.decoder.captured[step.key] if step.fixed else None
-        for _ in range(steps):
+        self.before, self.steps = self.before + self.steps, 0
+        while self.steps < horizon:
             tick()
             if graph is not None:
                 graph()
             else:
                 step.step()
-        self._read(step, steps)
-        return steps
+            self.steps += 1
+            if few >= 0 and int(step.alive.sum()) <= few:
+                break
+        return self._read(step)
 
-    def _horizon(self) -> int:
-        """Steps before the host looks: to the nearest end of a block, one where somebody waits for each token."""
-        if not self.decoder.waits or any(_looked_at(request) for request, _ in self.table):
+    def _horizon(self, step: Step) -> int:
+        """Steps before the host looks, at most: one where somebody waits for each token."""
+        host = not self.decoder.waits
+        if (host and not self.decoder.light) or any(_looked_at(request) for request, _ in self.table):
             return 1
+        if host and step.shaping is None:
+            return HORIZON
+        # To the nearest end of a block: nothing keeps a graph's row, or what shapes it, as it is there.
         left = min(request.room - len(request.branches[b].tokens) for request, b in self.table)
         return max(1, min(HORIZON, left))
 
-    def _read(self, step: Step, steps: int) -> None:
-        """What was drawn joins the branches."""
-        for at, (tokens, logp_base, logp_policy, kl, valid) in enumerate(step.read(steps)):
-            likeliest = listed(step.top[at], [r.params.logprobs for r, _ in self.table]) if step.top else []
-            for row, (request, b) in enumerate(self.table):
-                branch = request.branches[b]
-                if branch.ended or request.error:
-                    continue
-                if not valid[row]:
-                    self._blame(request, branch, step, row)
-                    continue
-                branch.tokens.append(tokens[row])
-                branch.logp_base.append(logp_base[row])
-                branch.logp_policy.append(logp_policy[row])
-                branch.kl += kl[row]
-                if request.params.logprobs is not None:
-                    branch.logprobs.append(likeliest[row])
-                branch.finish_reason = self._finish(request, branch, tokens[row])
-                branch.ended = branch.finish_reason is not None or len(branch.tokens) == request.room
-                if branch.ended:
-                    step.alive[row] = False
+    def _read(self, step: Step) -> int:
+        """What was drawn joins the branches, up to their ends; how many tokens those are."""
+        likeliest = listed(step.top[0], [r.params.logprobs for r, _ in self.table]) if step.top else []
         step.top.clear()
+        ended, count = list[int](), 0
+        tokens, logp_base, logp_policy, kl, valid = step.read(self.steps)
+        sound = all(valid)
+        for row, (request, b) in enumerate(self.table):
+            branch, at = request.branches[b], row * self.steps
+            if branch.ended or request.error:
+                continue
+            drawn = tokens[at : at + min(self.steps, request.room - len(branch.tokens))]
+            if not request.ends.isdisjoint(drawn):
+                del drawn[1 + next(i for i, token in enumerate(drawn) if token in request.ends) :]
+            end = at + len(drawn)
+            if not sound and False in valid[at:end]:
+                self._blame(request, len(branch.tokens) + valid[at:end].index(False), step, row)
+                continue
+            branch.tokens += drawn
+            branch.logp_base += logp_base[at:end]
+            branch.logp_policy += logp_policy[at:end]
+            for nats in kl[at:end]:
+                branch.kl += nats
+            if likeliest and request.params.logprobs is not None:
+                branch.logprobs.append(likeliest[row])
+            count += len(drawn)
+            branch.finish_reason = self._finish(request, branch, drawn[-1])
+            branch.ended = branch.finish_reason is not None or len(branch.tokens) == request.room
+            if branch.ended:
+                ended.append(row)
+                request.ended_at = max(request.ended_at, self.before + len(drawn))
+        if ended:
+            step.alive[ended] = False
+        return count
 
     def _finish(self, request: Request, branch: Branch, token: int) -> FinishReason | None:
         """Why a branch ends with the token that it has just got, or None."""
@@ -186,8 +205,8 @@ class Rows:
             return "stop"
         return "length" if count == request.limit else None
 
-    def _blame(self, request: Request, branch: Branch, step: Step, row: int) -> None:
-        at = f"at token {len(request.tokens) + len(branch.tokens)}"
+    def _blame(self, request: Request, there: int, step: Step, row: int) -> None:
+        at = f"at token {len(request.tokens) + there}"
         if step.bad.get(row) == "request":
             request.fail(f"what is forbidden (allowed_token_ids, bad_words, grammar) leaves no token to draw {at}")
             return
@@ -203,10 +222,11 @@ class Rows:
         """Branches that have ended keep the states that their scorers read."""
         step = self.step
         assert step is not None
-        for row, (request, b) in enumerate(self.table):
-            branch = request.branches[b]
-            if branch.ended and not branch.hidden and step.hidden:
-                branch.hidden, branch.previous = step.states(row)
+        ended = [(row, branch) for row, (r, b) in enumerate(self.table) if (branch := r.branches[b]).ended]
+        new = [(row, branch) for row, branch in ended if step.hidden and not branch.hidden]
+        if new:
+            for (_, branch), states in zip(new, step.states([row for row, _ in new]), strict=True):
+                branch.hidden, branch.previous = states
 
 
 def _most(counts: list[int | None]) -> int | None:

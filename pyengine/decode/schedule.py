@@ -85,7 +85,7 @@ class Schedule:
             self._replant({})
         began = self._spent("prefill", began)
         if self.running:
-            self.counts["drawn_tokens"] += len(self.rows.table) * self.rows.run(tick)
+            self.counts["drawn_tokens"] += self.rows.run(tick)
             began = self._spent("draw", began)
             chosen = self._select()
             began = self._spent("score", began)
@@ -193,9 +193,9 @@ class Schedule:
             self._replant(dict.fromkeys(ready))
 
     def _beside(self) -> int:
-        """Tokens of prompts that are read between two steps of others. A CPU takes as long for a prompt's token as for
-        a row's: as many as there are rows hold those up by about one step more."""
-        return BESIDE_TOKENS if self.decoder.device.type != "cpu" else max(PAGE, len(self.rows.table))
+        """Tokens of prompts that are read between two runs of others. A CPU takes as long for a prompt's token as for a
+        row's: as many as there are rows, for each step of a run, hold those up by about as many steps more."""
+        return BESIDE_TOKENS if self.decoder.device.type != "cpu" else max(PAGE, len(self.rows.table)) * self.rows.steps
 
     def _replant(self, begun: Begun) -> None:
         self._stale = False
@@ -219,7 +219,7 @@ class Schedule:
         for request in self.running:
             self._tell(request)
         over = [r for r in self.running if r.over]
-        for request in over:
+        for request in sorted(over, key=lambda r: r.ended_at):  # several steps may have been made
             self._leave(request)
         there = set(self.running)
         dead = sum(

@@ -1,7 +1,7 @@
 """One step of all rows: draw, record, append. It runs as it is, or captured in a CUDA graph and replayed.
 
 On a GPU (`decoder.waits`) no step waits for the host: what was drawn is read once, at the end of a horizon. On a CPU
-reading is free, and a horizon is one step.
+reading is free, and a horizon is one step, or a few of a light model.
 """
 
 from __future__ import annotations
@@ -95,6 +95,7 @@ class Step:
         }
         self._columns(draws)
         self.alive = torch.tensor([True] * self.n + [False] * spare, device=self.device)
+        self.fed = torch.zeros(self.n, dtype=torch.long, device=self.device)  # each row's last token
         self.drawn: list[TiltSample] = []  # since the host has looked; where tensors stay, in `kept` instead
         if self.fixed:
             types = (torch.long, torch.float32, torch.float32, torch.float32, torch.bool)
@@ -220,15 +221,18 @@ class Step:
                 who: Blame = "scorer" if _drawable(logits[row]) else "model"
                 self.bad.setdefault(row, "request" if who == "model" and _drawable(self.logits[row]) else who)
         going = self.alive & ~(drawn.token[:, None] == self.ends).any(-1)
-        if not self.decoder.waits and not self.hidden and not bool((going & ((self.room > 1) | ~self.final)).any()):
-            return
-        going &= self.room > 1
-        before, alive = self.hidden, self.alive[:, None]
-        logits, hidden = self.decoder.step(self.planted, drawn.token, self.alive)
+        more = going & (self.room > 1)
+        if not self.decoder.waits and not self.hidden and not bool((more | (going & ~self.final)).any()):
+            return self._set("alive", more)
+        going, before, alive = more, self.hidden, self.alive[:, None]
+        token = drawn.token
+        if not self.fixed:  # the host may look later than a row's block ends, and that goes on as if it had not
+            self.fed = token = torch.where(self.alive, token, self.fed)
+        logits, hidden = self.decoder.step(self.planted, token, self.alive)
         self._set("previous", {n: torch.where(alive, before[n], h) for n, h in self.previous.items()})
         self._set("last", {n: torch.where(alive, hidden[n], h) for n, h in self.last.items()})
         for other, its in self.beside.items():
-            its.append(other, drawn.token, self.alive)
+            its.append(other, token, self.alive)
         self._set("hidden", hidden)
         self._set("logits", logits)
         self.columns["position"].add_(self.alive)
@@ -254,14 +258,14 @@ class Step:
 
     # What the host reads
 
-    def read(self, steps: int) -> list[list[list[Any]]]:
-        """The fields of `TiltSample` of each step since the last call, of the rows that are no padding."""
-        if not self.fixed:
-            found, self.drawn = [[x[: self.n].tolist() for x in drawn] for drawn in self.drawn], []
-            return found
-        fields = [x[:steps, : self.n].tolist() for x in self.kept]  # one transfer for each
-        self.at.zero_()
-        return [list(step) for step in zip(*fields, strict=True)]
+    def read(self, steps: int) -> list[list[Any]]:
+        """The fields of `TiltSample` of all steps since the last call: a row's behind the one's before, no padding."""
+        if self.fixed:
+            fields = [x[:steps].T for x in self.kept]
+            self.at.zero_()
+        else:
+            fields, self.drawn = [torch.stack(x, 1) for x in zip(*self.drawn, strict=True)], []
+        return [x[: self.n].flatten().tolist() for x in fields]  # one transfer for each
 
     def frontier(self) -> Frontier:
         """At the last token of each row that is no padding."""
@@ -274,10 +278,11 @@ class Step:
             for layer in own.keys() & its.keys():
                 own[layer] = torch.cat([its[layer][index], own[layer][len(sources) :]])
 
-    def states(self, row: int) -> tuple[Hidden, Hidden]:
-        """Hidden states [D] at the row's last token, and at the one before."""
-        last, previous = ({n: h[row].clone() for n, h in its.items()} for its in (self.last, self.previous))
-        return last, previous
+    def states(self, rows: list[int]) -> list[tuple[Hidden, Hidden]]:
+        """Hidden states [D] at the last token of each of these rows, and at the one before."""
+        index = torch.tensor(rows, device=self.device)
+        last, previous = ({n: h[index].unbind() for n, h in its.items()} for its in (self.last, self.previous))
+        return [({n: h[i] for n, h in last.items()}, {n: h[i] for n, h in previous.items()}) for i in range(len(rows))]
 
 
 class Graph:

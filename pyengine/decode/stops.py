@@ -6,7 +6,6 @@ it ends there however its tokens came: one by one or a block at a time.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -67,7 +66,8 @@ class Branch:
 
     def fork(self) -> Branch:
         """One that grows apart from now on."""
-        other = copy.copy(self)
+        other = object.__new__(Branch)
+        other.__dict__.update(self.__dict__)
         other.grown = self.grown.copy()
         return other
 
@@ -96,6 +96,8 @@ class Branch:
 
     def _ends_with(self, tokens: Sequence[int]) -> tuple[int, Finish] | None:
         """The first of the tokens that ends the branch by what it is or by being the last, with why."""
+        if self.count + len(tokens) < self.ends.limit and self.ends.eos.union(self.ends.tokens).isdisjoint(tokens):
+            return None
         for i, token in enumerate(tokens):
             at = self.count + i + 1
             if at > self.ends.min_tokens:
