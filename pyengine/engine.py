@@ -72,9 +72,7 @@ class Engine:
         batch_invariant: bool = False,
     ) -> None:
         if model.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-            raise InputError(
-                f"the kernels take float32, bfloat16 and float16, this model is {model.dtype}: give a dtype"
-            )
+            raise InputError(f"the kernels take fp32, bf16 and fp16, this model is {model.dtype}: give a dtype")
         self.model, self.tokenizer = model, tokenizer
         self.max_rows = whole(max_rows, "Engine: max_rows", 1)
         self.name = Path(model.config.name_or_path or type(model).__name__).name

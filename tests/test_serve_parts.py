@@ -16,6 +16,7 @@ from types import SimpleNamespace
 import pytest
 
 from pyengine import BestOfK, Blockwise, SamplingParams, Tokenwise
+from pyengine.decode.grammar import compile_grammar
 from pyengine.errors import InputError
 from pyengine.named import scorer_named
 from pyengine.serve import app
@@ -184,6 +185,40 @@ def test_a_step_that_fails_ends_its_requests_and_two_end_the_core(core, monkeypa
         heard += [message for batch in front.take(None) for message in batch]
     front._socket.shutdown(socket.SHUT_RDWR)
     running.join()
+
+
+def test_nobody_waits_while_a_grammar_is_compiled(core, monkeypatch):
+    core, front = core
+    going, compiled = threading.Event(), compile_grammar
+
+    def slow(*arguments):
+        going.wait(30)
+        return compiled(*arguments)
+
+    monkeypatch.setattr("pyengine.serve.core.compile_grammar", slow)
+    digits = SamplingParams(max_tokens=8, seed=1, grammar={"regex": "[0-9]{3}"})
+    front.send(Job(1, ["Review of"], None, digits, None, False, False))
+    front.send(Job(2, ["Review of"], None, digits, None, False, False))
+    front.send(Job(3, ["Review of"], None, SamplingParams(max_tokens=8, seed=1), None, False, False))
+    running = threading.Thread(target=core.run)
+    running.start()
+    heard = []
+
+    def hear(number):
+        while not any(isinstance(message, Done) and message.number == number for message in heard):
+            heard.extend(message for batch in front.take(None) for message in batch)
+
+    hear(3)
+    front.send(Cancel(2))
+    time.sleep(0.1)
+    going.set()
+    hear(1)
+    front._socket.shutdown(socket.SHUT_RDWR)
+    running.join()
+    done = [message for message in heard if isinstance(message, Done)]
+    assert [message.number for message in done] == [3, 1]
+    assert done[1].text.strip().isdigit()
+    assert core.taken == 3
 
 
 def test_a_stream_with_nothing_to_show_says_that_it_lives(monkeypatch):

@@ -8,11 +8,13 @@ import signal
 import socket
 import sys
 import time
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import torch
 
 import pyengine
+from pyengine.decode.grammar import compile_grammar
 from pyengine.decode.request import Handle, samples
 from pyengine.engine import Engine
 from pyengine.errors import InputError, first_line
@@ -38,6 +40,7 @@ from pyengine.serve.wire import (
 
 log = logging.getLogger("pyengine.serve")
 STATS_EVERY = 0.1  # seconds, at most
+COMPILED_EVERY = 0.01  # seconds after which it is looked whether a grammar is compiled, where nobody decodes
 
 
 class Core:
@@ -64,6 +67,9 @@ class Core:
         self.scorers = {name: _scorer(name, source) for name, source in options.scorers}
         self.engine.keep([(1.0, scorer) for scorer in self.scorers.values()])
         self.jobs: dict[int, tuple[Job, dict[int, Handle]]] = {}
+        # A grammar may take a minute to compile, in which nobody else is to wait; xgrammar lets go of the GIL.
+        self._compiler = ThreadPoolExecutor(1)
+        self._compiling: dict[int, tuple[Job, Future[Any]]] = {}
         self.taken = 0
         self._told = 0.0  # when stats were sent
         wire.send(
@@ -84,8 +90,12 @@ class Core:
         failures = 0
         while not self.wire.closed:
             out: list[Any] = []
-            for message in self.wire.take(0 if self.jobs else None):
+            for message in self.wire.take(0 if self.jobs else COMPILED_EVERY if self._compiling else None):
                 self._obey(message, out)
+            for number, (job, grammar) in list(self._compiling.items()):
+                if grammar.done():
+                    del self._compiling[number]
+                    self._answer(job, grammar, out)
             try:
                 self.engine.step()
                 failures = 0
@@ -109,8 +119,22 @@ class Core:
             _, handles = self.jobs.pop(message.number, (None, {}))
             for handle in handles.values():
                 handle.cancel()
+            self._compiling.pop(message.number, None)
             return
+        if isinstance(message, Job):
+            self.taken += len(message.prompts) * message.sampling.n
+            if message.sampling.grammar is not None:
+                codec, vocab, eos = self.engine.codec, self.engine.policy.vocab_size, self.engine.eos
+                compiled = self._compiler.submit(compile_grammar, message.sampling.grammar, codec, vocab, eos)
+                self._compiling[message.number] = message, compiled
+                return
+        self._answer(message, None, out)
+
+    def _answer(self, message: Any, grammar: Future[Any] | None, out: list[Any]) -> None:
+        """What a job begins with, once its grammar is compiled (and kept by its compiler), or a question's answer."""
         try:
+            if grammar is not None:
+                grammar.result()
             if isinstance(message, Job):
                 self._begin(message, out)
             elif isinstance(message, Tokenize):
@@ -124,7 +148,6 @@ class Core:
             out.append(Failed(message.number, f"{type(error).__name__}: {first_line(error)}", False))
 
     def _begin(self, job: Job, out: list[Any]) -> None:
-        self.taken += len(job.prompts) * job.sampling.n
         scorer = self._followed(job)
         handles: dict[int, Handle] = {}
         try:
