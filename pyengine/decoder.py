@@ -39,10 +39,7 @@ LIGHT = 4_000_000  # parameters: at 10 million rows that idle cost more than loo
 
 
 class Frontier(NamedTuple):
-    """Next-token logits [N, V] and hidden states {layer: [N, D]} at the last token of each row.
-
-    After a prompt or a token every row carries them, so no score ever misses its last token.
-    """
+    """Next-token logits [N, V] and hidden states {layer: [N, D]} at each row's last token: no score misses it."""
 
     logits: Tensor
     hidden: Hidden

@@ -232,6 +232,16 @@ class Server:
         lines = [line for line in self.get("/metrics")[1].splitlines() if not line.startswith("#")]
         return {name: float(value) for name, value in (line.rsplit(" ", 1) for line in lines)}
 
+    def idle(self):
+        """Whether nothing is held, within two seconds."""
+        names = ("requests_running", "requests_waiting", "rows", "pages_used_ratio", "leaves_used_ratio")
+        for _ in range(40):
+            found = self.metrics()
+            if not any(found[f"pyengine_{name}"] for name in names):
+                return True
+            time.sleep(0.05)
+        return False
+
 
 @pytest.fixture(scope="session")
 def serve(tmp_path_factory):
