@@ -90,6 +90,7 @@ class Codec:
         self._bytes = _byte_tokens(tokenizer)
         self._letters = _byte_letters(tokenizer)
         self._pieces: dict[int, tuple[str, bytes]] = {}
+        self._longest = max(map(len, tokenizer.get_vocab()), default=1)  # characters of a token
 
     # Text to tokens
 
@@ -116,6 +117,7 @@ class Codec:
         if isinstance(prompt, Mapping):
             prompt = form_of(prompt, label)
         if isinstance(prompt, str):
+            self.fits(prompt, label)
             return Prompt(prompt, self.encode(prompt, label))
         if not isinstance(prompt, Sequence) or isinstance(prompt, (bytes, bytearray)):
             raise InputError(f"{label} is not a string, token ids or messages: {prompt!r:.80}")
@@ -125,6 +127,14 @@ class Codec:
             )
         text = self.render(prompt, label)
         return Prompt(text, self.pieces(text, label), list(prompt))
+
+    def fits(self, text: str, label: str = "prompt") -> None:
+        """InputError for a text that is too long however long its tokens are, before it is cut into them."""
+        if self.context is not None and len(text) > self.context * self._longest:
+            says = (
+                f"{label} has {len(text)} characters, more than the {self.context} tokens that {self.name} reads hold"
+            )
+            raise InputError(says)
 
     def converse(self, messages: Any, label: str = "messages", ended: bool = False) -> list[int]:
         """The token ids of `render`."""

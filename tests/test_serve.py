@@ -324,3 +324,30 @@ def test_metrics_tell_what_was_done(client, server):
 def test_health_needs_no_key_and_the_rest_does(server):
     for path, status in (("/health", 200), ("/ready", 200), ("/", 200), ("/metrics", 401), ("/v1/models", 401)):
         assert server.get(path, {})[0] == status
+
+
+def test_who_has_no_key_is_refused_before_the_body_is_read(server):
+    status, body = server.ask("POST", "/v1/completions", b"{not json", {"Authorization": "Bearer wrong"})
+    assert (status, body["error"]["code"]) == (401, "invalid_api_key")
+    assert server.ask("POST", "/tokenize", {"prompt": "a"}, {"Authorization": "bearer secret"})[0] == 200
+    assert server.get("/openapi.json")[0] == 404
+
+
+def test_the_prompt_at_fault_is_named_and_one_that_is_far_too_long_is_not_cut_up(client):
+    with pytest.raises(openai.BadRequestError, match="prompt 1 has"):
+        complete(client, prompt=[PROMPT, "word " * 600], n=2)
+    with pytest.raises(openai.BadRequestError, match="characters"):
+        complete(client, prompt="word " * 100_000)
+    with pytest.raises(openai.BadRequestError, match="characters"):
+        client.post("/../tokenize", cast_to=object, body={"prompt": "word " * 100_000})
+
+
+def test_an_echo_alone_shows_no_token(client):
+    (only,) = complete(client, echo=True, max_tokens=0, n=1).choices
+    assert (only.text, only.logprobs) == (PROMPT, None)
+    assert "".join(c.choices[0].text for c in complete(client, echo=True, max_tokens=0, stream=True)) == PROMPT
+    both = complete(client, echo=True, logprobs=2, max_tokens=4, n=2).choices
+    ids = len(both[0].logprobs.tokens) - 4
+    assert both[0].logprobs.token_logprobs[:ids] == both[1].logprobs.token_logprobs[:ids]
+    for found in both[1].logprobs.top_logprobs[1:]:
+        assert list(found.values()) == sorted(found.values(), reverse=True)

@@ -14,18 +14,20 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from pydantic import ValidationError
 
 from pyengine import BestOfK, Blockwise, SamplingParams, Tokenwise
 from pyengine.decode.grammar import compile_grammar
 from pyengine.errors import InputError
 from pyengine.named import scorer_named
-from pyengine.serve import app
+from pyengine.serve import talk
 from pyengine.serve.answers import Answer
 from pyengine.serve.core import Core
 from pyengine.serve.limits import Limits, Refused
-from pyengine.serve.link import Link
+from pyengine.serve.link import GONE, Link
+from pyengine.serve.metrics import Metrics
 from pyengine.serve.protocol import Chat, Completion, prompts_of, sampling_in
-from pyengine.serve.wire import Cancel, CoreOptions, Done, Failed, Job, Wire, framed
+from pyengine.serve.wire import HEADER, Cancel, CoreOptions, Done, Failed, Job, Wire, framed
 from pyengine.vocabulary import FieldError, Tilt, tilt_of
 
 ROOT = Path(__file__).parent.parent
@@ -222,22 +224,46 @@ def test_nobody_waits_while_a_grammar_is_compiled(core, monkeypatch):
 
 
 def test_a_stream_with_nothing_to_show_says_that_it_lives(monkeypatch):
-    monkeypatch.setattr(app, "QUIET", 0.05)
+    monkeypatch.setattr(talk, "QUIET", 0.05)
     link = Link(CoreOptions())
-    service = app.Service(link, Limits(), "policy", None, False)
 
     async def listen():
         link._writer = SimpleNamespace(write=lambda data: None)
-        number, queue = link.ask(Job, ["a"], None, SamplingParams(), None, True, False)
-        stream = app.Talk(service, number, queue, time.monotonic(), False).stream(Answer("policy", False, 1), 1, False)
+        job = (["a"], None, SamplingParams(), None, True, False)
+        one = talk.Talk(link, Limits(), Metrics(link), Job, *job, prompts="prompt")
+        stream = one.stream(Answer("policy", False, 1), 1, False)
         first = await anext(stream)
-        queue.put_nowait(Failed(number, "over", False))
-        return first, [piece async for piece in stream]
+        one._queue.put_nowait(Failed(1, "over", False))
+        rest = [piece async for piece in stream]
+        assert link.live == 1
+        one.end()
+        return first, rest
 
     first, rest = asyncio.run(listen())
     assert first.startswith(b":")
     assert b"over" in rest[-2]
     assert link.live == 0
+
+
+def test_the_first_wrong_element_ends_a_list():
+    for wrong in ({"prompt": [1.5] * 50_000}, {"prompt": "a", "bad_words": [1] * 1000}):
+        with pytest.raises(ValidationError) as caught:
+            Completion.model_validate(wrong)
+        assert caught.value.error_count() < 10
+    for wrong in ({"stop": ["a"] * 2000}, {"logit_bias": {str(i): 1 for i in range(2000)}}, {"priority": -1}):
+        with pytest.raises(ValidationError):
+            Completion.model_validate({"prompt": "a"} | wrong)
+
+
+def test_a_message_that_cannot_be_read_is_the_end_of_the_core():
+    async def hear():
+        link = Link(CoreOptions())
+        reader = asyncio.StreamReader()
+        reader.feed_data(HEADER.pack(3) + b"???")
+        await link._read(reader)
+        return link.dead
+
+    assert asyncio.run(hear()) == GONE
 
 
 def test_the_front_needs_no_torch():

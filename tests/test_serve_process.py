@@ -96,7 +96,7 @@ def test_a_dead_core_is_said_at_once(serve):
 def test_too_many_are_told_to_come_back(serve):
     server = serve("--max-queue", "2", "--max-requests", "6", "--max-rows", "4", "--max-k", "4", "--max-n", "8")
     status, body = server.post("/v1/completions", LONG)
-    assert (status, body["error"]["code"], body["error"]["param"]) == (429, "too_many_requests", "n")
+    assert (status, body["error"]["code"], body["error"]["param"]) == (400, "limit_exceeded", "n")
     connections = [http.client.HTTPConnection(*server.address) for _ in range(6)]
     for connection in connections:
         connection.request("POST", "/v1/completions", json.dumps(LONG | {"n": 1}), server.headers)
@@ -111,3 +111,35 @@ def test_a_request_has_its_time(serve):
     assert (status, body["error"]["code"]) == (408, "request_timeout")
     assert "--request-timeout" in body["error"]["message"]
     assert server.idle()
+
+
+def test_other_sites_names_are_not_this_machine(server):
+    for host, status in (("evil.example", 403), ("evil.example:80", 403), ("localhost:1", 200), ("[::1]:1", 200)):
+        assert server.get("/v1/models", {"Host": host})[0] == status
+
+
+def test_who_does_not_read_holds_nobody_up_for_long(serve):
+    server = serve("--request-timeout", "2", "--max-requests", "4", "--max-n", "4")
+    body = json.dumps(LONG | {"n": 4, "stream": True, "logprobs": 20, "max_tokens": 480}).encode()
+    slow = socket.socket()
+    slow.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
+    slow.connect(server.address)
+    head = "POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+    slow.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
+    while not server.metrics()["pyengine_rows"]:
+        time.sleep(0.01)
+    short = LONG | {"n": 1, "max_tokens": 4}
+    assert server.post("/v1/completions", short)[0] == 429
+    deadline = time.monotonic() + 8
+    while server.post("/v1/completions", short)[0] != 200:
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    slow.close()
+
+
+def test_a_large_body_gets_413_and_the_end_of_its_connection(serve):
+    server = serve("--max-body-bytes", "1000")
+    connection = http.client.HTTPConnection(*server.address)
+    connection.request("POST", "/v1/completions", b"x" * 2000, server.headers)
+    answer = connection.getresponse()
+    assert (answer.status, answer.headers["Connection"]) == (413, "close")

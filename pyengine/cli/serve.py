@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from pyengine.errors import InputError
+from pyengine.errors import InputError, real, whole
 from pyengine.named import SCORERS
 
 
@@ -46,7 +46,7 @@ def serve(
     max_logprobs: Annotated[int, typer.Option(help="Likeliest tokens that a request may ask for.")] = 20,
     max_body_bytes: Annotated[int, typer.Option(help="Bytes of a request's body.")] = 4 << 20,
     request_timeout: Annotated[float, typer.Option(help="Seconds that a request may take.")] = 600.0,
-    shutdown_timeout: Annotated[float, typer.Option(help="Seconds for what is under way, after SIGTERM.")] = 30.0,
+    shutdown_timeout: Annotated[float, typer.Option(help="Seconds for what is under way, after SIGTERM.")] = 25.0,
     allow_origin: Annotated[list[str] | None, typer.Option(help="Site whose pages may call it (CORS).")] = None,
     log_requests: Annotated[bool, typer.Option("--log-requests", help="Write prompts into the log.")] = False,
     batch_invariant: Annotated[
@@ -65,6 +65,14 @@ def serve(
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
     if dtype not in (None, "float32", "bfloat16", "float16"):
         raise InputError(f"--dtype must be float32, bfloat16 or float16, got {dtype!r}")
+    for name, value in (("port", port), ("max-body-bytes", max_body_bytes)):
+        whole(value, f"--{name}", 0)
+    counts = {"rows": max_rows, "requests": max_requests, "queue": max_queue, "k": max_k, "n": max_n}
+    for name, value in (counts | {"tokens": max_tokens, "logprobs": max_logprobs}).items():
+        whole(value, f"--max-{name}", 1)
+    whole(default_max_tokens, "--default-max-tokens", 1)
+    real(request_timeout, "--request-timeout", 1e-3)
+    real(shutdown_timeout, "--shutdown-timeout", 0)
     core = CoreOptions(
         model=model,
         scorers=_scorers(scorer, model),

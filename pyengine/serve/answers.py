@@ -32,6 +32,7 @@ class Answer:
     texts: Sequence[str] = ()
     drawn: int = 0  # of all branches
     committed: dict[int, int] = field(default_factory=dict)  # tokens of each choice
+    firsts: dict[int, Places | None] = field(default_factory=dict)  # what is known of each prompt's tokens
     offsets: dict[int, int] = field(default_factory=dict)  # characters of each choice that were given
     id: str = ""
     created: int = 0
@@ -48,7 +49,10 @@ class Answer:
 
     def whole(self, done: Sequence[Done]) -> dict[str, Any]:
         """The object of all choices, in their order."""
-        choices = [self._choice(one) for one in sorted(done, key=lambda one: one.choice)]
+        done = sorted(done, key=lambda one: one.choice)
+        for one in done:
+            self.firsts.setdefault(one.choice // self.n, one.prompt_logprobs)
+        choices = [self._choice(one) for one in done]
         return self._object(False, choices) | {"usage": self.usage()}
 
     def _choice(self, done: Done) -> dict[str, Any]:
@@ -63,10 +67,11 @@ class Answer:
             } | told
         before = self.texts[done.choice // self.n] if self.echo else ""
         if self.silent:
-            done = done._replace(text="", logprobs=[])
+            done = done._replace(text="", logprobs=None if done.logprobs is None else [])
         places = done.logprobs
-        if places is not None and done.prompt_logprobs is not None:
-            places = [*done.prompt_logprobs, *places]
+        first = self.firsts[done.choice // self.n]
+        if places is not None and first is not None:
+            places = [*first, *places]
         text = before + done.text
         return {"index": done.choice, "text": text, "logprobs": self._logprobs(done.choice, places)} | told
 
@@ -95,7 +100,7 @@ class Answer:
         told: dict[str, Any] = {"kl": piece.kl}
         if piece.block is not None:
             told["block"] = piece.block
-        content = {"content": piece.text} if self.chat else piece.text
+        content = {"content": piece.text} if self.chat else "" if self.silent else piece.text
         return self._piece(piece.choice, content, self._logprobs(piece.choice, piece.logprobs), tilt=told)
 
     def last(self, done: Done) -> dict[str, Any]:
@@ -133,11 +138,18 @@ class Answer:
         return {
             "tokens": [token.text for token, _ in places],
             "token_logprobs": [token.logprob for token, _ in places],
-            # Of tokens that look alike the likeliest stays.
-            "top_logprobs": [{one.text: one.logprob for one in reversed(top)} or None for _, top in places],
+            "top_logprobs": [_likeliest(top) for _, top in places],
             "text_offset": at,
             "base_token_logprobs": [token.base_logprob for token, _ in places],
         }
+
+
+def _likeliest(top: Sequence[Token]) -> dict[str, float | None] | None:
+    """From the likeliest on; of tokens that look alike the likelier one."""
+    found: dict[str, float | None] = {}
+    for one in top:
+        found.setdefault(one.text, one.logprob)
+    return found or None
 
 
 def _shown(one: Token) -> dict[str, Any]:

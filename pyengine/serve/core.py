@@ -9,6 +9,7 @@ import socket
 import sys
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -77,10 +78,8 @@ class Core:
                 Ready(
                     self.engine.name,
                     codec.context,
-                    options.max_rows,
                     {name: scorer.scores_tokens for name, scorer in self.scorers.items()},
                     codec.templated,
-                    len(codec.tokenizer),
                 )
             ]
         )
@@ -154,12 +153,17 @@ class Core:
             for i, (prompt, strategy, sampling) in enumerate(
                 zip(*samples(list(job.prompts), job.strategy, job.sampling), strict=True)
             ):
+                if i % job.sampling.n:  # the first sample of a prompt has them for all
+                    sampling = replace(sampling, prompt_logprobs=None)
                 handles[i] = self.engine.submit(prompt, strategy, sampling, scorer, priority=job.priority)
                 if job.listening:
                     handles[i].listen()
-        except BaseException:
+        except BaseException as error:
             for handle in handles.values():
                 handle.cancel()
+            if isinstance(error, InputError):  # to the engine each is a call's only prompt
+                at = len(handles) // job.sampling.n
+                raise InputError(str(error).replace("prompt 0", f"prompt {at}", 1)) from error
             raise
         self.jobs[job.number] = job, handles
         firsts = [handles[i] for i in range(0, len(handles), job.sampling.n)]
@@ -183,6 +187,7 @@ class Core:
     def _tokens(self, message: Tokenize) -> Accepted:
         codec = self.engine.codec
         if isinstance(message.prompt, str):
+            codec.fits(message.prompt)
             ids = codec.encode(message.prompt) if message.special else codec.pieces(message.prompt)
         else:
             ids = codec.read(message.prompt).ids
@@ -225,7 +230,6 @@ class Core:
             event.text,
             event.tokens,
             event.kl,
-            None if block is None else block.ranks[block.chosen],
             self._places(event.tokens, event.logprobs),
             _shown(block) if block is not None and job.candidates else None,
         )
@@ -261,10 +265,10 @@ class Core:
         piece = self.engine.codec.piece
         for token, likeliest in zip(tokens, logprobs, strict=True):
             found = [
-                Token(*piece(one.token), one.token, max(one.logprob, -9999.0), max(one.base_logprob, -9999.0), one.rank)
+                Token(*piece(one.token), one.token, max(one.logprob, -9999.0), max(one.base_logprob, -9999.0))
                 for one in likeliest or ()
             ]
-            first = Token(*piece(token), token, None, None, 0)
+            first = Token(*piece(token), token, None, None)
             places.append((next((one for one in found if one.id == token), first), found))
         return places
 

@@ -47,10 +47,11 @@ class Limits:
             raise Refused(400, message, field, "limit_exceeded")
 
     def room(self, live: int, waiting: int, more: int) -> None:
-        """Refused where `more` samples would be too many beside those that are there."""
-        if live + more > self.requests:
-            message = f"{more} samples beside {live} under way, this server's limit is {self.requests} (--max-requests)"
-            raise Refused(429, message, "n" if more > self.requests else None, "too_many_requests", retry=1)
-        if waiting + more > self.queue:
-            message = f"{more} samples behind {waiting} that wait, this server's limit is {self.queue} (--max-queue)"
-            raise Refused(429, message, "n" if more > self.queue else None, "queue_full", retry=1)
+        """Refused where `more` samples would be too many beside those that are there, or ever."""
+        for name, there, says in (("requests", live, "under way"), ("queue", waiting, "that wait")):
+            most = getattr(self, name)
+            limit = f"this server's limit is {most} (--max-{name})"
+            if more > most:
+                raise Refused(400, f"{more} samples in one request, {limit}", "n", "limit_exceeded")
+            if there + more > most:
+                raise Refused(429, f"{more} samples beside {there} {says}, {limit}", None, "too_many_requests", retry=1)

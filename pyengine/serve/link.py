@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import itertools
+import logging
 import pickle
 import socket
 import subprocess
@@ -15,6 +16,7 @@ from pyengine.errors import InputError
 from pyengine.serve.limits import Refused
 from pyengine.serve.wire import HEADER, Cancel, CoreOptions, Failed, Job, Ready, Stats, framed
 
+log = logging.getLogger("pyengine.serve")
 GONE = "the core has stopped"
 
 
@@ -53,6 +55,9 @@ class Link:
                     self._hear(message)
         except (asyncio.IncompleteReadError, ConnectionError):
             self._die(self.dead or GONE)
+        except Exception:  # nobody would be told anything any more
+            log.exception("what the core says cannot be read")
+            self._die(GONE)
 
     def _hear(self, message: Any) -> None:
         if isinstance(message, Stats):
@@ -87,10 +92,10 @@ class Link:
             raise Refused(400, "the body is nested too deeply", None, "invalid_body") from None
         queue: asyncio.Queue[Any] = asyncio.Queue()
         self._queues[number] = queue
-        if isinstance(message, Job):
-            self._sizes[number] = len(message.prompts) * message.sampling.n
-            self.live += self._sizes[number]
-            self._sent += self._sizes[number]
+        job = isinstance(message, Job)
+        self._sizes[number] = len(message.prompts) * message.sampling.n if job else 1
+        self.live += self._sizes[number]
+        self._sent += self._sizes[number] if job else 0
         if self.dead is None:
             self._writer.write(data)
         else:
@@ -100,7 +105,7 @@ class Link:
     def forget(self, number: int, done: bool) -> None:
         """Nobody waits for it any more; what is not done gives its rows and pages back."""
         self._queues.pop(number)
-        self.live -= self._sizes.pop(number, 0)
+        self.live -= self._sizes.pop(number)
         if not done and self.dead is None:
             self._writer.write(framed(Cancel(number)))
 

@@ -85,11 +85,13 @@ class _Engine:
         counters = {
             "drawn_tokens": "Tokens of all branches.",
             "cancelled": "Samples that nobody waited for any more.",
+            "error": "Samples that failed.",
             "preempted": "Samples that gave their memory back and went on later.",
             "prefix_hit_tokens": "Tokens of prompts that were in the cache already.",
         }
         for key, says in counters.items():
-            yield CounterMetricFamily(f"pyengine_{key}", says, stats.get(key, 0))
+            name = "failed" if key == "error" else key
+            yield CounterMetricFamily(f"pyengine_{name}", says, stats.get(key, 0))
         steps = CounterMetricFamily("pyengine_step_seconds", "Seconds of the loop's steps.", labels=["phase"])
         for phase in PHASES:
             steps.add_metric([phase], stats.get(f"{phase}_seconds", 0.0))

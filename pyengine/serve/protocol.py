@@ -6,9 +6,9 @@ A field that is not known, or a value that this server does not do, is an error 
 from __future__ import annotations
 
 import re
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, create_model
+from pydantic import BaseModel, ConfigDict, Field, create_model
 
 from pyengine.errors import InputError
 from pyengine.results import SamplingParams
@@ -44,6 +44,12 @@ INSTEAD = {
 STRICT = ConfigDict(extra="forbid", strict=True)
 
 
+# The first wrong element ends a list: an error for each of a million would take gigabytes.
+T = TypeVar("T")
+Some = Annotated[list[T], Field(fail_fast=True, max_length=1024)]
+Many = Annotated[list[T], Field(fail_fast=True)]
+
+
 class StreamOptions(BaseModel):
     model_config = STRICT
     include_usage: bool | None = None
@@ -64,13 +70,13 @@ class Shared(BaseModel):
     model: str | None = None
     # OpenAI's
     frequency_penalty: float | None = None
-    logit_bias: dict[str, float] | None = None
+    logit_bias: Annotated[dict[str, float], Field(max_length=1024)] | None = None
     max_tokens: int | None = None
     n: int | None = None
     presence_penalty: float | None = None
     response_format: ResponseFormat | None = None
     seed: int | None = None
-    stop: str | list[str] | None = None
+    stop: str | Some[str] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     temperature: float | None = None
@@ -85,15 +91,16 @@ class Shared(BaseModel):
     top_k: int | None = None
     min_p: float | None = None
     repetition_penalty: float | None = None
-    stop_token_ids: list[int] | None = None
+    stop_token_ids: Some[int] | None = None
     include_stop_str_in_output: bool | None = None
     ignore_eos: bool | None = None
     min_tokens: int | None = None
     skip_special_tokens: bool | None = None
-    allowed_token_ids: list[int] | None = None
-    bad_words: list[str] | None = None
+    allowed_token_ids: Many[int] | None = None
+    bad_words: Some[str] | None = None
     structured_outputs: dict[str, Any] | None = None
-    priority: int | None = None
+    # 0 is the earliest: a client can let others go first, and overtake nobody.
+    priority: Annotated[int, Field(ge=0, le=2**31)] | None = None
 
 
 OPEN: dict[str, Any] = dict.fromkeys((*FIELDS, *NEUTRAL), (Any, None))
@@ -103,7 +110,7 @@ Generation: Any = create_model("Generation", __base__=Shared, **OPEN)
 class Completion(Generation):
     """`/v1/completions`."""
 
-    prompt: str | list[str] | list[int] | list[list[int]]
+    prompt: str | Many[str] | Many[int] | Many[Many[int]]
     echo: bool | None = None
     logprobs: int | None = None
 
@@ -111,7 +118,7 @@ class Completion(Generation):
 class Chat(Generation):
     """`/v1/chat/completions`. A last message of the assistant is continued."""
 
-    messages: list[dict[str, Any]]
+    messages: Many[dict[str, Any]]
     logprobs: bool | None = None
     top_logprobs: int | None = None
     max_completion_tokens: int | None = None
@@ -125,7 +132,7 @@ class Tokenization(BaseModel):
     model_config = STRICT
     model: str | None = None
     prompt: str | None = None
-    messages: list[dict[str, Any]] | None = None
+    messages: Many[dict[str, Any]] | None = None
     add_special_tokens: bool = True
     return_token_strs: bool = False
 
@@ -135,7 +142,7 @@ class Detokenization(BaseModel):
 
     model_config = STRICT
     model: str | None = None
-    tokens: list[int]
+    tokens: Many[int]
 
 
 def prompts_of(body: Any) -> list[Any]:
@@ -231,6 +238,7 @@ def sampling_in(body: Any, limits: Limits) -> SamplingParams:
 
 def field_of(message: str) -> tuple[str | None, str]:
     """The field that an error of the engine names, as this server calls it, and the message without the class."""
+    message = message.replace("SamplingParams: bad word ", "SamplingParams: bad_words: ")
     found = re.match(r"SamplingParams: (?:a token of |token \S+ of )?(\w+)", message)
     if found:
         field = "response_format" if found[1] == "grammar" else found[1]

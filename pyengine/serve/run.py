@@ -34,7 +34,7 @@ class ServeOptions:
     api_key: str | None = None
     origins: tuple[str, ...] = ()
     log_requests: bool = False
-    shutdown_timeout: float = 30.0
+    shutdown_timeout: float = 25.0
 
 
 def serve(core: CoreOptions, options: ServeOptions, limits: Limits) -> None:
@@ -94,6 +94,8 @@ class Draining(uvicorn.Server):
         if self._service.draining:
             self._patience -= 0.1
             if not self._service.link.live or self._patience <= 0:
+                # What was written last is sent to its end before the sockets close.
+                self.config.timeout_graceful_shutdown = max(1, int(self._patience))
                 self.should_exit = True
         return bool(await super().on_tick(counter))
 

@@ -38,7 +38,7 @@ class CoreOptions:
 
 class Job(NamedTuple):
     """Prompts that one HTTP request asks for, `sampling.n` samples of each. listening: pieces as they are committed.
-    candidates: whether blocks come with all their branches. whole: the end of the text alone is wanted."""
+    candidates: whether blocks come with all their branches."""
 
     number: int
     prompts: Sequence[Any]
@@ -75,10 +75,8 @@ class Ready(NamedTuple):
 
     name: str
     context: int | None
-    max_rows: int
     scorers: dict[str, bool]
     templated: bool
-    vocabulary: int
 
 
 class Failed(NamedTuple):
@@ -105,7 +103,6 @@ class Token(NamedTuple):
     id: int
     logprob: float | None  # None of a prompt's first
     base_logprob: float | None
-    rank: int
 
 
 Places = list[tuple[Token, list[Token]]]  # at each place the token that is there, and the likeliest
@@ -119,7 +116,6 @@ class Piece(NamedTuple):
     text: str
     tokens: list[int]
     kl: float
-    rank: int | None
     logprobs: Places | None
     block: dict[str, Any] | None
 
