@@ -6,9 +6,8 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, NamedTuple
-
-from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from pyengine.errors import InputError, first_line
 
@@ -87,10 +86,10 @@ class Codec:
         self.tokenizer, self.name, self.rows, self.context = tokenizer, name, rows, context
         added = getattr(tokenizer, "added_tokens_decoder", {})
         self.special = frozenset(tokenizer.all_special_ids) | {i for i, token in added.items() if token.special}
-        self._bytes = _byte_tokens(tokenizer)
-        self._letters = _byte_letters(tokenizer)
+        vocabulary = tokenizer.get_vocab()
+        self._bytes = _byte_tokens(tokenizer, vocabulary)
+        self._longest = max(map(len, vocabulary), default=1)  # characters of a token
         self._pieces: dict[int, tuple[str, bytes]] = {}
-        self._longest = max(map(len, tokenizer.get_vocab()), default=1)  # characters of a token
 
     # Text to tokens
 
@@ -216,6 +215,10 @@ class Codec:
     def _decoded(self, ids: Sequence[int]) -> str:
         return self.tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False)
 
+    @cached_property
+    def _letters(self) -> dict[str, int]:
+        return _byte_letters(self.tokenizer)
+
     def piece(self, token: int) -> tuple[str, bytes]:
         """The text and the bytes of one token in the middle of a text. One that is a part of a character has its own
         bytes, and U+FFFD as text."""
@@ -302,10 +305,10 @@ def _common(one: str, other: str) -> int:
     return next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), len(other))
 
 
-def _byte_tokens(tokenizer: Any) -> dict[int, int]:
+def _byte_tokens(tokenizer: Any, vocabulary: Mapping[str, int]) -> dict[int, int]:
     """{id: byte} of tokens that stand for one byte each, where the tokenizer falls back to them."""
     byte = re.compile(r"<0x([0-9A-F]{2})>")
-    found = ((i, byte.fullmatch(token)) for token, i in tokenizer.get_vocab().items())
+    found = ((i, byte.fullmatch(token)) for token, i in vocabulary.items())
     values = {i: int(match[1], 16) for i, match in found if match}
     # A tokenizer that does not fall back may have such tokens all the same, which are their own text then.
     letter = next((i for i, value in values.items() if value == ord("A")), None)
@@ -314,6 +317,8 @@ def _byte_tokens(tokenizer: Any) -> dict[int, int]:
 
 def _byte_letters(tokenizer: Any) -> dict[str, int]:
     """{letter: the byte that it stands for} in the tokens of a byte-level tokenizer; none in others'."""
+    from transformers.convert_slow_tokenizer import bytes_to_unicode  # half a second, where no tokenizer is loaded
+
     decoder = getattr(getattr(tokenizer, "backend_tokenizer", None), "decoder", None)
     return {letter: byte for byte, letter in bytes_to_unicode().items()} if "ByteLevel" in str(decoder) else {}
 

@@ -21,6 +21,7 @@ import pytest
 import torch
 import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers.processors import TemplateProcessing
 
 import pyengine
 from pyengine import _C, Engine, ops
@@ -104,6 +105,24 @@ def model_dirs(tmp_path_factory):
         model.save_pretrained(out[name])
         tokenizer.save_pretrained(out[name])
     return out
+
+
+CHAT_TEMPLATE = (
+    "{{ bos_token }}{% for m in messages %}{% if m.role == 'judge' %}{{ raise_exception('no judges') }}{% endif %}"
+    "[{{ m.role }}] {{ m.content }}{% if not loop.last or add_generation_prompt %} / {% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}[assistant] {% endif %}"
+)
+
+
+@pytest.fixture(scope="session")
+def chat_tokenizer(model_dirs):
+    """It puts a BOS before every text, and its chat template writes one too."""
+    tokenizer = transformers.AutoTokenizer.from_pretrained(model_dirs["llama"])
+    bos = tokenizer.convert_ids_to_tokens(7)
+    tokenizer.bos_token = bos
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single=f"{bos} $A", special_tokens=[(bos, 7)])
+    tokenizer.chat_template = CHAT_TEMPLATE
+    return tokenizer
 
 
 @pytest.fixture(scope="session")

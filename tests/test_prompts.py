@@ -20,25 +20,13 @@ from pyengine.training.examples import read_preferences
 from pyengine.training.labelling import label
 from pyengine.training.pairs import build_pairs
 
-TEMPLATE = (
-    "{{ bos_token }}{% for m in messages %}{% if m.role == 'judge' %}{{ raise_exception('no judges') }}{% endif %}"
-    "[{{ m.role }}] {{ m.content }}{% if not loop.last or add_generation_prompt %} / {% endif %}{% endfor %}"
-    "{% if add_generation_prompt %}[assistant] {% endif %}"
-)
 ASKED = [{"role": "user", "content": "the quick"}]
 
 
 @pytest.fixture
-def chat(model_dirs):
+def chat(model_dirs, chat_tokenizer):
     """An engine whose tokenizer has a BOS, which it puts before every text, and a chat template that writes one."""
-    from tokenizers.processors import TemplateProcessing
-
-    tokenizer = transformers.AutoTokenizer.from_pretrained(model_dirs["llama"])
-    bos = tokenizer.convert_ids_to_tokens(7)
-    tokenizer.bos_token = bos
-    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single=f"{bos} $A", special_tokens=[(bos, 7)])
-    tokenizer.chat_template = TEMPLATE
-    return Engine(transformers.AutoModelForCausalLM.from_pretrained(model_dirs["llama"]), tokenizer)
+    return Engine(transformers.AutoModelForCausalLM.from_pretrained(model_dirs["llama"]), chat_tokenizer)
 
 
 class TestPrompts:

@@ -7,32 +7,21 @@ import json
 import openai
 import pytest
 import transformers
-from tokenizers.processors import TemplateProcessing
 
 from pyengine import Blockwise, Engine, SamplingParams
 
-TEMPLATE = (
-    "{{ bos_token }}{% for m in messages %}{% if m.role == 'judge' %}{{ raise_exception('no judges') }}{% endif %}"
-    "[{{ m.role }}] {{ m.content }}{% if not loop.last or add_generation_prompt %} / {% endif %}{% endfor %}"
-    "{% if add_generation_prompt %}[assistant] {% endif %}"
-)
 ASKED = [{"role": "system", "content": "be"}, {"role": "user", "content": "the quick"}]
 BLOCKWISE = {"tilt_strategy": "blockwise", "tilt_k": 3, "tilt_block_tokens": 4, "tilt_scorer": "length"}
 
 
 @pytest.fixture(scope="module")
-def directory(model_dirs, tmp_path_factory):
+def directory(model_dirs, chat_tokenizer, tmp_path_factory):
     """Whose tokenizer puts a BOS before every text, and whose template writes one too."""
     directory = tmp_path_factory.mktemp("chat")
     model = transformers.AutoModelForCausalLM.from_pretrained(model_dirs["llama"])
     model.generation_config.eos_token_id = None
     model.save_pretrained(directory)
-    tokenizer = transformers.AutoTokenizer.from_pretrained(model_dirs["llama"])
-    bos = tokenizer.convert_ids_to_tokens(7)
-    tokenizer.bos_token = bos
-    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single=f"{bos} $A", special_tokens=[(bos, 7)])
-    tokenizer.chat_template = TEMPLATE
-    tokenizer.save_pretrained(directory)
+    chat_tokenizer.save_pretrained(directory)
     return directory
 
 

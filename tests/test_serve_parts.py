@@ -119,6 +119,15 @@ def test_a_request_without_a_length_gets_the_default():
     assert caught.value.param == "max_completion_tokens"
 
 
+@pytest.mark.parametrize(
+    ("limit", "flag"),
+    [("requests", "--max-requests"), ("max_tokens", "--max-tokens"), ("default_max_tokens", "--default-max-tokens")],
+)
+def test_a_limit_of_nothing_is_named_by_its_flag(limit, flag):
+    with pytest.raises(InputError, match=flag):
+        Limits(**{limit: 0})
+
+
 def test_the_wire_takes_messages_however_they_are_cut():
     ours, theirs = socket.socketpair()
     wire = Wire(theirs)

@@ -10,6 +10,7 @@ import typer
 
 from pyengine.errors import InputError, real, whole
 from pyengine.named import SCORERS
+from pyengine.serve.limits import Limits
 
 
 def serve(
@@ -37,15 +38,17 @@ def serve(
     max_model_len: Annotated[
         int | None, typer.Option(help="Tokens of prompt and answer (default: the model's).")
     ] = None,
-    max_requests: Annotated[int, typer.Option(help="Samples under way at once, waiting ones included.")] = 1024,
-    max_queue: Annotated[int, typer.Option(help="Samples that wait for rows.")] = 512,
-    max_k: Annotated[int, typer.Option(help="Branches that a request may ask for.")] = 64,
-    max_n: Annotated[int, typer.Option(help="Samples that a request may ask for.")] = 16,
-    max_tokens: Annotated[int, typer.Option(help="New tokens that a request may ask for.")] = 4096,
-    default_max_tokens: Annotated[int, typer.Option(help="New tokens where a request names none.")] = 256,
-    max_logprobs: Annotated[int, typer.Option(help="Likeliest tokens that a request may ask for.")] = 20,
-    max_body_bytes: Annotated[int, typer.Option(help="Bytes of a request's body.")] = 4 << 20,
-    request_timeout: Annotated[float, typer.Option(help="Seconds that a request may take.")] = 600.0,
+    max_requests: Annotated[int, typer.Option(help="Samples under way, waiting ones included.")] = Limits.requests,
+    max_queue: Annotated[int, typer.Option(help="Samples that wait for rows.")] = Limits.queue,
+    max_k: Annotated[int, typer.Option(help="Branches that a request may ask for.")] = Limits.k,
+    max_n: Annotated[int, typer.Option(help="Samples that a request may ask for.")] = Limits.n,
+    max_tokens: Annotated[int, typer.Option(help="New tokens that a request may ask for.")] = Limits.max_tokens,
+    default_max_tokens: Annotated[
+        int, typer.Option(help="New tokens where a request names none.")
+    ] = Limits.default_max_tokens,
+    max_logprobs: Annotated[int, typer.Option(help="Likeliest tokens that a request may ask for.")] = Limits.logprobs,
+    max_body_bytes: Annotated[int, typer.Option(help="Bytes of a request's body.")] = Limits.body_bytes,
+    request_timeout: Annotated[float, typer.Option(help="Seconds that a request may take.")] = Limits.request_timeout,
     shutdown_timeout: Annotated[float, typer.Option(help="Seconds for what is under way, after SIGTERM.")] = 25.0,
     allow_origin: Annotated[list[str] | None, typer.Option(help="Site whose pages may call it (CORS).")] = None,
     log_requests: Annotated[bool, typer.Option("--log-requests", help="Write prompts into the log.")] = False,
@@ -59,19 +62,13 @@ def serve(
         from pyengine.serve.run import ServeOptions, serve
     except ModuleNotFoundError as error:
         raise InputError(f"{error.name} is missing: pip install 'tilt-engine[serve]'") from error
-    from pyengine.serve.limits import Limits
     from pyengine.serve.wire import CoreOptions
 
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
     if dtype not in (None, "float32", "bfloat16", "float16"):
         raise InputError(f"--dtype must be float32, bfloat16 or float16, got {dtype!r}")
-    for name, value in (("port", port), ("max-body-bytes", max_body_bytes)):
-        whole(value, f"--{name}", 0)
-    counts = {"rows": max_rows, "requests": max_requests, "queue": max_queue, "k": max_k, "n": max_n}
-    for name, value in (counts | {"tokens": max_tokens, "logprobs": max_logprobs}).items():
-        whole(value, f"--max-{name}", 1)
-    whole(default_max_tokens, "--default-max-tokens", 1)
-    real(request_timeout, "--request-timeout", 1e-3)
+    whole(port, "--port", 0)
+    whole(max_rows, "--max-rows", 1)
     real(shutdown_timeout, "--shutdown-timeout", 0)
     core = CoreOptions(
         model=model,

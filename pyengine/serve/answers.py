@@ -57,14 +57,10 @@ class Answer:
 
     def _choice(self, done: Done) -> dict[str, Any]:
         self.count(done)
-        told = {"finish_reason": done.finish_reason, "stop_reason": done.stop_reason, "tilt": tilt(done)}
         if self.chat:
             content = {"role": "assistant", "content": done.text, "refusal": None}
-            return {
-                "index": done.choice,
-                "message": content,
-                "logprobs": self._logprobs(done.choice, done.logprobs),
-            } | told
+            logprobs = self._logprobs(done.choice, done.logprobs)
+            return {"index": done.choice, "message": content, "logprobs": logprobs} | _end(done)
         before = self.texts[done.choice // self.n] if self.echo else ""
         if self.silent:
             done = done._replace(text="", logprobs=None if done.logprobs is None else [])
@@ -73,7 +69,7 @@ class Answer:
         if places is not None and first is not None:
             places = [*first, *places]
         text = before + done.text
-        return {"index": done.choice, "text": text, "logprobs": self._logprobs(done.choice, places)} | told
+        return {"index": done.choice, "text": text, "logprobs": self._logprobs(done.choice, places)} | _end(done)
 
     def count(self, done: Done) -> None:
         self.committed[done.choice] = 0 if self.silent else len(done.tokens)
@@ -105,8 +101,7 @@ class Answer:
 
     def last(self, done: Done) -> dict[str, Any]:
         self.count(done)
-        told = {"finish_reason": done.finish_reason, "stop_reason": done.stop_reason, "tilt": tilt(done)}
-        return self._piece(done.choice, {} if self.chat else "", **told)
+        return self._piece(done.choice, {} if self.chat else "", **_end(done))
 
     def _piece(self, index: int, content: Any, logprobs: Any = None, **told: Any) -> dict[str, Any]:
         choice = {
@@ -156,9 +151,9 @@ def _shown(one: Token) -> dict[str, Any]:
     return {"token": one.text, "logprob": one.logprob, "bytes": list(one.data), "base_logprob": one.base_logprob}
 
 
-def tilt(done: Done) -> dict[str, Any]:
-    """What the engine knows of a choice: scores, KL in nats and its kind, the seed that gives it again."""
-    told = {
+def _end(done: Done) -> dict[str, Any]:
+    """Why a choice ended, and what the engine knows of it: scores, KL in nats, the seed that gives it again."""
+    tilt: dict[str, Any] = {
         "reward": done.reward,
         "rewards": done.rewards,
         "kl": done.kl,
@@ -166,7 +161,8 @@ def tilt(done: Done) -> dict[str, Any]:
         "seed": done.seed,
         "drawn_tokens": done.drawn_tokens,
     }
-    return told if done.blocks is None else told | {"candidates": done.blocks}
+    tilt |= {} if done.blocks is None else {"candidates": done.blocks}
+    return {"finish_reason": done.finish_reason, "stop_reason": done.stop_reason, "tilt": tilt}
 
 
 def event(data: dict[str, Any]) -> bytes:

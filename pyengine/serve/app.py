@@ -195,7 +195,7 @@ def make_app(
         if (body.prompt is None) == (body.messages is None):
             raise Refused(400, "give prompt or messages", "prompt", "invalid_value")
         prompt = body.prompt if body.messages is None else {"messages": body.messages}
-        found = await service.ask(http, Tokenize, prompt, body.add_special_tokens)
+        found = await service.ask(http, Tokenize, prompt, body.add_special_tokens, body.return_token_strs)
         assert service.link.ready is not None
         told = {"count": len(found.tokens), "max_model_len": service.link.ready.context, "tokens": found.tokens}
         return told | {"token_strs": found.texts if body.return_token_strs else None}
@@ -229,7 +229,7 @@ def make_app(
 
 
 def _misfit(error: RequestValidationError) -> Refused:
-    """The first thing that is wrong with a body, and how many there are."""
+    """The first thing that is wrong with a body."""
     first = error.errors()[0]
     where = [str(place) for place in first["loc"] if place != "body"]
     if first["type"] == "json_invalid":
@@ -242,6 +242,6 @@ def _misfit(error: RequestValidationError) -> Refused:
         return Refused(400, f"unknown field {'.'.join(where)}", where[0], "unknown_field")
     missing = first["type"] == "missing"
     says = "is missing" if missing else f"{first['msg'][0].lower()}{first['msg'][1:]}, got {first.get('input')!r:.80}"
-    name = where[0] if first["type"] != "missing" else ".".join(where)
+    name = ".".join(where) if missing else where[0]
     code = "missing_field" if missing else "invalid_value"
     return Refused(400, f"{name}: {says}", where[0], code)

@@ -191,7 +191,7 @@ class Core:
             ids = codec.encode(message.prompt) if message.special else codec.pieces(message.prompt)
         else:
             ids = codec.read(message.prompt).ids
-        return Accepted(message.number, ids, [codec.piece(i)[0] for i in ids])
+        return Accepted(message.number, ids, [codec.piece(i)[0] for i in ids] if message.pieces else [])
 
     def _text(self, ids: list[int]) -> str:
         codec = self.engine.codec

@@ -55,11 +55,13 @@ class Cancel(NamedTuple):
 
 
 class Tokenize(NamedTuple):
-    """A prompt of any form; special: whether a text gets the special tokens that begin one."""
+    """A prompt of any form. special: whether a text gets the special tokens that begin one. pieces: whether its tokens'
+    texts are wanted too."""
 
     number: int
     prompt: Any
     special: bool
+    pieces: bool
 
 
 class Detokenize(NamedTuple):
