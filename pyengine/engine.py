@@ -19,7 +19,7 @@ from pyengine.codec import Codec, PromptLike, as_prompts
 from pyengine.decode import stops
 from pyengine.decode.core import Core
 from pyengine.decode.logprobs import prompt_logprobs
-from pyengine.decode.panel import Panel
+from pyengine.decode.panel import Panel, name_of, policy_of
 from pyengine.decode.request import Handle, Request, samples
 from pyengine.decode.schedule import Schedule
 from pyengine.decode.settle import Judge
@@ -30,7 +30,7 @@ from pyengine.kl_budget import calibrate, spend_budgets
 from pyengine.plan import Plan
 from pyengine.reader import Reader
 from pyengine.results import Event, Result, SamplingParams
-from pyengine.scorers import Part, Policy, Scorer, ScorerLike, parts_of
+from pyengine.scorers import Part, Scorer, ScorerLike, parts_of
 from pyengine.strategies import Strategy, Tokenwise
 
 log = logging.getLogger("pyengine")
@@ -75,18 +75,10 @@ class Engine:
             raise InputError(f"the kernels take fp32, bf16 and fp16, this model is {model.dtype}: give a dtype")
         self.model, self.tokenizer = model, tokenizer
         self.max_rows = whole(max_rows, "Engine: max_rows", 1)
-        self.name = Path(model.config.name_or_path or type(model).__name__).name
-        embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
-        config = model.config.get_text_config(decoder=True)
-        self.policy = Policy(
-            name=f"model {self.name!r}",
-            vocab_size=(head if head is not None else embedding).weight.shape[0],
-            hidden_size=config.hidden_size,
-            layers=config.num_hidden_layers + 1,
-            device=model.device,
-            tokenizer=tokenizer,
+        self.name, self.policy = name_of(model), policy_of(model, tokenizer)
+        self.codec = Codec(
+            tokenizer, self.policy.name, model.get_input_embeddings().weight.shape[0], context_of(model.config)
         )
-        self.codec = Codec(tokenizer, self.policy.name, embedding.weight.shape[0], context_of(model.config))
         self.eos = ends_of(model)
         budget = None if cache_gb is None else 1e9 * real(cache_gb, "Engine: cache_gb", 0)
         unapplied = unapplied_defaults(model)

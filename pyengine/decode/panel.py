@@ -2,10 +2,31 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
 from weakref import WeakSet, WeakValueDictionary
 
 from pyengine.reader import Reader, reader_of
 from pyengine.scorers import Part, Policy, Scorer
+
+
+def name_of(model: Any) -> str:
+    """What a model of transformers' is called: the last part of where it came from."""
+    return Path(model.config.name_or_path or type(model).__name__).name
+
+
+def policy_of(model: Any, tokenizer: Any) -> Policy:
+    """What scorers may ask about a base policy, of a causal language model of transformers'."""
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    config = model.config.get_text_config(decoder=True)
+    return Policy(
+        name=f"model {name_of(model)!r}",
+        vocab_size=(head if head is not None else embedding).weight.shape[0],
+        hidden_size=config.hidden_size,
+        layers=config.num_hidden_layers + 1,
+        device=model.device,
+        tokenizer=tokenizer,
+    )
 
 
 class Panel:

@@ -18,11 +18,12 @@ from torch import Tensor
 from pyengine import ledger, ops
 from pyengine.decode.logprobs import TopLogprobs, top_logprobs
 from pyengine.decode.shaping import Shaping
+from pyengine.decode.values import token_values
 from pyengine.decoder import Decoder, Frontier, Rows, spare_rows
 from pyengine.errors import first_line
 from pyengine.ops import TiltSample
 from pyengine.ops.linear import steady as held_steady
-from pyengine.scorers import Hidden, PrefixModel, PrefixScorer, Scorer
+from pyengine.scorers import Hidden, Scorer
 
 log = logging.getLogger("pyengine")
 
@@ -149,7 +150,7 @@ class Step:
         found = []
         for i, (scorer, decoder) in enumerate(self.tilts):
             index, hidden = self._followers(i, decoder)
-            values = _padded(_values(scorer, hidden, vocab, self.steady), vocab)
+            values = token_values(scorer, hidden, vocab, self.steady)
             if index is not None and len(index) < len(self.logits):
                 values = values.new_zeros(len(self.logits), vocab).index_copy_(0, index, values)
             found.append(values)
@@ -342,28 +343,3 @@ def _spread(frontier: Frontier, spare: int) -> Frontier:
 
 def _drawable(logits: Tensor) -> bool:
     return not bool(logits.isnan().any() | (logits == torch.inf).any()) and bool((logits > -torch.inf).any())
-
-
-def _padded(values: Tensor, vocab: int) -> Tensor:
-    """What pads a vocabulary in one model and not in another has the mean."""
-    if values.shape[1] >= vocab:
-        return values
-    return torch.cat([values, values.mean(1, keepdim=True).expand(-1, vocab - values.shape[1])], 1)
-
-
-def _values(scorer: Scorer, hidden: Hidden, vocab: int, steady: bool) -> Tensor:
-    if not steady:
-        return scorer.values(hidden)[:, :vocab]
-    heads = _heads(scorer)
-    with held_steady(*heads):
-        if heads:
-            return scorer.values(hidden)[:, :vocab]
-        # Whatever it does, a row at a time.
-        rows = [{layer: h[i : i + 1] for layer, h in hidden.items()} for i in range(len(next(iter(hidden.values()))))]
-        return torch.cat([scorer.values(row) for row in rows])[:, :vocab]
-
-
-def _heads(scorer: Scorer) -> list[PrefixScorer]:
-    """The head of a scorer that consists of one, whose layers can be held steady."""
-    head = scorer.head if type(scorer) is PrefixModel else scorer
-    return [head] if type(head) is PrefixScorer else []
