@@ -131,6 +131,7 @@ class ReplicatedDecoder(_Unpaged):
         accepted = inspect.signature(model.forward).parameters
         self._keep_last = {"logits_to_keep": 1} if "logits_to_keep" in accepted else {}
         self._positions = "position_ids" in accepted
+        self._cache = "cache" if "cache" in accepted else "past_key_values"  # its name since transformers 5.24, before
 
     @torch.inference_mode()
     def prefill(self, stems: list[Stem], most: int) -> list[tuple[Stem, Frontier]]:
@@ -193,13 +194,13 @@ class ReplicatedDecoder(_Unpaged):
             output = self.model(
                 input_ids=ids,
                 attention_mask=cohort.mask,
-                past_key_values=cohort.store,
                 use_cache=True,
                 output_hidden_states=bool(self.layers),
+                **{self._cache: cohort.store},
                 **({"position_ids": positions} if self._positions else {}),
                 **self._keep_last,
             )
-        cohort.store = output.past_key_values
+        cohort.store = output["cache" if "cache" in list(output) else "past_key_values"]
         return Frontier(output.logits[:, -1], _layers_of(self.model, output, self.layers))
 
 

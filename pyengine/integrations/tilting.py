@@ -118,7 +118,7 @@ class HostScorers:
         named = tilt.scorers or {next(iter(self.parts)): 1.0}
         for name in named:
             if name not in self.parts:
-                raise FieldError("tilt_scorer", f"there is no scorer {name!r}; there are {', '.join(self.parts)}")
+                raise FieldError("tilt_scorer", f"tilt_scorer: there is no {name!r}; there are {', '.join(self.parts)}")
         parts = [part._replace(weight=w * part.weight) for name, w in named.items() for part in self.parts[name]]
         plan = Plan(strategy, parts, self._readers, sampling)
         if plan.budget:
@@ -188,6 +188,13 @@ class HostScorers:
             total.index_add_(0, index, values)
         assert total is not None
         return total
+
+    @torch.no_grad()
+    def values(self, name: str, hidden: Tensor, vocab: int) -> Tensor:
+        """Σ weight V of one of the scorers for rows that all follow it, fp32 [N, vocab]; on the device alone."""
+        parts = self.parts[name]
+        terms = [p.weight * token_values(p.scorer, {layer: hidden for layer in p.scorer.layers}, vocab) for p in parts]
+        return torch.stack(terms).sum(0) if len(terms) > 1 else terms[0]
 
     def forget(self, whose: Hashable) -> None:
         """A request has ended: what was read of it is given back."""
