@@ -137,7 +137,9 @@ def _tilt_of(params: Any, options: Options, v2: bool) -> Any:
                 "repetition_penalty",
                 "repetition_penalty does not go with tilt_*: vLLM's V1 model runner would scale the tilt by it",
             )
-        if tilt.strategy.kl_budget and (params.frequency_penalty or params.presence_penalty):
+        if params.extra_args.get("tilt_kl_budget") is not None and (
+            params.frequency_penalty or params.presence_penalty
+        ):
             raise FieldError(
                 "tilt_kl_budget",
                 "tilt_kl_budget does not go with penalties: vLLM's V1 model runner applies them afterwards",

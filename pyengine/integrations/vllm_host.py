@@ -6,7 +6,9 @@ of its engine; the front end asks us about each request; a worker can be asked h
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
+from functools import wraps
 from typing import Any
 
 import vllm
@@ -15,6 +17,7 @@ from torch import Tensor
 SUPPORTED = "0.32.0"
 
 try:
+    from vllm import SamplingParams
     from vllm.config import get_current_vllm_config
     from vllm.exceptions import VLLMValidationError
     from vllm.model_executor.custom_op import op_registry_oot
@@ -68,10 +71,39 @@ class ShowingHead(OutputHead):
     def forward(self, lm_head: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor | None:
         # Under LoRA `self` is a wrapper of another class, with this layer inside.
         logits = OutputHead.forward(self, lm_head, hidden_states, *args, **kwargs)
-        tap = getattr(self, "base_layer", self).tap
+        layer: Any = getattr(self, "base_layer", self)
+        tap = layer.tap
         if tap.wanted:
             tap.hidden = hidden_states
         return logits
+
+
+def _take_fields() -> None:
+    """The OpenAI-compatible server takes `tilt_*` beside a request's own fields, too, as pyengine's does. vLLM keeps
+    fields that it does not know, and looks at none of them; a search by beams drops those in `vllm_xargs`, too."""
+    protocol = sys.modules.get("vllm.entrypoints.serve.engine.protocol")
+    requests = [] if protocol is None else protocol.OpenAIBaseModel.__subclasses__()
+    for request in requests:
+        requests += request.__subclasses__()
+        for name in {"to_sampling_params", "to_beam_search_params"} & vars(request).keys():
+            theirs = getattr(request, name)
+            if not hasattr(theirs, "__wrapped__"):
+                setattr(request, name, _with_fields(theirs))
+
+
+def _with_fields(theirs: Callable[..., Any]) -> Callable[..., Any]:
+    @wraps(theirs)
+    def ours(self: Any, *args: Any, **kwargs: Any) -> Any:
+        beside = {name: value for name, value in (self.model_extra or {}).items() if name.startswith("tilt_")}
+        if beside:
+            self.vllm_xargs = {**beside, **(self.vllm_xargs or {})}
+        params = theirs(self, *args, **kwargs)
+        asked = [name for name in getattr(self, "vllm_xargs", None) or {} if name.startswith("tilt_")]
+        if asked and not isinstance(params, SamplingParams):
+            raise VLLMValidationError(f"{asked[0]} does not go with beam search", parameter=asked[0])
+        return params
+
+    return ours
 
 
 def hooked() -> bool:
@@ -95,6 +127,7 @@ def hook(admission: Callable[[Any], Callable[[Any], None]]) -> None:
     def init(self: Any, vllm_config: Any, *args: Any, **kwargs: Any) -> None:
         admit = admission(vllm_config)
         theirs(self, vllm_config, *args, **kwargs)
+        _take_fields()
         before = self.validate_logits_processors_params
 
         def validate(params: Any) -> None:
