@@ -1,11 +1,4 @@
-"""Tokenwise inside vLLM: each request may follow scorers, by the fields `tilt_*` of its `extra_args` (`vllm_xargs`).
-
-    llm = LLM(model, additional_config={"tilt_scorers": {"helpful": "DIRECTORY"}})
-    llm.generate(prompts, SamplingParams(extra_args={"tilt_weight": 2.0}))
-
-Installed, it is loaded by vLLM itself: `register` as a general plug-in in every process, `TiltProcessor` as a logits
-processor of both model runners. Without `tilt_scorers` nothing is loaded but these two modules.
-"""
+"""The logits processor that vLLM loads, what an engine's configuration says of it, and what is asked of each request."""
 
 from __future__ import annotations
 
@@ -17,7 +10,7 @@ import torch
 from torch import Tensor
 
 from pyengine.errors import InputError, real
-from pyengine.integrations.vllm_host import (
+from pyengine.integrations.vllm.private import (
     ProcessorV1,
     ProcessorV2,
     VLLMValidationError,
