@@ -1,4 +1,4 @@
-"""The logits processor that vLLM loads, what an engine's configuration says of it, and what is asked of each request."""
+"""The logits processor that vLLM loads, what configures it, and what is asked of each request."""
 
 from __future__ import annotations
 

@@ -1,0 +1,82 @@
+"""Runs vLLM engines one after another and writes what they said: python vllm_run.py JOB.json OUT.json.
+
+JOB: {"engines": [{"args": of LLM, "calls": [{"prompts": [token ids], "params": [of SamplingParams]}]}]}. OUT: for each
+engine its calls' outputs, the rows that were tilted and counters, or the error that it ended with. With V2=1 the V2
+model runner, which on a CPU needs Triton's interpreter.
+"""
+
+import gc
+import json
+import os
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "HF_HUB_OFFLINE": "1"}
+if os.environ.get("V2") == "1":
+    os.environ |= {"TRITON_INTERPRET": "1", "VLLM_USE_V2_MODEL_RUNNER": "1"}
+    from triton.backends import backends
+
+    class Driver:
+        @staticmethod
+        def is_active():
+            return True
+
+    backends["cpu"] = SimpleNamespace(driver=Driver, compiler=None)
+
+COMMON = {"gpu_memory_utilization": 0.1, "dtype": "float32", "max_model_len": 512, "enforce_eager": True}
+
+
+def said(output):
+    """One request's samples."""
+    found = []
+    for sample in output.outputs:
+        rows = [
+            [row[token].logprob if token in row else None for token in range(max(row) + 1)]
+            for row in sample.logprobs or []
+        ]
+        found.append({"tokens": list(sample.token_ids), "logprobs": rows, "finish": sample.finish_reason})
+    return found
+
+
+def counters(llm):
+    found = {}
+    for metric in llm.get_metrics():
+        if metric.name == "vllm:num_preemptions":
+            found["preemptions"] = metric.value
+        if metric.name == "vllm:iteration_tokens_total":
+            found["steps"], found["buckets"] = metric.count, metric.buckets
+    return found
+
+
+def run(engine):
+    from vllm import LLM, SamplingParams
+    from vllm.distributed import cleanup_dist_env_and_memory
+
+    found = {"calls": []}
+    llm = None
+    try:
+        llm = LLM(**(COMMON | engine["args"]))
+        for call in engine["calls"]:
+            prompts = [p if isinstance(p, str) else {"prompt_token_ids": p} for p in call["prompts"]]
+            params = [SamplingParams(**p) for p in call["params"]]
+            try:
+                outputs = llm.generate(prompts, params, use_tqdm=False)
+                found["calls"].append([said(output) for output in outputs])
+            except Exception as error:  # noqa: BLE001 - what is refused, the tests look at
+                found["calls"].append({"error": f"{type(error).__name__}: {error}"})
+        if hasattr(type(llm.llm_engine.model_executor.driver_worker.worker), "tilted_rows"):
+            found["tilted"] = llm.collective_rpc("tilted_rows")[0]
+        if not engine["args"].get("disable_log_stats", True):
+            found["counters"] = counters(llm)
+    except Exception as error:  # noqa: BLE001
+        found["error"] = f"{type(error).__name__}: {error}"
+    del llm
+    gc.collect()
+    cleanup_dist_env_and_memory()
+    return found
+
+
+if __name__ == "__main__":
+    job = json.loads(Path(sys.argv[1]).read_text())
+    Path(sys.argv[2]).write_text(json.dumps([run(engine) for engine in job["engines"]]))
