@@ -39,14 +39,30 @@ def said(output):
     return found
 
 
-def counters(llm):
-    found = {}
-    for metric in llm.get_metrics():
-        if metric.name == "vllm:num_preemptions":
-            found["preemptions"] = metric.value
-        if metric.name == "vllm:iteration_tokens_total":
-            found["steps"], found["buckets"] = metric.count, metric.buckets
-    return found
+def watched(llm):
+    """How often each request was given more than one token to read in a step, as its steps go by."""
+    scheduler, pieces = llm.llm_engine.engine_core.engine_core.scheduler, {}
+    theirs = scheduler.schedule
+
+    def schedule(*args, **kwargs):
+        output = theirs(*args, **kwargs)
+        for request, count in output.num_scheduled_tokens.items():
+            pieces[request] = pieces.get(request, 0) + (count > 1)
+        return output
+
+    scheduler.schedule = schedule
+    return pieces
+
+
+def preemptions(llm):
+    return next(metric.value for metric in llm.get_metrics() if metric.name == "vllm:num_preemptions")
+
+
+def structured(params):
+    from vllm.sampling_params import StructuredOutputsParams
+
+    regex = params.pop("regex", None)
+    return params | ({"structured_outputs": StructuredOutputsParams(regex=regex)} if regex else {})
 
 
 def run(engine):
@@ -57,10 +73,13 @@ def run(engine):
     llm = None
     try:
         llm = LLM(**(COMMON | engine["args"]))
+        config = llm.llm_engine.vllm_config
+        found["v2"], found["compiled"] = config.use_v2_model_runner, config.compilation_config.mode != 0
+        pieces = watched(llm)
         for call in engine["calls"]:
             prompts = [p if isinstance(p, str) else {"prompt_token_ids": p} for p in call["prompts"]]
-            params = [SamplingParams(**p) for p in call["params"]]
             try:
+                params = [SamplingParams(**structured(p)) for p in call["params"]]
                 outputs = llm.generate(prompts, params, use_tqdm=False)
                 found["calls"].append([said(output) for output in outputs])
             except Exception as error:  # noqa: BLE001 - what is refused, the tests look at
@@ -68,7 +87,7 @@ def run(engine):
         if hasattr(type(llm.llm_engine.model_executor.driver_worker.worker), "tilted_rows"):
             found["tilted"] = llm.collective_rpc("tilted_rows")[0]
         if not engine["args"].get("disable_log_stats", True):
-            found["counters"] = counters(llm)
+            found["preemptions"], found["pieces"] = preemptions(llm), pieces
     except Exception as error:  # noqa: BLE001
         found["error"] = f"{type(error).__name__}: {error}"
     del llm

@@ -62,6 +62,8 @@ def refuse(config: Any) -> None:
         why = "tensor parallelism: only one of its workers has the logits (set tensor_parallel_size=1)"
     elif parallel.pipeline_parallel_size > 1:
         why = "pipeline parallelism, untried (set pipeline_parallel_size=1)"
+    elif config.lora_config is not None:
+        why = "LoRA, untried: a scorer would read an adapter's hidden states (set enable_lora=False)"
     elif model.runner_type != "generate":
         why = f"runner={model.runner_type!r}, which draws no tokens"
     elif model.is_diffusion:
