@@ -27,10 +27,11 @@ HERE = Path(__file__).parent
 # The neighbours by their names, also under `python -m`, which has the repository root on the path instead.
 sys.path.insert(0, str(HERE))
 
-from conftest import machine  # noqa: E402
+
 from rig import output_of, version  # noqa: E402
 
 import pyengine  # noqa: E402
+from pyengine.machine import about  # noqa: E402
 from pyengine.scorers import Candidates, parts_of, score_texts  # noqa: E402
 from pyengine.training.labelling import SHARD_BYTES  # noqa: E402
 from pyengine.worlds import reviews  # noqa: E402
@@ -149,7 +150,7 @@ def main() -> int:
         workers.append(second.kill_worker())
         seconds.append(second.end())
         result = {
-            "machine": machine() | {"ray": version("ray"), "commit": output_of("git", "rev-parse", "HEAD")},
+            "machine": about() | {"ray": version("ray"), "commit": output_of("git", "rev-parse", "HEAD")},
             "rows": count,
             "megabytes": round(rows.stat().st_size / 1e6, 1),
             "scorer": "embedded reward model",
