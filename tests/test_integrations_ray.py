@@ -95,7 +95,7 @@ def test_a_fault_is_a_result_of_the_worker_and_an_error_of_the_run(local, source
 
     (tmp_path / "a.jsonl.shards").mkdir()
     job = Job(tmp_path / "a.jsonl", {})
-    worker = cluster._Worker(cluster.ray.put(labelling.Labeller(source, job, bad)))
+    worker = cluster._Actor(cluster.ray.put(labelling.Labeller(source, job, bad)))
     place = labelling._scan(source)[1][0]._asdict()
     done = worker({name: np.array([value]) for name, value in place.items()})
     (fault,) = done["fault"]
