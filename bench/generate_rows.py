@@ -1,10 +1,10 @@
 """Decodes rows on a local Ray cluster while workers and the whole job are killed: python -m bench.generate_rows.
 
-`pyengine generate --ray local` answers 10,000 rows, blockwise by the embedded prefix scorer; a hundred are at fault. One
-worker gets SIGKILL early, the whole job half-way; it is started again with --resume, and another worker gets SIGKILL.
+`pyengine generate --ray local` answers 10,000 rows, blockwise by the embedded prefix scorer; a hundred are at fault.
+One worker gets SIGKILL early, the whole job half-way; it is started again with --resume, and another gets SIGKILL.
 Then every row must be in the output exactly once and in its place, and the output must have the bytes that one worker
-makes, and one process without Ray (on one thread, as Ray's workers are). Writes bench/results/generate_rows.json; --rows takes another number, and
-then nothing is written.
+makes, and one process without Ray (on one thread, as Ray's workers are). Writes bench/results/generate_rows.json;
+--rows takes another number, and then nothing is written.
 """
 
 from __future__ import annotations
