@@ -201,6 +201,7 @@ def test_sigkill_in_the_middle_and_a_restart(tmp_path, small, model_dirs):
         again.extend(todo)
         for shard in todo:
             yield worker(shard)
+        assert [worker(shard) for shard in generation._scan(source)[1]] == [8] * 50  # again, as Ray retries
         assert all(path.stat().st_mtime_ns == before for path, before in kept.items())
 
     report = generate(source, POLICY, out, sampling=SHORT, resume=True, through=counting)
@@ -253,6 +254,7 @@ def test_command(tmp_path):
     for given, message in (
         (options, "exists already; choose another output"),
         (("a prompt", "--out", tmp_path / "o"), "--out takes its rows from --input"),
+        (("a prompt", "--input", source, "--out", tmp_path / "o"), "--out takes its rows from --input"),
         (("--input", source, "--out", tmp_path / "o", "--stream"), "leaves out --stream and --json"),
         (("--input", source, "--out", tmp_path / "o", "--json"), "leaves out --stream and --json"),
         (("--input", source, "--out", tmp_path / "o", "--workers", 2), "--workers are a cluster's"),
@@ -272,7 +274,7 @@ def test_texts_are_asked_as_the_command_asks_them(tmp_path, model_dirs):
     (tmp_path / "model" / "chat_template.jinja").write_text("{% for m in messages %}<{{ m.content }}>{% endfor %}")
     source = jsonl(tmp_path / "rows.jsonl", [{"prompt": "the fox"}])
     options = ("--input", source, "--model", tmp_path / "model", "--max-tokens", 4, "--seed", 3)
-    for extra in ((), ("--raw",), ("--score", 2)):
+    for extra, asked in (((), "<the fox>"), (("--raw",), "the fox"), (("--score", 2), "the fox <2.0>")):
         if extra[:1] == ("--score",):
             Conditioning("{instruction} <{score}>{response}").save(tmp_path / "model" / "conditioning.json")
         out = tmp_path / f"{len(extra)}{''.join(map(str, extra))}.jsonl"
@@ -280,5 +282,5 @@ def test_texts_are_asked_as_the_command_asks_them(tmp_path, model_dirs):
         printed = json.loads(run(*options, *extra, "--json").stdout)
         (row,) = read(out)
         assert row["logp_base"] == pytest.approx(printed["logp_base"], abs=1e-5)
-        assert (row["tokens"], row["prompt"]) == (printed["tokens"], "the fox")
+        assert (row["tokens"], row["prompt"], printed["prompt"]) == (printed["tokens"], "the fox", asked)
         assert math.isfinite(row["kl"])
