@@ -7,9 +7,10 @@ import json
 
 import pytest
 import torch
+from typer.testing import CliRunner
 
 import pyengine
-from pyengine import BestOfK, Blockwise, Engine, InputError, SamplingParams, Tokenwise, costs
+from pyengine import BestOfK, Blockwise, Engine, InputError, SamplingParams, Tokenwise, cli, costs
 from pyengine.costs import Rates, floor
 from pyengine.profiling import lines_of, profile, report
 from pyengine.reference import Tree
@@ -128,3 +129,19 @@ def test_a_folder_that_cannot_be_written_is_said_before_anything_runs(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match="--out"):
         profile(lambda: pytest.fail("it ran"), CPU, tmp_path / "file")
+
+
+def test_the_command_takes_generates_options(tmp_path):
+    """One row of the file has no prompt: it is told, the others are profiled, and the exit code is 1."""
+    source = tmp_path / "rows.jsonl"
+    source.write_text('{"prompt": "Review of a clock:"}\n{"prompt": ""}\n')
+    out = tmp_path / "out"
+    asked = ["--input", str(source), "--scorer", "probe", "--k", "2", "--block", "4", "--max-tokens", "8"]
+    done = CliRunner().invoke(cli.app, ["profile", *asked, "--out", str(out)])
+    assert done.exit_code == 1
+    assert "line 2" in done.stderr
+    assert "scorer probe" in done.stdout
+    saved = json.loads((out / "profile.json").read_text())
+    assert saved["tokens"] <= 8
+    wanted = CliRunner().invoke(cli.app, ["profile", "a prompt", "--stream"])
+    assert wanted.exit_code == 2

@@ -225,25 +225,36 @@ class Step:
                 self._note(logits, values, weights, drawn.token)
         if self.shaping is not None:
             self.shaping.advance(drawn.token[: self.n])
+        with timed("row_state"):
+            more, read = self._going_on(drawn, logits)
+        if not read:
+            return self._set("alive", more)
+        token = drawn.token
+        if not self.fixed:  # the host may look later than a row's block ends, and that goes on as if it had not
+            self.fed = token = torch.where(self.alive, token, self.fed)
+        at = self.decoder.step(self.planted, token, self.alive)
+        for other, its in self.beside.items():
+            its.append(other, token, self.alive)
+        with timed("row_state"):
+            self._move_on(at, more)
+
+    def _going_on(self, drawn: TiltSample, logits: Tensor) -> tuple[Tensor, bool]:
+        """The rows that have not ended, and whether the model reads what was drawn."""
         if not self.decoder.waits and not bool(drawn.valid.all()):
             for row in (~drawn.valid & self.alive).nonzero()[:, 0].tolist():
                 who: Blame = "scorer" if _drawable(logits[row]) else "model"
                 self.bad.setdefault(row, "request" if who == "model" and _drawable(self.logits[row]) else who)
         going = self.alive & ~(drawn.token[:, None] == self.ends).any(-1)
         more = going & (self.room > 1)
-        if not self.decoder.waits and not self.hidden and not bool((more | (going & ~self.final)).any()):
-            return self._set("alive", more)
-        going, before, alive = more, self.hidden, self.alive[:, None]
-        token = drawn.token
-        if not self.fixed:  # the host may look later than a row's block ends, and that goes on as if it had not
-            self.fed = token = torch.where(self.alive, token, self.fed)
-        logits, hidden = self.decoder.step(self.planted, token, self.alive)
+        return more, self.decoder.waits or bool(self.hidden) or bool((more | (going & ~self.final)).any())
+
+    def _move_on(self, at: Frontier, going: Tensor) -> None:
+        """Every row that was alive is at its next token."""
+        before, alive = self.hidden, self.alive[:, None]
         self._set("previous", {n: torch.where(alive, before[n], h) for n, h in self.previous.items()})
-        self._set("last", {n: torch.where(alive, hidden[n], h) for n, h in self.last.items()})
-        for other, its in self.beside.items():
-            its.append(other, token, self.alive)
-        self._set("hidden", hidden)
-        self._set("logits", logits)
+        self._set("last", {n: torch.where(alive, at.hidden[n], h) for n, h in self.last.items()})
+        self._set("hidden", at.hidden)
+        self._set("logits", at.logits)
         self.columns["position"].add_(self.alive)
         self.room.sub_(self.alive.long())
         self._set("alive", going)
