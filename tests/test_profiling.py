@@ -139,7 +139,7 @@ def test_the_command_takes_generates_options(tmp_path):
     asked = ["--input", str(source), "--scorer", "probe", "--k", "2", "--block", "4", "--max-tokens", "8"]
     done = CliRunner().invoke(cli.app, ["profile", *asked, "--out", str(out)])
     assert done.exit_code == 1
-    assert "line 2" in done.stderr
+    assert "rows.jsonl:2 is empty" in done.stderr
     assert "scorer probe" in done.stdout
     saved = json.loads((out / "profile.json").read_text())
     assert saved["tokens"] <= 8
