@@ -155,11 +155,11 @@ class OpenAIHost:
     """
 
     def __init__(self, client: Any, model: str | None, tokenizer: Any) -> None:
-        if isinstance(client, str):
-            import openai
-
-            key = os.environ.get("OPENAI_API_KEY", "unused")
-            client = openai.AsyncOpenAI(base_url=client, api_key=key)
+        self._url = client if isinstance(client, str) else None
+        self._ended: list[Any] = []
+        self._loop: asyncio.AbstractEventLoop | None = None
+        if self._url is not None:
+            client = _client(self._url)
         if not asyncio.iscoroutinefunction(getattr(client, "post", None)):
             raise InputError(f"{type(client).__name__} waits for each answer: give an openai.AsyncOpenAI")
         self.client, self.model = client.with_options(max_retries=0), model  # `patiently` asks again
@@ -169,6 +169,12 @@ class OpenAIHost:
         self._found = self._agrees = False
 
     async def ready(self) -> None:
+        loop = asyncio.get_running_loop()
+        if self._url is not None and self._loop not in (None, loop):
+            # Connections belong to the loop that made them: of one that has ended they cannot even be closed.
+            self._ended.append(self.client)
+            self.client = _client(self._url).with_options(max_retries=0)
+        self._loop = loop
         if self._found:
             return
         cards = {card["id"]: card for card in (await self.ask("GET", "/models", None))["data"]}
@@ -249,6 +255,12 @@ class OpenAIHost:
                 f"{self.name} reads {text!r:.60} where the tokenizer reads {ours!r:.60}: give that of {self.model!r}"
             )
         self._agrees = True
+
+
+def _client(url: str) -> Any:
+    import openai
+
+    return openai.AsyncOpenAI(base_url=url, api_key=os.environ.get("OPENAI_API_KEY", "unused"))
 
 
 class VLLMHost:
