@@ -25,7 +25,7 @@ from pyengine.decode.request import Branch, Request, mix, samples
 from pyengine.decode.settle import Judge
 from pyengine.decode.shaping import Shape
 from pyengine.decoder import PREFILL_TOKENS
-from pyengine.errors import InputError, RequestError
+from pyengine.errors import InputError, RequestError, first_line
 from pyengine.integrations.hosts import Drawn, HostError, asked, cost, host_of, together
 from pyengine.integrations.pooled import LOOP, PooledScorer
 from pyengine.integrations.texts import TextJudge, Written, check_scorers, text_of
@@ -190,8 +190,12 @@ class BlockwiseDriver:
 
     async def _events(self, request: Request) -> AsyncIterator[Event]:
         while request.finish_reason is None:
-            await self._draw(request)
-            await self._aside(self._settle, request)
+            try:
+                await self._draw(request)
+                await self._aside(self._settle, request)
+            except Exception as error:  # noqa: BLE001 - whatever a host or a scorer's model raises, the others go on
+                ours = isinstance(error, InputError)
+                request.fail(str(error) if ours else f"{type(error).__name__}: {first_line(error)}", error)
             if request.error is not None:
                 raise request.error
             yield _committed(request)
@@ -205,13 +209,8 @@ class BlockwiseDriver:
             prompt = request.prompt + request.text.grown.text
         whole = plan.strategy.block_tokens is None and self._host.codec is not None
         asks = [asked(plan.sampling, mix(seed, [done]) % 2**53, room, done, whole) for seed in request.seeds]
-        try:
-            drawn = await together([self._host.draw(prompt, plan.sampling, one) for one in asks])
-            request.branches = [self._branch(request, one, room) for one in drawn]
-        except HostError as error:
-            request.fail(str(error), error)
-            assert request.error is not None
-            raise request.error from error
+        drawn = await together([self._host.draw(prompt, plan.sampling, one) for one in asks])
+        request.branches = [self._branch(request, one, room) for one in drawn]
 
     def _branch(self, request: Request, drawn: Drawn, room: int) -> Branch:
         """A branch as the engine has it, which ends where the engine would end it."""

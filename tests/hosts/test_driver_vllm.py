@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import json
 import os
 import re
 import shutil
+import socket
 import subprocess
 import sys
 import time
@@ -102,28 +104,41 @@ def our_engine(models):
 
 
 @pytest.fixture(scope="module")
-def server(models, tmp_path_factory):
-    """The address of vLLM's server of the policy."""
-    log = tmp_path_factory.mktemp("server") / "log"
+def serve_vllm(tmp_path_factory):
+    """Starts vLLM's server of a model under a name with these flags, once for each name, and gives its address."""
     flags = [f"--{name.replace('_', '-')}={value}" for name, value in COMMON.items() if not isinstance(value, bool)]
-    flags += ["--enforce-eager", "--no-enable-chunked-prefill", "--served-model-name=policy", "--port=0"]
-    port = 18000 + os.getpid() % 10000
-    flags[-1] = f"--port={port}"
-    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", f"--model={models['policy']}", *flags]
-    with log.open("w") as file:
-        process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT)
-    url, until = f"http://127.0.0.1:{port}", time.monotonic() + 300
-    while True:
-        try:
-            urllib.request.urlopen(f"{url}/health", timeout=5).close()
-            break
-        except OSError:
-            assert process.poll() is None, log.read_text()[-4000:]
-            assert time.monotonic() < until, log.read_text()[-4000:]
-            time.sleep(0.5)
-    yield url
-    process.terminate()
-    process.wait(30)
+    flags += ["--enforce-eager", "--no-enable-chunked-prefill"]
+    running = []
+
+    @functools.cache
+    def start(model, name, *more):
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", f"--model={model}", f"--port={port}"]
+        log = tmp_path_factory.mktemp("server") / "log"
+        with log.open("w") as file:
+            own = [*command, f"--served-model-name={name}", *flags, *more]
+            running.append(subprocess.Popen(own, stdout=file, stderr=subprocess.STDOUT))
+        url, until = f"http://127.0.0.1:{port}", time.monotonic() + 400
+        while True:
+            try:
+                urllib.request.urlopen(f"{url}/health", timeout=5).close()
+                return url
+            except OSError:
+                assert running[-1].poll() is None, log.read_text()[-4000:]
+                assert time.monotonic() < until, log.read_text()[-4000:]
+                time.sleep(0.5)
+
+    yield start
+    for process in running:
+        process.terminate()
+        process.wait(60)
+
+
+@pytest.fixture(scope="module")
+def server(serve_vllm, models):
+    return serve_vllm(models["policy"], "policy")
 
 
 def by_select_block(result, strategy):
@@ -142,6 +157,7 @@ def by_select_block(result, strategy):
         (Blockwise(4, 8), {}),
         (Blockwise(6, 5, "softmax", 0.6), {"stop": ["ook", "as a"]}),
         (BestOfK(4), {"stop": ". ", "include_stop_str_in_output": True}),
+        (Blockwise(2, 8), {"temperature": 0, "ignore_eos": True}),
         (Blockwise(4, 8), {"temperature": 0.7, "top_p": 0.9, "stop_token_ids": [14], "min_tokens": 9}),
     ],
 )
@@ -152,7 +168,7 @@ def test_from_the_same_candidates_it_keeps_what_the_engine_keeps(
     sampling = SamplingParams(**{"max_tokens": 40, "seed": 3} | fields)
     (result,) = loop.run_until_complete(inside.generate(PROMPT, strategy, sampling))
     assert [block.chosen for block in result.blocks] == by_select_block(result, strategy)
-    assert len({tuple(c.tokens) for c in result.blocks[0].candidates}) > 1
+    assert len({tuple(c.tokens) for c in result.blocks[0].candidates}) > 1 or sampling.temperature == 0
     if "top_p" in fields:
         assert all(x != x for x in result.logp_base)
     else:
@@ -224,13 +240,17 @@ def test_cancelling_aborts_the_siblings(loop, llm):
     assert running == {"vllm:num_requests_running": 0}
 
 
-@pytest.mark.parametrize("form", ["text", "its own tokens"])
-def test_a_pooling_model_is_the_reward_model_that_it_serves(form, loop, llm, pool, models):
-    scorer = PooledScorer(pool, name="judge")
+@pytest.mark.parametrize("kind", ["tokens", "text", "tokens for a server", "text for a server"])
+def test_a_pooling_model_is_the_reward_model_that_it_serves(kind, loop, llm, pool, serve_vllm, models):
+    if "server" in kind:
+        url = serve_vllm(models["judge"], "judge", "--runner=pooling", '--pooler-config={"task": "classify"}')
+        scorer = PooledScorer(f"{url}/v1", tokenizer=models["judge"] if "tokens" in kind else None, name="judge")
+    else:
+        scorer = PooledScorer(pool, name="judge")
+        if kind == "text":
+            scorer.check = lambda policy: None  # as where the tokenizers differ
     inside = BlockwiseDriver(llm, scorer)
     strategy, sampling = Blockwise(4, 8), SamplingParams(max_tokens=32, seed=4)
-    if form == "text":
-        scorer.check = lambda policy: None  # as where the tokenizers differ
     (theirs,) = loop.run_until_complete(inside.generate(PROMPT, strategy, sampling))
     ours = BlockwiseDriver(llm, models["judge"], cache_gb=0.05)
     (local,) = loop.run_until_complete(ours.generate(PROMPT, strategy, sampling))
@@ -239,6 +259,7 @@ def test_a_pooling_model_is_the_reward_model_that_it_serves(form, loop, llm, poo
         assert one.chosen == other.chosen
         wanted = [c.utility for c in other.candidates]
         assert [c.utility for c in one.candidates] == pytest.approx(wanted, abs=1e-3)
+    assert max(wanted) - min(wanted) > 0.01
 
 
 def test_what_the_engine_refuses_is_that_requests_own(loop, llm, pool):
