@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import math
-import threading
 from dataclasses import replace
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import openai
 import pytest
@@ -18,7 +15,6 @@ import pyengine
 from pyengine import BestOfK, Blockwise, InputError, RequestError, SamplingParams, Tokenwise, lsc
 from pyengine.integrations import hosts
 from pyengine.integrations.driver import BlockwiseDriver
-from pyengine.integrations.hosts import TRIES
 from pyengine.ledger import best_of_k_bound
 from pyengine.scorers import Candidates, FunctionScorer, PrefixModel, PrefixScorer
 from pyengine.scorers.base import as_given
@@ -229,84 +225,6 @@ def test_more_than_a_busy_server_takes_is_asked_for_again(server, url):
     results = generate(driver(url), [*PROMPTS, *PROMPTS], BestOfK(16), sampling)  # 96 at once, it takes 64
     assert [result.text for result in results[:3]] == [result.text for result in results[3:]]
     assert server.metrics()['pyengine_http_responses_total{route="/v1/completions",status="429"}'] > 0
-
-
-class Flaky(BaseHTTPRequestHandler):
-    """Answers a completion after it has been asked `busy` times in vain."""
-
-    busy, asked, answer = 0, 0, {}
-
-    def do_GET(self):
-        self.reply(200, {"data": [{"id": "flaky"}]})
-
-    def do_POST(self):
-        self.rfile.read(int(self.headers["Content-Length"]))
-        type(self).asked += 1
-        self.reply(503 if self.asked <= self.busy else 200, self.answer)
-
-    def reply(self, status, body):
-        data = json.dumps(body).encode()
-        self.send_response(status)
-        self.send_header("Content-Type", "application/json")
-        self.send_header("Content-Length", str(len(data)))
-        self.end_headers()
-        self.wfile.write(data)
-
-    def log_message(self, *_):
-        pass
-
-
-@pytest.fixture
-def flaky(monkeypatch):
-    monkeypatch.setattr(hosts, "WAIT", 0.001)
-    Flaky.asked, Flaky.busy = 0, 0
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Flaky)
-    threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
-    yield f"http://127.0.0.1:{server.server_port}/v1"
-    server.shutdown()
-
-
-def test_a_host_that_stays_busy_is_given_up(flaky):
-    text = {"text": " fine", "finish_reason": "stop"}
-    Flaky.answer, Flaky.busy = {"choices": [text], "usage": {"completion_tokens": 2}}, 3
-    (result,) = generate(driver(flaky, None, tokenizer=None), PROMPT, None, SamplingParams(max_tokens=8))
-    assert (result.text, result.finish_reason, result.tokens, Flaky.asked) == (" fine", "stop", [-1, -1], 4)
-    assert all(map(math.isnan, result.logp_base))
-    Flaky.asked, Flaky.busy = 0, 10**6
-    with pytest.raises(RequestError, match=r"refused it \(503\)"):
-        generate(driver(flaky, None, tokenizer=None), PROMPT, None, SamplingParams(max_tokens=8))
-    assert Flaky.asked == TRIES
-
-
-@pytest.mark.parametrize(
-    ("answer", "says"),
-    [
-        ({"choices": []}, "answers what is no completion"),
-        ({"choices": [{"text": "a", "finish_reason": "stop"}], "usage": {"completion_tokens": 9}}, "at most 8 tokens"),
-        ({"choices": [{"text": "a", "finish_reason": "abort"}], "usage": {"completion_tokens": 1}}, "'abort'"),
-        (
-            {"choices": [{"text": "a", "finish_reason": "length"}], "usage": {"completion_tokens": 1}},
-            "for their length",
-        ),
-    ],
-)
-def test_an_answer_that_is_none_is_not_taken_for_one(flaky, answer, says):
-    Flaky.answer = answer
-    with pytest.raises(RequestError, match=says):
-        generate(driver(flaky, None, tokenizer=None), PROMPT, None, SamplingParams(max_tokens=8))
-
-
-def test_a_host_that_shows_no_ids_or_no_kl_is_not_trusted_with_them(flaky):
-    Flaky.answer = {"choices": [{"text": "a", "finish_reason": "stop"}], "usage": {"completion_tokens": 1}}
-    with pytest.raises(RequestError, match=r"shows no token ids \(return_token_ids\): leave tokenizer out"):
-        generate(driver(flaky, None), PROMPT, None, SamplingParams(max_tokens=8))
-    for name, value in (("top_k", 3), ("min_p", 0.1), ("temperature", 0)):
-        sampling = SamplingParams(max_tokens=8, **{name: value})
-        with pytest.raises(RequestError, match=f"the KL that {name} costs cannot be known"):
-            generate(driver(flaky, ties, tokenizer=None), PROMPT, BestOfK(2), sampling)
-    sampling = SamplingParams(max_tokens=8, top_p=0.9, seed=0)
-    (result,) = generate(driver(flaky, ties, tokenizer=None), PROMPT, BestOfK(2), sampling)
-    assert result.kl == pytest.approx(best_of_k_bound(2) - math.log(0.9))  # at least .9 of the mass was kept
 
 
 def test_by_text_alone(url):
