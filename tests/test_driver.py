@@ -78,6 +78,7 @@ CASES = {
     "NaN": (lambda: nan_where_good, Blockwise(6, 5), {}),
     "whole responses": (lambda: JUDGE, BestOfK(4), {}),
     "stop strings over the ends of blocks": (lambda: ties, Blockwise(3, 2), {"stop": ["was a", "e b", "as ", "ook"]}),
+    "a stop string in the middle of a block": (lambda: JUDGE, Blockwise(3, 8), {"stop": " was"}),
     "a stop string of whole responses": (lambda: JUDGE, BestOfK(3), {"stop": ". ", "include_stop_str_in_output": True}),
     "stop tokens": (lambda: JUDGE, Blockwise(4, 8), {"stop_token_ids": [14], "min_tokens": 11}),
     "filters": (lambda: JUDGE, BestOfK(4), {"top_k": 5, "min_p": 0.02, "temperature": 1.3}),
@@ -182,6 +183,14 @@ def test_whoever_leaves_or_is_cancelled_frees_the_servers_rows(server, url):
 
     asyncio.run(left())
     assert server.idle()
+
+
+def test_a_scorers_cache_is_given_back_after_each_block(url):
+    sampling = SamplingParams(max_tokens=40, seed=0, ignore_eos=True)
+    results = generate(driver(url, cache_gb=0.0005), PROMPTS * 2, Blockwise(4, 8), sampling)
+    assert [len(result.blocks) for result in results] == [5] * 6
+    with pytest.raises(RequestError, match=r"needs .* pages of cache.*cache_gb"):
+        generate(driver(url, cache_gb=0.0002), [[267] * 400], Blockwise(4, 8), sampling)
 
 
 def test_a_fault_of_one_scorers_is_that_requests_own(url):

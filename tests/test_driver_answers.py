@@ -37,7 +37,7 @@ def ties(prompts, completions):
 class Flaky(BaseHTTPRequestHandler):
     """Answers a completion after it has been asked `busy` times in vain."""
 
-    busy, asked, answer = 0, 0, {}
+    busy, asked, answer, status = 0, 0, {}, 503
 
     def do_GET(self):
         self.reply(200, {"data": [{"id": "flaky"}]})
@@ -45,7 +45,7 @@ class Flaky(BaseHTTPRequestHandler):
     def do_POST(self):
         self.rfile.read(int(self.headers["Content-Length"]))
         type(self).asked += 1
-        self.reply(503 if self.asked <= self.busy else 200, self.answer)
+        self.reply(self.status if self.asked <= self.busy else 200, self.answer)
 
     def reply(self, status, body):
         data = json.dumps(body).encode()
@@ -62,7 +62,7 @@ class Flaky(BaseHTTPRequestHandler):
 @pytest.fixture
 def flaky(monkeypatch):
     monkeypatch.setattr(hosts, "WAIT", 0.001)
-    Flaky.asked, Flaky.busy = 0, 0
+    Flaky.asked, Flaky.busy, Flaky.status = 0, 0, 503
     server = ThreadingHTTPServer(("127.0.0.1", 0), Flaky)
     threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
     yield f"http://127.0.0.1:{server.server_port}/v1"
@@ -79,6 +79,10 @@ def test_a_host_that_stays_busy_is_given_up(flaky):
     with pytest.raises(RequestError, match=r"refused it \(503\)"):
         generate(driver(flaky, None), PROMPT, None, SamplingParams(max_tokens=8))
     assert Flaky.asked == TRIES
+    Flaky.asked, Flaky.status = 0, 400  # asking again helps nobody
+    with pytest.raises(RequestError, match=r"refused it \(400\)"):
+        generate(driver(flaky, None), PROMPT, None, SamplingParams(max_tokens=8))
+    assert Flaky.asked == 1
 
 
 @pytest.mark.parametrize(
