@@ -18,17 +18,19 @@ PAGES = {
     page.name: re.findall(r"^```(\w*)\n(.*?)^```", page.read_text(), re.DOTALL | re.MULTILINE)
     for page in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
 }
+ELSEWHERE = {"vllm.md"}  # run in tests/hosts, where there is a vLLM
+HERE = {name: blocks for name, blocks in PAGES.items() if name not in ELSEWHERE}
 # A server runs until it is told to end; the first of its page is there while the rest of that page runs.
 SERVE = "pyengine serve"
 COMMANDS = {
     line: None
-    for blocks in PAGES.values()
+    for blocks in HERE.values()
     for language, code in blocks
     if language == "sh"
     for line in code.replace("\\\n", " ").splitlines()
     if line.strip()
 }
-PROGRAMS = {name: [code for language, code in blocks if language == "python"] for name, blocks in PAGES.items()}
+PROGRAMS = {name: [code for language, code in blocks if language == "python"] for name, blocks in HERE.items()}
 
 
 def test_only_languages_that_are_run_here():
