@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import os
 
-from pyengine.errors import InputError
+from pyengine.errors import SMALLEST, InputError, real
 
 SCORERS = "PYENGINE_SCORERS"
 CACHE = "PYENGINE_SCORER_CACHE_GB"  # of each scorer that is a model of its own; taken before SGLang takes its own
@@ -23,9 +23,9 @@ def register() -> None:
     """
     named = os.environ.get(SCORERS)
     try:
-        from pyengine.integrations.sglang import host
+        from pyengine.integrations.sglang import private
 
-        host.install(scorers_of(named) if named else {})
+        private.install(scorers_of(named) if named else {}, gigabytes_of(os.environ.get(CACHE, "1")))
     except InputError as error:
         if named:
             raise SystemExit(f"pyengine: {error}") from error
@@ -41,3 +41,11 @@ def scorers_of(named: str) -> dict[str, str]:
             raise InputError(f"{SCORERS}: {one!r} in {named!r}: give NAME=SOURCE, each name once and without commas")
         found[name] = source or name
     return found
+
+
+def gigabytes_of(given: str) -> float:
+    """A number of 10⁹ bytes; InputError where it is none."""
+    try:
+        return real(float(given), CACHE, SMALLEST)
+    except ValueError:
+        raise InputError(f"{CACHE} must be a number of gigabytes above 0, got {given!r}") from None

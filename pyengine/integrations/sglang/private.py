@@ -8,7 +8,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import importlib.metadata
-import inspect
 import os
 import pkgutil
 from collections.abc import Callable, Mapping
@@ -23,10 +22,10 @@ from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 from sglang.srt.sampling.sampling_batch_info import ProcessorEntry, SamplingBatchInfo
 from sglang.srt.sampling.sampling_params import TOP_K_ALL
 
-from pyengine.errors import InputError, real
-from pyengine.integrations.sglang import CACHE, SCORERS
+from pyengine.errors import InputError
+from pyengine.integrations.sglang import SCORERS
 from pyengine.integrations.sglang.rows import Row, Rows, Step, admitted, check_reading
-from pyengine.integrations.tilting import HostScorers
+from pyengine.integrations.tilting import HostScorers, asked_for
 from pyengine.named import scorer_named
 from pyengine.results import SamplingParams
 from pyengine.scorers import Policy
@@ -54,6 +53,8 @@ ONLY: dict[str, tuple[tuple[Any, ...], str]] = {
     "device": (("cpu", "cuda"), "other devices have samplers of their own"),
 }
 
+_sources: Mapping[str, str] = {}
+_cache_gb = 0.0
 _rows: Rows | None = None  # of this process, once it has a model
 
 
@@ -61,7 +62,7 @@ def _check() -> None:
     version = importlib.metadata.version("sglang")
     if version != SUPPORTED:
         raise InputError(f"SGLang {version}: this pyengine knows SGLang {SUPPORTED}; install sglang=={SUPPORTED}")
-    for target in HOOKS:
+    for target in (*HOOKS, f"{_SCHEDULER}.retire_unadmitted_request"):
         try:
             pkgutil.resolve_name(target)
         except (ImportError, AttributeError) as error:
@@ -75,28 +76,28 @@ def _check() -> None:
         missing = names - {field.name for field in dataclasses.fields(kind)}
         if missing:
             raise InputError(f"SGLang {version}: {kind.__name__} has no {', '.join(sorted(missing))}")
-    held = {"origin_input_ids", "output_ids", "to_finish", "lora_id", "beam_group", "input_embeds", "sampling_params"}
-    missing = held - set(Req.__init__.__code__.co_names) or {"error_msg"} - set(
-        inspect.signature(Req.set_finish_with_abort).parameters
-    )
+    held = {"origin_input_ids", "output_ids", "to_finish", "lora_id", "input_embeds", "sampling_params"}
+    missing = held - set(Req.__init__.__code__.co_names) | {"set_finish_with_abort", "is_prefill_only"} - set(dir(Req))
     if missing:
         raise InputError(f"SGLang {version}: Req has no {', '.join(sorted(missing))}")
 
 
-def install(sources: Mapping[str, str]) -> None:
+def install(sources: Mapping[str, str], cache_gb: float) -> None:
     """Hook pyengine into this process. sources: {name: source} of the scorers; where there are none, SGLang stays as
-    it is, but refuses requests with `tilt_*`."""
+    it is, but refuses requests with `tilt_*`. cache_gb: 10⁹ bytes for each scorer that is a model of its own."""
     for source in sources.values():
         scorer_named(source)  # that it can be one is said before a model is loaded
     for target, (kind, hook, always) in HOOKS.items():
         if sources or always:
-            HookRegistry.register(target, functools.partial(hook, sources) if hook in TAKE_SOURCES else hook, kind)
+            HookRegistry.register(target, hook, kind)
+    global _sources, _cache_gb
+    _sources, _cache_gb = sources, cache_gb
 
 
 # Start: what is refused, and the scorers on the model's device.
 
 
-def check_settings(sources: Mapping[str, str], original: Callable[..., None], settings: Any) -> None:
+def check_settings(original: Callable[..., None], settings: Any) -> None:
     """Around ServerArgs.check_server_args. InputError for a setting under which a tilt could be lost."""
     original(settings)
     missing = HOOKS.keys() - HookRegistry._patched
@@ -109,10 +110,10 @@ def check_settings(sources: Mapping[str, str], original: Callable[..., None], se
             raise InputError(f"pyengine does not tilt with {name}={value!r}: {why}. Leave it out, or unset {SCORERS}")
 
 
-def load_scorers(sources: Mapping[str, str], result: None, runner: Any) -> None:
+def load_scorers(result: None, runner: Any) -> None:
     """After ModelRunner.load_model, before memory is taken for the cache and graphs are captured."""
     global _rows
-    check_settings(sources, lambda settings: None, runner.server_args)
+    check_settings(lambda settings: None, runner.server_args)
     found = [m for m in runner.model.modules() if isinstance(m, LogitsProcessor)]
     if len(found) != 1 or type(found[0]).forward is not LogitsProcessor.forward:
         raise InputError(
@@ -135,8 +136,7 @@ def load_scorers(sources: Mapping[str, str], result: None, runner: Any) -> None:
         device=next(runner.model.parameters()).device,
         tokenizer=tokenizer,
     )
-    cache_gb = real(os.environ.get(CACHE, 1.0), CACHE, 0.0)
-    scorers = HostScorers({name: scorer_named(s) for name, s in sources.items()}, policy, cache_gb=cache_gb)
+    scorers = HostScorers({name: scorer_named(s) for name, s in _sources.items()}, policy, cache_gb=_cache_gb)
     _rows = Rows(
         scorers, lambda: None if runner.req_to_token_pool is None else len(runner.req_to_token_pool.req_to_token)
     )
@@ -145,18 +145,32 @@ def load_scorers(sources: Mapping[str, str], result: None, runner: Any) -> None:
 # Requests: what they ask for is checked where they enter the queue, whatever they came by.
 
 
-def admit(scheduler: Any, req: Any, is_retracted: bool = False) -> None:
-    """Before Scheduler._add_request_to_queue. A request that asks for what cannot be has an error of its own (400)."""
-    if is_retracted or req.to_finish is not None:
-        return
+def admit(original: Callable[..., None], scheduler: Any, req: Any, *args: Any, **kwargs: Any) -> None:
+    """Around Scheduler._add_request_to_queue. A request that asks for what cannot be ends with an error of its own
+    (400), before anything is drawn for it; one that comes back after a preemption has been here."""
+    if not hasattr(req, "pyengine_row") and req.to_finish is None:
+        try:
+            scorers = None if _rows is None else _rows.scorers
+            tilting = admitted(req.sampling_params.custom_params, scorers, lambda: _sampling(req))
+            if tilting is not None:
+                _check_request(tilting, req)
+            req.pyengine_row = None if tilting is None else Row(tilting, req)
+        except InputError as error:
+            req.set_finish_with_abort(str(error))
+            scheduler.retire_unadmitted_request(req)
+            return
+    original(scheduler, req, *args, **kwargs)
+
+
+def refuse_beams(original: Callable[..., str | None], beams: Any, req: Any, received: Any) -> str | None:
+    """Around BeamCoordinator.validate_and_init, which replaces the request's parameters."""
     try:
-        scorers = None if _rows is None else _rows.scorers
-        tilting = admitted(req.sampling_params.custom_params, scorers, lambda: _sampling(req))
-        if tilting is not None:
-            _check_request(tilting, req)
-            req.pyengine_row = Row(tilting, req)
+        tilted = asked_for(received.sampling_params.custom_params or {}) is not None
     except InputError as error:
-        req.set_finish_with_abort(str(error))
+        return str(error)
+    if tilted:
+        return "tilt_weight: beam search selects by the base policy's logits; leave beam_width out"
+    return original(beams, req, received)
 
 
 def _sampling(req: Any) -> SamplingParams:
@@ -171,8 +185,6 @@ def _check_request(tilting: Any, req: Any) -> None:
         raise InputError(
             "tilt_weight: a scorer reads the hidden states of the model that it was trained on, not a LoRA's"
         )
-    if req.beam_group is not None:
-        raise InputError("tilt_weight: beam search selects from the base policy's logits; leave beam_width out")
     if _rows.scorers.reads_tokens and req.input_embeds is not None:
         raise InputError("tilt_weight: input_embeds are no tokens, which a scorer of this server reads")
     most = len(req.origin_input_ids) + req.sampling_params.max_new_tokens
@@ -187,6 +199,7 @@ def guard(original: Callable[..., None], req: Any, *args: Any, **kwargs: Any) ->
         fault = _rows.fault(row)
         if fault is not None:
             req.to_finish = FINISH_ABORT(fault, HTTPStatus.INTERNAL_SERVER_ERROR, "InternalServerError")
+            req.finished_len = len(req.output_ids) - 1  # that token is not shown
     original(req, *args, **kwargs)
     if row is not None and req.finished() and _rows is not None:
         _rows.scorers.forget(row)
@@ -268,15 +281,16 @@ def report(result: Any, *args: Any, **kwargs: Any) -> None:
         result.internal_state[KEY] = {"scorers": list(_rows.scorers.parts), "tilted_tokens": _rows.tilted}
 
 
+_SCHEDULER = "sglang.srt.managers.scheduler.Scheduler"
 _RUNNER = "sglang.srt.model_executor.model_runner.ModelRunner"
 _STATE = "sglang.srt.managers.scheduler_components.internal_state.SchedulerInternalStateController"
 _INFO = "sglang.srt.sampling.sampling_batch_info.SamplingBatchInfo"
-TAKE_SOURCES = (check_settings, load_scorers)
 # {what is hooked: (how, by what, whether also where no scorers are named)}
 HOOKS: dict[str, tuple[HookType, Callable[..., Any], bool]] = {
     "sglang.srt.server_args.ServerArgs.check_server_args": (HookType.AROUND, check_settings, False),
     f"{_RUNNER}.load_model": (HookType.AFTER, load_scorers, False),
-    "sglang.srt.managers.scheduler.Scheduler._add_request_to_queue": (HookType.BEFORE, admit, True),
+    f"{_SCHEDULER}._add_request_to_queue": (HookType.AROUND, admit, True),
+    "sglang.srt.beam_search.coordinator.BeamCoordinator.validate_and_init": (HookType.AROUND, refuse_beams, True),
     "sglang.srt.managers.schedule_batch.Req.update_finish_state": (HookType.AROUND, guard, False),
     f"{_INFO}.from_schedule_batch": (HookType.AFTER, enter_batch, False),
     "sglang.srt.layers.logits_processor.LogitsProcessor._get_pruned_states": (HookType.AFTER, keep_hidden, False),
