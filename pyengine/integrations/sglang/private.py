@@ -77,7 +77,7 @@ def _check() -> None:
         if missing:
             raise InputError(f"SGLang {version}: {kind.__name__} has no {', '.join(sorted(missing))}")
     held = {"origin_input_ids", "output_ids", "to_finish", "lora_id", "input_embeds", "sampling_params"}
-    missing = held - set(Req.__init__.__code__.co_names) | {"set_finish_with_abort", "is_prefill_only"} - set(dir(Req))
+    missing = held - set(Req.__init__.__code__.co_names) | {"set_finish_with_abort", "finished"} - set(dir(Req))
     if missing:
         raise InputError(f"SGLang {version}: Req has no {', '.join(sorted(missing))}")
 
@@ -194,7 +194,7 @@ def _check_request(tilting: Any, req: Any) -> None:
 def guard(original: Callable[..., None], req: Any, *args: Any, **kwargs: Any) -> None:
     """Around Req.update_finish_state: a token that was not tilted as asked ends its request with an error."""
     row = getattr(req, "pyengine_row", None)
-    if row is not None and not (req.finished() or req.to_finish or req.is_prefill_only):
+    if row is not None and not (req.finished() or req.to_finish) and req.sampling_params.max_new_tokens:
         assert _rows is not None
         fault = _rows.fault(row)
         if fault is not None:

@@ -93,9 +93,12 @@ class Rows:
         self.tilted += self.scorers.add(logits, hidden[: len(logits)], asked, reads)
         if going:
             index = torch.tensor([i for i, _, _ in going], device=logits.device)
-            finite = _to_host(logits[index].amax(1).isfinite())
+            finite = logits[index].amax(1).isfinite()
+            # A draw from a row of NaN ends SGLang; this one's token is thrown away.
+            logits.index_copy_(0, index, logits[index].masked_fill_(~finite[:, None], 0.0))
+            said = _to_host(finite)
             for j, (_, row, place) in enumerate(going):
-                row.drawn[place] = finite, j
+                row.drawn[place] = said, j
 
     def fault(self, row: Row) -> str | None:
         """Why the newest token of a request cannot be kept; None where it was drawn from what was asked for."""

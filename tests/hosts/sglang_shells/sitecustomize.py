@@ -17,7 +17,7 @@ OTHERS = ("IPython", "torchvision", "datasets", "gguf", "modelscope", "soundfile
 class Shell(types.ModuleType):
     """A module in which every name is there and none does anything."""
 
-    __path__: list[str] = []
+    __path__ = ()
 
     def __getattr__(self, name):
         if name.startswith("__"):
