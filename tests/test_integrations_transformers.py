@@ -119,6 +119,20 @@ def test_greedy_tokens_are_the_engines(served, kind):
     assert not left_behind(model)
 
 
+def test_calls_do_not_take_their_rows_for_each_others(served):
+    """Two calls while a prefix model is attached, the second with a prompt longer than the first one's response."""
+    model, tokenizer, head, prompts = served
+    scorer = PrefixModel(model.base_model, tokenizer, head)
+    found = []
+    with TiltLogitsProcessor(scorer, 8.0, tokenizer=tokenizer).attached(model) as processor:
+        for prompt in (prompts[4][:10], prompts[1][:40]):
+            arguments = {"max_new_tokens": NEW, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+            output = model.generate(**padded([prompt]), logits_processor=[processor], **arguments)
+            found.append(output[0, len(prompt) :].tolist())
+    own = model, tokenizer, head, [prompts[4][:10], prompts[1][:40]]
+    assert found == engines(own, [8.0] * 2)
+
+
 @contextlib.contextmanager
 def batching(model, processor, **arguments):
     """A manager of continuous batching that the processor tilts."""
@@ -277,6 +291,12 @@ def test_no_way_around_it(served):
         model.generate(**padded(prompts[:1]), max_new_tokens=1, pad_token_id=0)
     with processor.attached(model), pytest.raises(InputError, match="attached already"), processor.attached(model):
         pass
+    ids = torch.tensor(prompts[:1])
+    with processor.attached(model):
+        logits = model(ids).logits[:, -1]
+        processor(ids, logits)
+        with pytest.raises(InputError, match="more tokens than the model made passes"):
+            processor(ids, logits)
     with pytest.raises(InputError, match="3 weights for a batch of 2 rows"):
         generated(model, TiltLogitsProcessor(scorer, [1, 2, 3]), prompts[:2])
     narrow = PrefixScorer(8, model.config.vocab_size)
@@ -339,6 +359,12 @@ def test_seeds_of_blocks_come_from_torch_where_none_is_given(served):
     assert torch.equal(found[0], found[1])
     assert not torch.equal(found[0], found[2])
     assert not torch.equal(found[0][0], found[0][1])
+    torch.manual_seed(1)
+    other = type(model)(model.config).eval()
+    output = other.generate(torch.tensor(prompts[:1]), **DRAW, custom_generate=custom, seed=3)
+    params = SamplingParams(NEW, 0.8, seed=3, stop_token_ids=ENDS, ignore_eos=True)
+    (wanted,) = Engine(other, tokenizer, scorer).generate([prompts[0]], Blockwise(2, 8), params)
+    assert output[0].tolist() == prompts[0] + wanted.tokens
 
 
 def test_what_a_block_cannot_follow_is_refused(served):
@@ -351,7 +377,7 @@ def test_what_a_block_cannot_follow_is_refused(served):
         ({"do_sample": False}, "do_sample=True"),
         ({"logits_processor": [transformers.InfNanRemoveLogitsProcessor()]}, "InfNanRemoveLogitsProcessor"),
         ({"stopping_criteria": [transformers.MaxTimeCriteria(9)]}, "MaxTimeCriteria"),
-        ({"token_type_ids": inputs["input_ids"]}, "token_type_ids"),
+        ({"inputs_embeds": model.get_input_embeddings()(inputs["input_ids"])}, "not inputs_embeds"),
     ):
         with pytest.raises((InputError, ValueError), match=said):
             model.generate(**inputs, **(DRAW | arguments), custom_generate=custom)

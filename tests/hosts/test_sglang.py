@@ -1,0 +1,336 @@
+"""The tilt inside SGLang: one server for most of it, on a CPU with shells for SGLang's kernels."""
+
+import json
+import math
+import re
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch
+from cases import NEW, WEIGHTS, length, values
+from sglang_server import ARGUMENTS, Server, environment
+from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
+
+import pyengine
+from pyengine import Engine, PrefixModel, PrefixScorer, SamplingParams, Tokenwise
+
+HERE = Path(__file__).parent
+KEYS = [(i, weight) for i in range(8) for weight in WEIGHTS]
+# Prompts are read in parts, and eight rows that grow run out of memory.
+SMALL = {"chunked_prefill_size": 64, "max_total_tokens": 1600, "max_running_requests": 16}
+
+
+@pytest.fixture(scope="module")
+def case(cases):
+    return cases["llama"]
+
+
+@pytest.fixture(scope="module")
+def scorers(case, tmp_path_factory):
+    """{name: directory}: a prefix scorer, a prefix model of the same tokenizer, and a scorer that gives NaN."""
+    folder = tmp_path_factory.mktemp("scorers")
+    tokenizer = AutoTokenizer.from_pretrained(case.model)
+    head = pyengine.load_scorer(case.scorer)
+    torch.manual_seed(5)
+    model = AutoModel.from_config(AutoModel.from_pretrained(case.model).config)
+    PrefixModel(model, tokenizer, head).save(folder / "reader")
+    broken = PrefixScorer(64, 745, width=8)
+    with torch.no_grad():
+        broken.head.bias[7] = math.nan
+    broken.save(folder / "broken")
+    return {"first": case.scorer, "reader": folder / "reader", "broken": folder / "broken"}
+
+
+@pytest.fixture(scope="module")
+def server(case, scorers, tmp_path_factory):
+    log = tmp_path_factory.mktemp("sglang") / "log"
+    variables = {"SGLANG_CLIP_MAX_NEW_TOKENS_ESTIMATION": "8", "PYENGINE_SCORER_CACHE_GB": "0.05"}
+    server = Server(log, case.model, scorers, SMALL, variables)
+    yield server
+    server.stop()
+
+
+@pytest.fixture(scope="module")
+def reference(case):
+    """(base logits, values of the first scorer) [T, 745] of every place of a sequence, by transformers."""
+    model, scorer = AutoModelForCausalLM.from_pretrained(case.model).eval(), pyengine.load_scorer(case.scorer)
+
+    @torch.inference_mode()
+    def read(ids):
+        hidden = []
+        hook = model.lm_head.register_forward_pre_hook(lambda _, inputs: hidden.append(inputs[0][0]))
+        logits = model(torch.tensor([ids])).logits[0]
+        hook.remove()
+        return logits, values(scorer, hidden[0])
+
+    return read
+
+
+def engine_tokens(case, scorer):
+    """{(prompt, λ): greedy tokens} by pyengine's own engine."""
+    engine = Engine.from_pretrained(case.model, scorer=scorer)
+    sampling = SamplingParams(max_tokens=NEW, temperature=0, seed=0, ignore_eos=True)
+    prompts = [case.prompts[i] for i, _ in KEYS]
+    handles = [engine.submit(p, Tokenwise(w), sampling) for p, (_, w) in zip(prompts, KEYS, strict=True)]
+    return {key: list(handle.result().tokens) for key, handle in zip(KEYS, handles, strict=True)}
+
+
+def logprobs(answer):
+    """[T, 745] of an answer with top_logprobs_num=745; -inf where SGLang gives none."""
+    found = torch.full((len(answer["output_ids"]), 745), -math.inf)
+    for row, listed in zip(found, answer["meta_info"]["output_top_logprobs"], strict=True):
+        for value, token, _ in listed:
+            row[token] = -math.inf if value is None else value
+    return found
+
+
+ALL = {"return_logprob": True, "top_logprobs_num": 745}
+
+
+@pytest.mark.parametrize("name", ["first", "reader"])
+def test_greedy_tokens_are_the_engine_s(name, server, case, scorers):
+    expected = engine_tokens(case, scorers[name])
+    if name == "first":
+        assert expected == case.tokens
+    assert len({tuple(tokens) for tokens in expected.values()}) > 24
+    before = server.state()["tilted_tokens"]
+    fields = [{"tilt_weight": weight, "tilt_scorer": name} for _, weight in KEYS]
+    answers = server.together(
+        [
+            {"ids": case.prompts[i], "tilt": tilt, "max_new_tokens": length(n)}
+            for n, ((i, _), tilt) in enumerate(zip(KEYS, fields, strict=True))
+        ]
+    )
+    for n, (key, answer) in enumerate(zip(KEYS, answers, strict=True)):
+        assert answer["output_ids"] == expected[key][: length(n)], key
+    drawn = sum(length(n) for n, (_, weight) in enumerate(KEYS) if weight)
+    assert drawn <= server.state()["tilted_tokens"] - before < 2 * drawn
+
+
+def test_the_law(server, case, reference):
+    """softmax(l / T + λ V) over the whole vocabulary, whatever shares the batch."""
+    asked = [(t, w) for t in (0.7, 1.0, 1.6) for w in (2.0, -2.0, 0.0)]
+    prompt = case.prompts[3]
+    common = {"ids": prompt, "max_new_tokens": 6} | ALL
+    answers = server.together(
+        [common | {"tilt": {"tilt_weight": w}, "sampling": {"temperature": t}} for t, w in asked],
+    )
+    for (temperature, weight), answer in zip(asked, answers, strict=True):
+        logits, v = reference(prompt + answer["output_ids"])
+        law = (logits / temperature + weight * v).log_softmax(-1)[len(prompt) - 1 : -1]
+        found = logprobs(answer)
+        seen = law > -80  # below, the host's probability is 0 in fp32
+        assert seen.float().mean() > 0.9
+        torch.testing.assert_close(found[seen], law[seen], atol=1e-3, rtol=0)
+        assert (found[~seen] < -79).all()
+
+
+def test_a_budget_is_spent(server, case, reference):
+    prompt = case.prompts[2]
+    tilt = {"tilt_kl_budget": 0.05}
+    answer = server.generate(prompt, tilt, 8, sampling={"temperature": 1.3}, **ALL)
+    base = (reference(prompt + answer["output_ids"])[0] / 1.3).log_softmax(-1)[len(prompt) - 1 : -1]
+    policy = logprobs(answer)
+    spent = torch.where(policy.exp() > 0, policy.exp() * (policy - base), 0.0).sum(-1)
+    torch.testing.assert_close(spent, torch.full((8,), 0.05), atol=5e-4, rtol=0)
+
+
+def test_the_prompt_s_logprobs_are_the_base_policy_s(server, case):
+    """Asked for, they put all of the prompt's rows before the output head, in parts."""
+    prompt = case.prompts[5]
+    plain = server.generate(prompt, None, 4, logprob_start_len=0, **ALL)["meta_info"]
+    for extra in ({"logprob_start_len": 0}, {}):
+        answer = server.generate(prompt, {"tilt_weight": 8.0}, 12, **ALL, **extra)
+        assert answer["output_ids"] == case.tokens[5, 8.0][:12]
+        if extra:
+            found = [row[0] for row in answer["meta_info"]["input_token_logprobs"][1:]]
+            expected = [row[0] for row in plain["input_token_logprobs"][1:]]
+            torch.testing.assert_close(torch.tensor(found), torch.tensor(expected), atol=1e-4, rtol=0)
+
+
+def test_a_grammar_s_mask_stays(server, case, reference):
+    prompt = case.prompts[1]
+    sampling = {"regex": "[a-m ]{30,40}", "temperature": 1.0}
+    tilts = ({"tilt_weight": 0.0}, {"tilt_weight": 2.0})
+    plain, tilted = (server.generate(prompt, tilt, 8, sampling=sampling, **ALL) for tilt in tilts)
+    allowed = logprobs(plain)[0] > -1e4
+    assert 5 < allowed.sum() < 300
+    logits, v = (rows[len(prompt) - 1] for rows in reference(prompt))
+    found, law = logprobs(tilted)[0], (logits + 2.0 * v)[allowed].log_softmax(-1)
+    torch.testing.assert_close(found[allowed], law, atol=1e-3, rtol=0)
+    assert (found[~allowed] < -1e4).all()
+
+
+def test_preempted_rows_and_prompts_in_parts_equal_solo_runs(server, case):
+    names = ("first", "reader", "first=0.5,reader=1")
+    requests = [
+        {"ids": case.prompts[i % 6], "max_new_tokens": 180}
+        | ({"tilt": {"tilt_weight": WEIGHTS[i % 4] or 1.0, "tilt_scorer": names[i % 3]}} if i % 2 else {})
+        for i in range(16)
+    ]
+    answers = server.together(requests)
+    assert sum(answer["meta_info"]["num_retractions"] for answer in answers[1::2]) > 0
+    for request, answer in zip(requests, answers, strict=True):
+        assert answer["output_ids"] == server.generate(**request)["output_ids"]
+
+
+BAD = [
+    ({"tilt_weight": "much"}, {}, "tilt_weight"),
+    ({"tilt_wait": 2.0}, {}, "tilt_wait"),
+    ({"tilt_weight": 2.0, "tilt_scorer": "nobody"}, {}, "nobody"),
+    ({"tilt_strategy": "blockwise", "tilt_k": 4}, {}, "tilt_strategy"),
+    ({"tilt_kl_budget": 0.1}, {"top_p": 0.9, "temperature": 1.0}, "tilt_kl_budget"),
+    ({"tilt_weight": 2.0}, {"beam_width": 3}, "beam_width"),
+]
+
+
+@pytest.mark.parametrize(("tilt", "sampling", "named"), BAD)
+def test_a_bad_request_is_a_400_of_its_own(tilt, sampling, named, server, case):
+    body = {"input_ids": case.prompts[0], "sampling_params": {"max_new_tokens": 4, **sampling, "custom_params": tilt}}
+    status, answer = server.ask("POST", "/generate", body)
+    assert status == 400
+    assert named in answer["error"]["message"]
+    status, answer = server.ask("POST", "/generate", body | {"stream": True})
+    assert named in answer
+    assert '"output_ids":[]' in answer or '"error"' in answer  # nothing was drawn for it
+
+
+def test_a_scorer_that_gives_nan_fails_its_request_alone(server, case):
+    tilt = {"tilt_weight": 2.0, "tilt_scorer": "broken"}
+    bad = {"input_ids": case.prompts[4], "sampling_params": {"max_new_tokens": 12, "custom_params": tilt}}
+    good = {"ids": case.prompts[4], "tilt": {"tilt_weight": 2.0}, "max_new_tokens": NEW}
+    with ThreadPoolExecutor(8) as pool:
+        failed = [pool.submit(server.ask, "POST", "/generate", bad) for _ in range(4)]
+        others = [pool.submit(server.generate, **good) for _ in range(4)]
+    for status, answer in (one.result() for one in failed):
+        assert (status, "finite" in answer["message"]) == (500, True)
+    assert all(one.result()["output_ids"] == case.tokens[4, 2.0] for one in others)
+
+
+def test_openai_s_routes(server, case):
+    body = {"model": "any", "prompt": case.prompts[6], "temperature": 0, "max_tokens": 16, "ignore_eos": True}
+    texts = {}
+    for weight in WEIGHTS:
+        status, answer = server.ask("POST", "/v1/completions", body | {"custom_params": {"tilt_weight": weight}})
+        assert status == 200, answer
+        texts[weight] = answer["choices"][0]["text"]
+    tokenizer = AutoTokenizer.from_pretrained(case.model)
+    for weight, text in texts.items():
+        assert text == tokenizer.decode(case.tokens[6, weight][:16], skip_special_tokens=True)
+    status, answer = server.ask("POST", "/v1/completions", body | {"custom_params": {"tilt_weight": "x"}})
+    assert (status, "tilt_weight" in answer["message"]) == (400, True)
+
+
+BARE = """
+import json, sys
+from sglang.srt.entrypoints.engine import Engine
+if __name__ == "__main__":
+    engine = Engine(model_path=sys.argv[1], **json.loads(sys.argv[2]))
+    sampling = {"temperature": 0, "max_new_tokens": 8, "ignore_eos": True}
+    prompt = json.loads(sys.argv[3])
+    plain = engine.generate(input_ids=prompt, sampling_params=sampling, return_logprob=True, top_logprobs_num=745)
+    try:
+        engine.generate(input_ids=prompt, sampling_params=sampling | {"custom_params": {"tilt_weight": 2.0}})
+        said = None
+    except ValueError as error:
+        said = str(error)
+    print(json.dumps({"plain": plain, "said": said}), file=open(sys.argv[4], "w"))
+    engine.shutdown()
+"""
+
+
+def test_without_scorers_a_tilt_is_refused_and_the_rest_has_the_same_bits(server, case, tmp_path):
+    (tmp_path / "bare.py").write_text(BARE)
+    arguments = [str(case.model), json.dumps(ARGUMENTS | SMALL), json.dumps(case.prompts[3]), str(tmp_path / "out")]
+    command = [sys.executable, str(tmp_path / "bare.py"), *arguments]
+    done = subprocess.run(command, env=environment(), capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads((tmp_path / "out").read_text())
+    assert "tilt_weight" in found["said"]
+    assert "PYENGINE_SCORERS" in found["said"]
+    server.ask("POST", "/flush_cache")
+    answer = server.generate(case.prompts[3], {"tilt_weight": 0.0}, 8, **ALL)
+    assert answer["output_ids"] == found["plain"]["output_ids"]
+    assert torch.equal(logprobs(answer), logprobs(found["plain"]))
+
+
+def blocks(language):
+    """The code of docs/sglang.md."""
+    return re.findall(
+        rf"^```{language}\n(.*?)^```", (HERE.parents[1] / "docs" / "sglang.md").read_text(), re.DOTALL | re.MULTILINE
+    )
+
+
+def test_the_page_s_examples_do_what_it_says(server, tmp_path, capsys):
+    offline, client = blocks("python")
+    given = f"model, scorer = {str(pyengine.embedded('policy'))!r}, {str(pyengine.embedded('prefix'))!r}\n"
+    offline = offline.replace("Engine(model_path=model)", f"Engine(model_path=model, **{ARGUMENTS!r})")
+    (tmp_path / "offline.py").write_text(given + offline)
+    command = [sys.executable, str(tmp_path / "offline.py")]
+    done = subprocess.run(command, env=environment(), capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    (printed,) = blocks("text")
+    counted = re.search(r"tilted_tokens': (\d+)", done.stdout)
+    assert int(counted[1]) > 20  # one more a request where the next step had begun before its end was seen
+    assert re.sub(r"\d+}", "N}", printed) in re.sub(r"\d+}", "N}", done.stdout)
+    code = client.replace(":30000", f":{server.port}").replace("helpful", "first")
+    before = server.state()["tilted_tokens"]
+    exec(compile(code, "docs/sglang.md", "exec"), {})
+    assert capsys.readouterr().out.strip()
+    assert server.state()["tilted_tokens"] > before
+
+
+SETTINGS = {
+    "speculative_algorithm": {"speculative_algorithm": "NGRAM"},
+    "tp_size": {"tp_size": 2},
+    "pp_size": {"pp_size": 2},
+    "dp_size": {"dp_size": 2},
+    "disaggregation_mode": {"disaggregation_mode": "decode"},
+    "enable_single_batch_overlap": {"enable_single_batch_overlap": True},
+    "enable_mixed_chunk": {"enable_mixed_chunk": True},
+    "enable_torch_compile": {"enable_torch_compile": True},
+    "is_embedding": {"is_embedding": True},
+}
+STAND_INS = {
+    "dllm_algorithm": "LowConfidence",
+    "attn_cp_size": 2,
+    "enable_dp_attention": True,
+    "enable_pdmux": True,
+    "enable_two_batch_overlap": True,
+    "enable_watermark": True,
+    "device": "npu",
+}
+
+
+@pytest.fixture(scope="module")
+def refused(case, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("refused")
+    PrefixScorer(64, 700, width=8).save(folder / "vocabulary")
+    PrefixScorer(64, 745, width=8, layer=1).save(folder / "layer")
+    wrong = {"vocabulary": str(folder / "vocabulary"), "layer": str(folder / "layer")}
+    cases = {"model": str(case.model), "settings": SETTINGS, "stand_ins": STAND_INS, "scorers": wrong}
+    (folder / "cases.json").write_text(json.dumps(cases))
+    command = [sys.executable, str(HERE / "sglang_refusals.py"), str(folder / "cases.json")]
+    scorers = environment({"one": case.scorer})
+    done = subprocess.run(command, env=scorers, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def test_each_setting_under_which_a_tilt_could_be_lost_is_refused(refused):
+    assert refused["known"] == sorted([*SETTINGS, *STAND_INS])
+    for name in refused["known"]:
+        assert refused["said"][name].startswith(f"InputError: pyengine does not tilt with {name}=")
+
+
+def test_what_does_not_fit_is_refused_with_the_reason(refused):
+    said = refused["said"]
+    assert "scores a vocabulary of 700 tokens" in said["vocabulary"]
+    assert "reads layer 1 of 3" in said["layer"]
+    assert "logits processor" in said["processor"]
+    assert "did not take pyengine's hook" in said["hook"]
+    assert said["version"].startswith("SystemExit: pyengine: SGLang 0.5.24")
+    assert "drawn past pyengine" in said["token"]
