@@ -20,7 +20,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-WIDTH, REQUESTS, PROMPT, TOKENS, ROUNDS = 128, 16, 32, 32, 5
+WIDTH, REQUESTS, PROMPT, TOKENS, ROUNDS = 128, 16, 32, 64, 5
 WAYS = {  # who is asked, and with what
     "without the plug-in": ("without", None),
     "plain": ("with", None),
