@@ -15,7 +15,8 @@ import pyengine
 from pyengine import Engine, PrefixScorer, Probe, SamplingParams, Tokenwise
 
 TEMPERATURES = (0.7, 1.0, 1.6)
-LAW = [{"tilt_weight": 2.0}, {"tilt_weight": -3.0}, {"tilt_weight": 1.0, "tilt_scorer": "liked=2,also=-.5"}, {}]
+LAW = [{"tilt_weight": 2.0}, {"tilt_weight": -3.0}, {}]
+SUM = [{"tilt_weight": 1.0, "tilt_scorer": "liked=2,also=-.5"}]
 BUDGET = [{"tilt_kl_budget": 0.2, "tilt_scorer": "also=-1"}]
 GREEDY = {"temperature": 0, "max_tokens": NEW, "ignore_eos": True}
 BLOCKS = 34  # of 32 tokens, for 16 requests of up to 324
@@ -37,12 +38,16 @@ def parity(case, **args):
     return {"args": configured(case) | {"max_num_seqs": 6} | args, "calls": [call]}
 
 
+def asked_of_the_law():
+    """(top-p, temperature, fields of its requests) of each batch; one scorer alone goes another way than a sum."""
+    pairs = [(p, t) for p in (1.0, 0.9) for t in TEMPERATURES]
+    return [(p, t, LAW) for p, t in pairs] + [(p, t, SUM) for p, t in pairs]
+
+
 def law(case):
     """Whole distributions of two tokens at every temperature, without and with a filter, then with budgets."""
     calls = []
-    for top_p, t, asked in [(p, t, LAW) for p in (1.0, 0.9) for t in TEMPERATURES] + [
-        (1.0, t, BUDGET) for t in (0.7, 1.6)
-    ]:
+    for top_p, t, asked in [*asked_of_the_law(), *((1.0, t, BUDGET) for t in (0.7, 1.6))]:
         own = {"temperature": t, "top_p": top_p, "max_tokens": 2, "logprobs": -1, "ignore_eos": True}
         calls.append({"prompts": [case.prompts[3]] * len(asked), "params": [own | {"extra_args": f} for f in asked]})
     own = {"logprobs_mode": "processed_logprobs", "max_logprobs": -1}
@@ -167,9 +172,8 @@ def laws(case, fields, one, temperature):
 
 def test_the_law_holds_at_every_temperature_and_its_filter_keeps_the_same(cases, ran):
     case = cases["embedded"]
-    asked = [(top_p, t) for top_p in (1.0, 0.9) for t in TEMPERATURES]
-    for (top_p, t), call in zip(asked, ran["law"]["calls"][:6], strict=True):
-        for fields, (one,) in zip(LAW, call, strict=True):
+    for (top_p, t, asked), call in zip(asked_of_the_law(), ran["law"]["calls"][:12], strict=True):
+        for fields, (one,) in zip(asked, call, strict=True):
             base, followed = laws(case, fields, one, t)
             wanted = torch.log_softmax(base + fields.get("tilt_weight", 0.0) * followed, -1)
             found = torch.tensor([[-math.inf if x is None else x for x in row] for row in one["logprobs"]])
@@ -186,7 +190,7 @@ def test_the_law_holds_at_every_temperature_and_its_filter_keeps_the_same(cases,
 
 
 def test_a_budget_is_spent_at_every_token(cases, ran):
-    for t, ((one,),) in zip((0.7, 1.6), ran["law"]["calls"][6:], strict=True):
+    for t, ((one,),) in zip((0.7, 1.6), ran["law"]["calls"][12:], strict=True):
         base, followed = laws(cases["embedded"], BUDGET[0], one, t)
         found = torch.tensor(one["logprobs"])
         assert ((found.exp() * (found - base)).sum(-1) / 0.2 - 1).abs().max() < 0.01
