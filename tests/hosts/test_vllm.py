@@ -48,7 +48,8 @@ def law(case):
     """Whole distributions of two tokens at every temperature, without and with a filter, then with budgets."""
     calls = []
     for top_p, t, asked in [*asked_of_the_law(), *((1.0, t, BUDGET) for t in (0.7, 1.6))]:
-        own = {"temperature": t, "top_p": top_p, "max_tokens": 2, "logprobs": -1, "ignore_eos": True}
+        own = {"temperature": t, "top_p": top_p, "max_tokens": 2, "logprobs": -1, "seed": 3}
+        own["ignore_eos"] = True
         calls.append({"prompts": [case.prompts[3]] * len(asked), "params": [own | {"extra_args": f} for f in asked]})
     own = {"logprobs_mode": "processed_logprobs", "max_logprobs": -1}
     return {"args": configured(case, also="prefix") | own, "calls": calls}
