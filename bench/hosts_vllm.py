@@ -18,6 +18,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 WIDTH, REQUESTS, PROMPT, TOKENS, ROUNDS = 128, 16, 32, 64, 5
 WAYS = {  # who is asked, and with what
@@ -55,8 +56,11 @@ def _hide() -> None:
     """vLLM does not find the plug-in."""
     theirs = importlib.metadata.entry_points
 
-    def without(**select: str) -> importlib.metadata.EntryPoints:
-        return importlib.metadata.EntryPoints(e for e in theirs(**select) if not e.value.startswith("pyengine."))
+    def without(**select: Any) -> Any:
+        found = theirs(**select)
+        if str(select.get("group")).startswith("vllm."):
+            return importlib.metadata.EntryPoints(e for e in found if not e.value.startswith("pyengine."))
+        return found
 
     importlib.metadata.entry_points = without  # type: ignore[assignment]
 

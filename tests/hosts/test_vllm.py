@@ -278,7 +278,10 @@ def test_what_cannot_be_tilted_is_refused_at_start_with_the_reason(cases, tmp_pa
         "tilt_scorers must be {name: directory}": {"additional_config": {"tilt_scorers": []}},
         "unknown tilt_scorer;": {"additional_config": {"tilt_scorer": "prefix"}},
     }
-    found, _ = run_vllm(tmp_path, [{"args": configured(case) | own, "calls": []} for own in settings.values()])
+    refused = [{"args": configured(case) | own, "calls": []} for own in settings.values()]
+    adapted = {"args": {"model": str(case.model), "enable_lora": True}, "calls": [faulty(case, {})]}
+    *found, last = run_vllm(tmp_path, [*refused, adapted])[0]
+    assert tokens(last["calls"][0]) == [case.tokens[0, 0.0][:2]]  # LoRA without scorers is none of our business
     for says, one in zip(settings, found, strict=True):
         assert one.get("error", "nothing").startswith("InputError"), (says, one)
         assert says in one["error"]

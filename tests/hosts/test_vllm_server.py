@@ -18,6 +18,7 @@ PAGE = Path(__file__).parents[2] / "docs" / "vllm.md"
 BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```", PAGE.read_text(), re.DOTALL | re.MULTILINE)
 SERVE = next(code for language, code in BLOCKS if code.startswith("vllm serve"))
 OFFLINE, CLIENT = [code for language, code in BLOCKS if language == "python"]
+TEMPLATE = "\"{{ messages[0]['content'] }}\""
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
 
 
@@ -42,7 +43,7 @@ def serving(folder):
     log = folder / "server.log"
     with log.open("w") as said:
         process = subprocess.Popen(
-            f"{command} --port {port} --host 127.0.0.1 --dtype float32 --enforce-eager",
+            f"{command} --port {port} --host 127.0.0.1 --dtype float32 --enforce-eager --chat-template {TEMPLATE}",
             shell=True, env=ENVIRONMENT, cwd=folder, stdout=said, stderr=subprocess.STDOUT,
         )  # fmt: skip
         try:
@@ -108,10 +109,16 @@ def test_a_request_that_is_wrong_is_a_400_that_names_the_field(cases, server, fi
     assert complete(client, case.prompts[0], {"tilt_weight": 2.0}) == case.tokens[0, 2.0]
 
 
-def test_responses_take_the_fields_too(server):
+@pytest.mark.parametrize("api", ["chat", "responses"])
+def test_the_other_interfaces_take_the_fields_too(server, api):
     client, _ = server
+    fields = {"tilt_weight": 1, "tilt_scorer": "other"}
+    if api == "chat":
+        ask, said = client.chat.completions.create, {"messages": [{"role": "user", "content": "Review"}]}
+    else:
+        ask, said = client.responses.create, {"input": "Review"}
     with pytest.raises(openai.BadRequestError, match="there is no 'other'"):
-        client.responses.create(model="policy", input="Review", extra_body={"tilt_weight": 1, "tilt_scorer": "other"})
+        ask(model="policy", extra_body=fields, **said)
 
 
 def test_the_pages_client(server, tmp_path):
@@ -125,4 +132,4 @@ def test_the_pages_offline_example(tmp_path):
     said = program(OFFLINE, tmp_path)
     rows = int(re.search(r"\[(\d+)\] rows of logits were tilted", said)[1])
     assert 3 <= rows <= 3 * 24
-    assert said.count("{'tilt_") == 3
+    assert len(re.findall(r"^\{'tilt_", said, re.MULTILINE)) == 3
