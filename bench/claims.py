@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import subprocess
 import sys
 import time
@@ -25,15 +24,13 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 from rich.text import Text
 from transformers.utils import logging
 
-from pyengine import _C
-from pyengine.ops.settings import settings
+from pyengine.machine import about
 
 HERE = Path(__file__).parent
 # The neighbours by their names, also under `python -m`, which has the repository root on the path instead.
@@ -62,22 +59,12 @@ CLAIMS = {claim.__name__.upper(): claim for module in MODULES for claim in modul
 
 
 def machine() -> dict[str, Any]:
-    """What the figures were made on."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.is_file() else []
-    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
+    """What the figures were made on, and the commit."""
     git = subprocess.run(
         ["git", "describe", "--always", "--dirty", "--abbrev=40"], capture_output=True, text=True, cwd=HERE, check=False
     )
-    return {
-        "cpu": names[0] if names else platform.machine(),
-        "cores": len(names),
-        "threads": torch.get_num_threads(),
-        "instruction_set": _C.instruction_set(settings.cpu_isa),
-        "python": platform.python_version(),
-        "commit": git.stdout.strip() or None,
-        **{name: metadata.version(name) for name in ("torch", "transformers", "numpy")},
-    }
+    versions = {name: metadata.version(name) for name in ("transformers", "numpy")}
+    return about() | versions | {"commit": git.stdout.strip() or None}
 
 
 def run(sizes: Sizes, only: Sequence[str] = ()) -> Iterator[Row]:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import ctypes
 import json
-import platform
 import statistics
 import subprocess
 import sys
@@ -20,32 +19,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from pyengine import _C
-from pyengine.ops.settings import settings
+from pyengine.machine import about
 
 HERE = Path(__file__).parent
 Rows = list[dict[str, object]]
 Race = tuple[dict[str, float], dict[str, list[float]]]
-
-
-def machine() -> dict[str, object]:
-    """What the figures were measured on."""
-    names = [
-        line.split(":")[1].strip()
-        for line in Path("/proc/cpuinfo").read_text().splitlines()
-        if line.startswith("model name")
-    ]
-    out = {
-        "cpu": names[0] if names else platform.machine(),
-        "cores": len(names),
-        "instruction_set": _C.instruction_set(settings.cpu_isa),
-        "compiler": _C.compiler(),
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-    }
-    if torch.cuda.is_available():
-        return out | {"gpu": torch.cuda.get_device_name(), "cuda": torch.version.cuda}
-    return out | {"gpu": "not yet run on a GPU"}
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +42,7 @@ def rows(request):
     collected: Rows = []
     yield collected
     if timing and collected:
-        report = {"machine": machine(), "rows": collected}
+        report = {"machine": about(), "rows": collected}
         (HERE / "results" / f"{stem}.json").write_text(json.dumps(report, indent=1) + "\n")
         for row in collected:
             print(json.dumps({k: v for k, v in row.items() if k != "samples"}))

@@ -27,10 +27,11 @@ HERE = Path(__file__).parent
 # The neighbours by their names, also under `python -m`, which has the repository root on the path instead.
 sys.path.insert(0, str(HERE))
 
-from conftest import machine  # noqa: E402
+
 from rig import output_of, version  # noqa: E402
 
 import pyengine  # noqa: E402
+from pyengine.machine import about  # noqa: E402
 from pyengine.scorers import Candidates, parts_of, score_texts  # noqa: E402
 from pyengine.training.labelling import SHARD_BYTES  # noqa: E402
 from pyengine.worlds import reviews  # noqa: E402
@@ -46,22 +47,21 @@ def write_rows(path: Path, count: int) -> None:
 
 
 class Run:
-    """One run of the command, its processes, and how far it is."""
+    """One run of a command of pyengine, its processes, and how far it is."""
 
-    def __init__(self, rows: Path, out: Path, log: Path) -> None:
-        command = [sys.executable, "-m", "pyengine", "label", rows, "--scorer", "reward-model", "--out", out]
-        self.log = log
+    def __init__(self, command: list[Any], out: Path, log: Path, accept: int = 0) -> None:
+        """accept: the exit code of a run that ends well."""
+        command = [sys.executable, "-m", "pyengine", *map(str, command), "--out", str(out), "--resume"]
+        self.log, self.accept = log, accept
         self.directory, self.began = out.with_name(out.name + ".shards"), time.perf_counter()
         with log.open("ab") as file:
-            self.process = subprocess.Popen(
-                [*command, "--ray", "local", "--resume"], stdout=subprocess.PIPE, stderr=file, text=True
-            )
+            self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=file, text=True)
 
     def shards(self) -> int:
         return len(list(self.directory.glob("*.jsonl")))
 
     def lives(self) -> bool:
-        if self.process.poll():
+        if self.process.poll() not in (None, self.accept):
             raise SystemExit(f"{self.log.read_text()}\nthe run ended with {self.process.returncode}")
         return self.process.returncode is None
 
@@ -98,10 +98,33 @@ class Run:
     def end(self) -> float:
         """Wait for it; seconds that it ran."""
         said = self.process.communicate()[0]
-        if self.process.returncode:
+        if self.process.returncode != self.accept:
             raise SystemExit(f"{self.log.read_text()}\nthe run ended with {self.process.returncode}")
         self.report = json.loads(said)
         return time.perf_counter() - self.began
+
+
+def disturb(command: list[Any], out: Path, log: Path, shards: int, accept: int = 0) -> tuple[Run, dict[str, Any]]:
+    """The last run of a command, and what was done: a worker is killed early, the whole job half-way, and another
+    worker of the run that takes it up."""
+    first = Run(command, out, log, accept)
+    first.wait_for(shards // 5)
+    workers = [first.kill_worker()]
+    first.wait_for(shards // 2)
+    killed = first.kill()
+    seconds = [time.perf_counter() - first.began]
+    kept = first.shards()
+    second = Run(command, out, log, accept)
+    second.wait_for(shards * 3 // 4)
+    workers.append(second.kill_worker())
+    seconds.append(second.end())
+    return second, {
+        "seconds": round(sum(seconds), 1),
+        "seconds_of_each_run": [round(s, 1) for s in seconds],
+        "killed_workers": sum(workers),
+        "restarts": int(killed),
+        "shards_kept_at_the_restart": kept,
+    }
 
 
 def verify(rows: Path, out: Path, count: int) -> dict[str, Any]:
@@ -136,31 +159,17 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as name:
         rows, out, log = (Path(name) / file for file in ("rows.jsonl", "labelled.jsonl", "log.txt"))
         write_rows(rows, count)
-        shards = -(-rows.stat().st_size // SHARD_BYTES)
-        first = Run(rows, out, log)
-        first.wait_for(shards // 5)
-        workers = [first.kill_worker()]
-        first.wait_for(shards // 2)
-        killed = first.kill()
-        seconds = [time.perf_counter() - first.began]
-        kept = first.shards()
-        second = Run(rows, out, log)
-        second.wait_for(shards * 3 // 4)
-        workers.append(second.kill_worker())
-        seconds.append(second.end())
+        command = ["label", rows, "--scorer", "reward-model", "--ray", "local"]
+        run, disturbed = disturb(command, out, log, -(-rows.stat().st_size // SHARD_BYTES))
         result = {
-            "machine": machine() | {"ray": version("ray"), "commit": output_of("git", "rev-parse", "HEAD")},
+            "machine": about() | {"ray": version("ray"), "commit": output_of("git", "rev-parse", "HEAD")},
             "rows": count,
             "megabytes": round(rows.stat().st_size / 1e6, 1),
             "scorer": "embedded reward model",
-            "seconds": round(sum(seconds), 1),
-            "seconds_of_each_run": [round(s, 1) for s in seconds],
-            "rows_per_second": round(count / sum(seconds)),
-            "killed_workers": sum(workers),
-            "restarts": int(killed),
-            "shards_kept_at_the_restart": kept,
+            "rows_per_second": round(count / disturbed["seconds"]),
+            **disturbed,
             **verify(rows, out, count),
-            "report": second.report,
+            "report": run.report,
         }
         said = log.read_text()
     print(json.dumps(result, indent=1))
@@ -168,7 +177,7 @@ def main() -> int:
     sound = sound and result["largest_difference_from_a_direct_run"] < TOLERANCE
     if not sound:
         print(said, file=sys.stderr)
-    elif count == ROWS and killed and all(workers):
+    elif count == ROWS and result["restarts"] == 1 and result["killed_workers"] == 2:
         (HERE / "results" / "label_rows.json").write_text(json.dumps(result, indent=1) + "\n")
     return int(not sound)
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 
-from pyengine import ops
+from pyengine import costs, ops
 from pyengine.cache import PAGE, BranchingCache, Sequence
 from pyengine.ops.linear import (
     Forwards,
@@ -32,6 +32,7 @@ from pyengine.ops.linear import (
 )
 from pyengine.ops.tree_attention import masked_attention, run_prepared
 from pyengine.reference import Tree
+from pyengine.timing import Cost, timed
 
 T = TypeVar("T")
 NAME = "pyengine"
@@ -65,7 +66,13 @@ class Options(NamedTuple):
 
 
 class Pass(Protocol):
-    """One forward pass over packed tokens: query [Hq, T, D], key and value [Hkv, T, D] -> [T, Hq, D]."""
+    """One forward pass over packed tokens: query [Hq, T, D], key and value [Hkv, T, D] -> [T, Hq, D].
+
+    name, cost: of a layer, for whoever records spans."""
+
+    name: str
+
+    def cost(self, query: Tensor, key: Tensor) -> Cost: ...
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, options: Options) -> Tensor: ...
 
@@ -87,7 +94,8 @@ def _attention(
     if run is None:
         raise RuntimeError("this model is in a pass of an engine in another thread; call it when that has ended")
     options = Options(scaling, sliding_window, softcap, s_aux)
-    return run.attend(module.layer_idx, query[0], key[0], value[0], options)[None], None
+    with timed(run.name, lambda: run.cost(query[0], key[0])):
+        return run.attend(module.layer_idx, query[0], key[0], value[0], options)[None], None
 
 
 AttentionInterface.register(NAME, _attention)
@@ -196,12 +204,17 @@ class Span(NamedTuple):
 class Extend:
     """Prompts side by side: each span is written to its pages and reads all before it, which is there already."""
 
+    name = "prompt_attention"
+
     def __init__(self, cache: BranchingCache, spans: list[Span]) -> None:
         self.cache, self.spans = cache, spans
         device = cache.layers[0][0].device
         at = [(s.pages[i // PAGE], i % PAGE) for s, start, stop in spans for i in range(start, stop)]
         self._page, self._offset = torch.tensor(at, device=device).T
         self._tables = [torch.tensor(span.sequence.pages, device=device) for span in spans]
+
+    def cost(self, query: Tensor, key: Tensor) -> Cost:
+        return costs.causal(query, key, self.spans)
 
     def positions(self) -> list[int]:
         return [i for span in self.spans for i in range(span.start, span.stop)]
@@ -293,8 +306,13 @@ class Decode:
     calls: what `prepare` made for the layers and this tree, if anything.
     """
 
+    name = "tree_attention"
+
     def __init__(self, cache: BranchingCache, tree: Tree, new: int = 1, calls: list[Any] | None = None) -> None:
         self.cache, self.tree, self.new, self.calls = cache, tree, new, calls
+
+    def cost(self, query: Tensor, key: Tensor) -> Cost:
+        return costs.tree_attention(query, key, self.tree, self.new)
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, options: Options) -> Tensor:
         stores, given = self.cache.layers[layer], query.dtype
@@ -316,6 +334,11 @@ def layer_shapes(loan: Loan) -> list[tuple[int, int]]:
     windows = []
 
     class Look:
+        name = "look"
+
+        def cost(self, query: Tensor, key: Tensor) -> Cost:
+            return Cost()
+
         def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, options: Options) -> Tensor:
             if value.shape != key.shape:
                 raise ValueError("its values are not shaped like its keys")

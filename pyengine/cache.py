@@ -23,9 +23,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from pyengine import costs
 from pyengine.errors import InputError, first_line
 from pyengine.ops import flash
 from pyengine.ops.settings import settings
+from pyengine.timing import timed
 
 # Tokens of a page; csrc/cpu/tree_attention.h kTileTokens divides it.
 PAGE = flash.PAGE if settings.attention == "flash" else 64
@@ -195,9 +197,10 @@ class BranchingCache:
             sequence.length += length
         device = self._pages[0][0].device
         page, offset, leaf, step = torch.tensor([pages, offsets, leaves, steps], dtype=torch.long, device=device)
-        for stacks, tails in zip(self._pages, self._tails, strict=True):
-            for stack, tail_store in zip(stacks, tails, strict=True):
-                stack[:, page, :, offset] = tail_store[:, leaf, :, step]
+        with timed("cache_commit", lambda: costs.moved(len(pages), self.token_bytes)):
+            for stacks, tails in zip(self._pages, self._tails, strict=True):
+                for stack, tail_store in zip(stacks, tails, strict=True):
+                    stack[:, page, :, offset] = tail_store[:, leaf, :, step]
 
     def release(self, sequence: Sequence) -> None:
         """Give the pages back; those of a prompt stay known until their memory is wanted."""

@@ -23,6 +23,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from pyengine import costs
 from pyengine.attention import Decode, Extend, ExtendByPage, Loan, Pass, Span, layer_shapes
 from pyengine.cache import LEAF, PAGE, BranchingCache, Sequence, budget_for, bytes_of, in_gb
 from pyengine.checkpoint import context_of
@@ -33,6 +34,7 @@ from pyengine.ops.settings import settings
 from pyengine.ops.tree_attention import kernel_serves, prepare
 from pyengine.reference import Tree
 from pyengine.scorers.base import Hidden
+from pyengine.timing import timed
 
 PREFILL_TOKENS = 4096  # in one pass
 LIGHT = 4_000_000  # parameters: at 10 million rows that idle cost more than looks do
@@ -119,6 +121,7 @@ class BranchingDecoder:
     """
 
     idles = True
+    label = "model"  # of a pass, for whoever records spans
 
     def __init__(
         self,
@@ -142,6 +145,7 @@ class BranchingDecoder:
         self.context = context_of(model.config) or 2**31
         self._keep_some = "logits_to_keep" in inspect.signature(model.forward).parameters
         self._quick = [] if steady else quick_forwards(model)
+        self._weights = costs.weights_of(model)
         self._stems: list[Stem] = []  # that have joined, oldest first
         # Where the device is not to be waited for: tables by the size of their bucket, and what was captured over them.
         self._buckets: dict[tuple[int, ...], Planted] = {}
@@ -370,24 +374,20 @@ class BranchingDecoder:
 
     def _forward(self, work: Pass, ids: Tensor, positions: Tensor, rows: Tensor | None = None) -> Frontier:
         """The frontier of packed tokens [T], or of some of them."""
-        return self._loan.run(work, lambda: self._read(ids[None], positions[None], rows))
+        kept = ids if rows is None else rows
+        with timed(self.label, lambda: costs.model_pass(self._weights, len(ids), len(kept))):
+            return self._loan.run(work, lambda: self._read(ids[None], positions[None], rows))
 
     def _read(self, ids: Tensor, positions: Tensor, rows: Tensor | None) -> Frontier:
         """One call of the model."""
-        keep = {"logits_to_keep": rows} if rows is not None and self._keep_some else {}
-        output = self.model(
-            input_ids=ids,
-            position_ids=positions,
-            use_cache=False,
-            output_hidden_states=bool(self.layers),
-            **keep,
-        )
-        logits = output.logits[0]
+        keep: dict[str, Any] = {"logits_to_keep": rows} if rows is not None and self._keep_some else {}
+        states = bool(self.layers)
+        output = self.model(input_ids=ids, position_ids=positions, use_cache=False, output_hidden_states=states, **keep)
         hidden = {layer: states_of(self.model, output, layer)[0] for layer in self.layers}
-        if rows is not None:
-            logits = logits if keep else logits[rows]
-            hidden = {layer: h[rows] for layer, h in hidden.items()}
-        return Frontier(logits, hidden)
+        if rows is None:
+            return Frontier(output.logits[0], hidden)
+        logits = output.logits[0] if keep else output.logits[0, rows]
+        return Frontier(logits, {layer: h[rows] for layer, h in hidden.items()})
 
 
 def spare_rows(decoder: Decoder, planted: Any, rows: int) -> int:

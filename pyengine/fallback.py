@@ -23,6 +23,7 @@ from pyengine.group import Group
 from pyengine.invariance import why_not
 from pyengine.modes import evaluating, states_of
 from pyengine.scorers.base import Hidden
+from pyengine.timing import timed
 
 log = logging.getLogger("pyengine")
 
@@ -105,7 +106,7 @@ class RecomputeDecoder(_Unpaged):
         for length in {len(row) for row in rows}:  # one batch a length: nothing is padded
             index = [i for i, row in enumerate(rows) if len(row) == length]
             ids = torch.tensor([rows[i] for i in index], device=self.model.device)
-            with evaluating(self.model):
+            with timed("model"), evaluating(self.model):
                 output = self.model(input_ids=ids, use_cache=False, output_hidden_states=bool(self.layers))
             logits, hidden = output.logits[:, -1], _layers_of(self.model, output, self.layers)
             for j, i in enumerate(index):
@@ -131,6 +132,7 @@ class ReplicatedDecoder(_Unpaged):
         accepted = inspect.signature(model.forward).parameters
         self._keep_last = {"logits_to_keep": 1} if "logits_to_keep" in accepted else {}
         self._positions = "position_ids" in accepted
+        self._cache = "cache" if "cache" in accepted else "past_key_values"  # its name since transformers 5.24, before
 
     @torch.inference_mode()
     def prefill(self, stems: list[Stem], most: int) -> list[tuple[Stem, Frontier]]:
@@ -189,17 +191,17 @@ class ReplicatedDecoder(_Unpaged):
         stem.state = None
 
     def _forward(self, cohort: _Cohort, ids: Tensor, positions: Tensor) -> Frontier:
-        with evaluating(self.model):
+        with timed("model"), evaluating(self.model):
             output = self.model(
                 input_ids=ids,
                 attention_mask=cohort.mask,
-                past_key_values=cohort.store,
                 use_cache=True,
                 output_hidden_states=bool(self.layers),
+                **{self._cache: cohort.store},
                 **({"position_ids": positions} if self._positions else {}),
                 **self._keep_last,
             )
-        cohort.store = output.past_key_values
+        cohort.store = output["cache" if "cache" in list(output) else "past_key_values"]
         return Frontier(output.logits[:, -1], _layers_of(self.model, output, self.layers))
 
 

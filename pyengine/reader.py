@@ -36,7 +36,7 @@ class Reader(BranchingDecoder):
         steady: bool = False,
     ) -> None:
         super().__init__(scorer.model, layers, max_rows, budget, frozen, steady)
-        self.name = scorer.name
+        self.name, self.label = scorer.name, f"model {scorer.name}"
         self.scorer: RewardModel | PrefixModel = scorer
 
     @property

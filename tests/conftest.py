@@ -25,6 +25,7 @@ from tokenizers.processors import TemplateProcessing
 
 import pyengine
 from pyengine import _C, Engine, ops
+from pyengine.decode.request import mix
 
 torch.set_num_threads(1)
 
@@ -146,6 +147,43 @@ def embedded_engine():
 def engine(embedded_engine):
     yield embedded_engine
     embedded_engine.set_scorer(None)
+
+
+@pytest.fixture
+def as_the_engine(monkeypatch):
+    """Holds a result of somebody else's blocks against the engine's from the same candidates: it draws their tokens and
+    does all the rest itself. Log-probabilities are not looked at. bound: theirs knows no more of its KL."""
+
+    def check(theirs, engine, prompt, strategy, sampling, bound=False):
+        seed, draw, script = mix(sampling.seed, theirs.prompt_ids), ops.tilt_sample, {}
+        for block in theirs.blocks:
+            for b, candidate in enumerate(block.candidates):
+                own = mix(seed, [b]) if b else seed
+                script |= {(own, block.start + i): token for i, token in enumerate(candidate.tokens)}
+
+        def scripted(*arguments, seed, position, **columns):
+            drawn = draw(*arguments, seed=seed, position=position, **columns)
+            rows = zip(seed.tolist(), position.tolist(), drawn.token.tolist(), strict=True)
+            return drawn._replace(token=torch.tensor([script.get((own, at), token) for own, at, token in rows]))
+
+        with monkeypatch.context() as patch:
+            patch.setattr(ops, "tilt_sample", scripted)
+            (ours,) = engine.generate(prompt, strategy, sampling)
+        assert (theirs.text, theirs.tokens) == (ours.text, ours.tokens)
+        assert (theirs.finish_reason, theirs.stop_reason) == (ours.finish_reason, ours.stop_reason)
+        assert (theirs.kl_kind, theirs.seed) == (ours.kl_kind, ours.seed)
+        assert ours.kl <= theirs.kl if bound else theirs.kl == pytest.approx(ours.kl, abs=1e-4)
+        assert theirs.rewards == pytest.approx(ours.rewards, abs=1e-4, nan_ok=True)
+        assert theirs.reward == pytest.approx(ours.reward, abs=1e-4, nan_ok=True)
+        assert len(theirs.blocks) == len(ours.blocks) > 0
+        for one, other in zip(theirs.blocks, ours.blocks, strict=True):
+            assert (one.start, one.chosen) == (other.start, other.chosen)
+            for a, b in zip(one.candidates, other.candidates, strict=True):
+                assert (a.text, a.tokens, a.finish_reason) == (b.text, b.tokens, b.finish_reason)
+                assert a.utility == pytest.approx(b.utility, abs=1e-4, nan_ok=True)
+                assert a.probability == pytest.approx(b.probability, abs=1e-4)
+
+    return check
 
 
 @pytest.fixture

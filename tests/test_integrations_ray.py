@@ -1,4 +1,4 @@
-"""Labelling on a local Ray cluster: the output of a local run, even if a worker is killed; faults come back."""
+"""Large jobs on a local Ray cluster: the output of a local run, even if a worker is killed; faults come back."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import pytest
 from typer.testing import CliRunner
 
 import pyengine
-from pyengine import InputError, cli
+from pyengine import Blockwise, InputError, SamplingParams, cli, generation
 from pyengine.integrations import ray as cluster
 from pyengine.training import labelling
 from pyengine.training.shards import Job
@@ -48,19 +48,10 @@ def workers():
     return found
 
 
-def test_a_killed_worker_and_shards_of_an_earlier_run(local, source, tmp_path, monkeypatch):
-    """Half of the shards come from a run without Ray that was cut short; a worker dies over the others."""
-    monkeypatch.setattr(labelling, "SHARD_BYTES", 2**12)
-    scorer, out = pyengine.embedded("reward-model"), tmp_path / "out.jsonl"
-    labelling.label(source, [(1.0, scorer)], tmp_path / "whole.jsonl")
-
-    def cut_short(labeller, todo):
-        yield from map(labeller, todo[::2])
-        raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        labelling.label(source, [(1.0, scorer)], out, through=cut_short)
-    directory = tmp_path / "out.jsonl.shards"
+@contextlib.contextmanager
+def a_worker_killed(out):
+    """SIGKILL for an actor after the next shard of this output, while the block runs."""
+    directory = out.with_name(out.name + ".shards")
     before = len(list(directory.glob("*.jsonl")))
     killed = []
 
@@ -74,16 +65,56 @@ def test_a_killed_worker_and_shards_of_an_earlier_run(local, source, tmp_path, m
 
     thread = threading.Thread(target=kill)
     thread.start()
-    monkeypatch.chdir(scorer.parent)  # where no worker is
-    scorers = [(1.0, scorer.name)]
-    report = cluster.label(source, scorers, out, resume=True, workers=1, progress=True)
+    yield
     thread.join()
     assert len(killed) == 1
     assert not psutil.pid_exists(killed[0]) or psutil.Process(killed[0]).status() == psutil.STATUS_ZOMBIE
+
+
+def test_a_killed_worker_and_shards_of_an_earlier_run(local, source, tmp_path, monkeypatch):
+    """Half of the shards come from a run without Ray that was cut short; a worker dies over the others."""
+    monkeypatch.setattr(labelling, "SHARD_BYTES", 2**12)
+    scorer, out = pyengine.embedded("reward-model"), tmp_path / "out.jsonl"
+    labelling.label(source, [(1.0, scorer)], tmp_path / "whole.jsonl")
+
+    def cut_short(labeller, todo):
+        yield from map(labeller, todo[::2])
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        labelling.label(source, [(1.0, scorer)], out, through=cut_short)
+    monkeypatch.chdir(scorer.parent)  # where no worker is
+    scorers = [(1.0, scorer.name)]
+    with a_worker_killed(out):
+        report = cluster.label(source, scorers, out, resume=True, workers=1, progress=True)
     assert report["rows"] == 1000
     found, whole = ([json.loads(line) for line in path.open()] for path in (out, tmp_path / "whole.jsonl"))
     assert [row["id"] for row in found] == list(range(1000))
     assert [row["reward"] for row in found] == pytest.approx([row["reward"] for row in whole], abs=1e-5)
+
+
+def test_generation_by_workers_of_which_one_is_killed_has_the_bytes_of_one_machine(local, tmp_path, monkeypatch):
+    """Half of the shards come from a run without Ray that was cut short, and some rows are at fault."""
+    monkeypatch.setattr(generation, "LEAST", 8)
+    monkeypatch.setattr(generation, "MOST", 8)
+    model, out, source = pyengine.embedded("policy"), tmp_path / "out.jsonl", tmp_path / "rows.jsonl"
+    rows = [{"id": i, "prompt": "" if i % 50 == 9 else prompt} for i, prompt in enumerate(reviews.prompts(400))]
+    source.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    job = {"strategy": Blockwise(2, 4), "scorer": pyengine.embedded("prefix"), "sampling": SamplingParams(max_tokens=8)}
+    generation.generate(source, model, tmp_path / "whole.jsonl", **job)
+
+    def cut_short(worker, todo):
+        yield from map(worker, todo[::2])
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        generation.generate(source, model, out, through=cut_short, **job)
+    monkeypatch.chdir(model.parent)  # where no worker is
+    with a_worker_killed(out):
+        report = cluster.generate(source, model.name, out, resume=True, workers=1, **job)
+    assert (report["rows"], report["failed"]) == (400, 8)
+    assert [json.loads(line)["id"] for line in out.open()] == list(range(400))
+    assert out.read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
 
 
 def test_a_fault_is_a_result_of_the_worker_and_an_error_of_the_run(local, source, tmp_path, monkeypatch):
@@ -95,7 +126,7 @@ def test_a_fault_is_a_result_of_the_worker_and_an_error_of_the_run(local, source
 
     (tmp_path / "a.jsonl.shards").mkdir()
     job = Job(tmp_path / "a.jsonl", {})
-    worker = cluster._Worker(cluster.ray.put(labelling.Labeller(source, job, bad)))
+    worker = cluster._Actor(cluster.ray.put(labelling.Labeller(source, job, bad)))
     place = labelling._scan(source)[1][0]._asdict()
     done = worker({name: np.array([value]) for name, value in place.items()})
     (fault,) = done["fault"]
@@ -141,8 +172,8 @@ def test_bad_lists_of_scorers_are_refused(source, tmp_path):
 def test_what_is_refused_before_a_cluster_is_asked(source, tmp_path, monkeypatch):
     monkeypatch.setattr(cluster.ray, "is_initialized", lambda: False)
 
-    def refused(*arguments):
-        done = CliRunner().invoke(cli.app, ["label", *map(str, arguments)], standalone_mode=False)
+    def refused(*arguments, command="label"):
+        done = CliRunner().invoke(cli.app, [command, *map(str, arguments)], standalone_mode=False)
         assert isinstance(done.exception, InputError)
         assert done.stdout == ""
         return str(done.exception)
@@ -153,6 +184,10 @@ def test_what_is_refused_before_a_cluster_is_asked(source, tmp_path, monkeypatch
     assert "no such directory" in refused(source, "--scorer", "/no/such", "--out", tmp_path / "o", "--ray", "local")
     with pytest.raises(InputError, match="workers must be a whole number of at least 1"):
         cluster.label(source, reviews.sentiment, tmp_path / "o", workers=0)
+    with pytest.raises(InputError, match="workers must be a whole number of at least 1"):
+        cluster.generate(source, pyengine.embedded("policy"), tmp_path / "o", workers=0)
+    options = ("--input", source, "--out", tmp_path / "o", "--ray", "127.0.0.1:1")
+    assert "no Ray cluster at '127.0.0.1:1'" in refused(*options, command="generate")
 
 
 def test_usage_statistics_are_off_and_no_dashboard_runs(local):

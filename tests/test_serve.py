@@ -73,6 +73,15 @@ def test_usage_counts_committed_tokens_and_all_branches(client, engine):
     assert usage.completion_tokens_details.tilt_drawn_tokens == result.drawn_tokens > len(result.tokens)
 
 
+def test_token_ids_are_shown_where_asked_for(client, engine):
+    (result,) = engine.generate(PROMPT, Blockwise(4, 8), SamplingParams(max_tokens=24, seed=3))
+    fields = BLOCKWISE | {"return_token_ids": True}
+    assert complete(client, extra_body=fields).choices[0].token_ids == result.tokens
+    *chunks, _ = complete(client, stream=True, extra_body=fields)
+    assert [token for chunk in chunks for token in chunk.choices[0].token_ids] == result.tokens
+    assert not hasattr(complete(client).choices[0], "token_ids")
+
+
 def test_a_stream_joins_to_the_answer(client):
     whole = complete(client, extra_body=BLOCKWISE).choices[0]
     shown = BLOCKWISE | {"tilt_candidates": True}

@@ -1,4 +1,4 @@
-"""The command line: `pyengine generate`, `serve`, `label`, `pairs`, `train`, `curve`, `demo`, `info`."""
+"""The command line: `pyengine generate`, `profile`, `serve`, `label`, `pairs`, `train`, `curve`, `demo`, `info`."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any, NoReturn
 
 import typer
 
-from pyengine.cli import align, compare, data, generate, info, serve, train
+from pyengine.cli import align, compare, data, generate, info, profile, serve, train
 from pyengine.errors import InputError
 
 app = typer.Typer(
@@ -16,7 +16,16 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-for command in (generate.generate, serve.serve, data.label, data.pairs, compare.curve, compare.demo, info.info):
+for command in (
+    generate.generate,
+    profile.profile,
+    serve.serve,
+    data.label,
+    data.pairs,
+    compare.curve,
+    compare.demo,
+    info.info,
+):
     app.command()(command)
 for policy in (align.preference, align.offline):
     train.app.command()(policy)

@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from pyengine.cli.load import load_engine, quiet_loading
+from pyengine.cli.load import load_engine, quiet_loading, ray_module
 from pyengine.errors import InputError
 from pyengine.named import SOURCES, scorer_named
 
@@ -32,10 +32,7 @@ def label(
     if ray is None:
         report = labelling.label(data, scorer_named(scorer), out, device=device, resume=resume)
     else:
-        try:
-            from pyengine.integrations import ray as cluster
-        except ImportError as error:
-            raise InputError(f"--ray needs {error.name}: pip install 'tilt-engine[ray]'") from error
+        cluster = ray_module()
         with contextlib.redirect_stdout(sys.stderr):  # Ray prints what happens to its workers
             report = cluster.label(data, scorer_named(scorer), out, address=ray, device=device, resume=resume)
     print(json.dumps(report))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
 from pathlib import Path
@@ -9,11 +10,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from pyengine.cli.load import Complaints, Row, conditioned, load_engine, read_rows
+import pyengine
+from pyengine.cli.load import Complaints, conditioned, load_engine, quiet_loading, ray_module, read_rows
 from pyengine.errors import InputError, RequestError
-from pyengine.named import SOURCES
+from pyengine.named import SOURCES, scorer_named
 
 if TYPE_CHECKING:
+    from pyengine.engine import Engine
+    from pyengine.generation import Row
     from pyengine.results import Event, Result
     from pyengine.strategies import Strategy
 
@@ -93,35 +97,112 @@ def generate(
     score: Annotated[
         float | None, typer.Option(help="Reward to ask a policy of `train offline --method ca` for, in deviations.")
     ] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="JSONL for a large --input: its rows with their results; a report beside it.")
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Take up a run into --out that was cut short.")] = False,
+    ray: Annotated[
+        str | None, typer.Option(help="On a Ray cluster: its HOST:PORT, auto, or local to start one here.")
+    ] = None,
+    workers: Annotated[
+        int | None, typer.Option(help="Engines on the cluster (default: one for each CPU, or GPU).")
+    ] = None,
 ) -> None:
     """Decode prompts with a strategy."""
     from pyengine.results import SamplingParams
 
-    name = strategy or ("base" if scorer is None else "blockwise")
-    plan = make_strategy(name, {"k": k, "block": block, "weight": weight, "beta": beta})
+    plan = strategy_of(strategy, scorer, k, block, weight, beta)
     sampling = SamplingParams(max_tokens, temperature, top_k, top_p, min_p, seed)
+    asking, chat = conditioned(model, score), not raw and score is None
+    if out is not None:
+        if input is None or prompts or stream or as_json:
+            raise InputError("--out takes its rows from --input FILE.jsonl, and leaves out --stream and --json")
+        job: dict[str, Any] = {"strategy": plan, "sampling": sampling, "scorer": scorer and scorer_named(scorer)}
+        job |= {"ask": None if score is None else asking, "chat": chat, "device": device, "resume": resume}
+        job |= {"cache_gb": cache_gb, "trust_remote_code": trust_remote_code, "batch_invariant": batch_invariant}
+        return to_file(input, model, out, job, ray, workers)
+    if resume or ray or workers:
+        raise InputError("--resume, --ray and --workers are for a job with --input FILE.jsonl and --out FILE.jsonl")
     complain = Complaints()
+    found = found_rows(prompts, input, complain)
+    engine = load_engine(model, scorer, device, cache_gb, trust_remote_code, batch_invariant)
+    usable = usable_rows(engine, found, asking, chat, complain)
+    printed = to_screen(engine, usable, plan, sampling, stream, as_json, complain)
+    if complain.made:
+        if complain.made + printed > 1:
+            print(f"pyengine: {complain.made} of {complain.made + printed} prompts failed", file=sys.stderr)
+        raise typer.Exit(1)
+
+
+def strategy_of(
+    name: str | None,
+    scorer: str | None,
+    k: int | None,
+    block: int | None,
+    weight: float | None,
+    beta: float | None,
+) -> Strategy:
+    """What the options say; blockwise where there is a scorer and no name."""
+    name = name or ("base" if scorer is None else "blockwise")
+    return make_strategy(name, {"k": k, "block": block, "weight": weight, "beta": beta})
+
+
+def found_rows(prompts: list[str] | None, input: Path | None, complain: Complaints) -> list[Row]:
+    """All that are asked for; InputError where there are none."""
     found = list(read_rows(list(prompts or []), input, complain))
     if not found:
         raise InputError(f"no usable prompt in {input}" if input else "no prompt on stdin")
-    asking = conditioned(model, score)
-    engine = load_engine(model, scorer, device, cache_gb, trust_remote_code, batch_invariant)
+    return found
+
+
+def usable_rows(engine: Engine, rows: list[Row], asking: Any, chat: bool, complain: Complaints) -> list[Row]:
+    """Those that the engine can read, as it is asked for them; exit code 2 where it can read none."""
+    from pyengine.generation import readable
+
     usable: list[Row] = []
-    for row in found:
-        prompt = asking(row.prompt)
-        if type(prompt) is str and engine.codec.templated and not raw and score is None:
-            prompt = [{"role": "user", "content": prompt}]
-        try:
-            engine.encode(prompt, row.where)
-        except InputError as error:
-            complain(str(error))
+    for row in readable(engine, rows, asking, chat):
+        if isinstance(row, str):
+            complain(row)
         else:
-            usable.append(row._replace(prompt=prompt))
+            usable.append(row)
     if not usable:
         raise typer.Exit(2)
+    return usable
+
+
+def to_file(
+    source: Path, model: str | None, out: Path, job: dict[str, Any], ray: str | None, workers: int | None
+) -> None:
+    """The job on this machine or a cluster; its report is printed, and what failed is told and is exit code 1."""
+    from pyengine import generation
+
+    quiet_loading()
+    path = pyengine.embedded("policy") if model is None else model
+    if ray is None:
+        if workers:
+            raise InputError("--workers are a cluster's: give --ray local to start one here")
+        report = generation.generate(source, path, out, **job)
+    else:
+        cluster = ray_module()
+        with contextlib.redirect_stdout(sys.stderr):  # Ray prints what happens to its workers
+            report = cluster.generate(source, path, out, address=ray, workers=workers, **job)
+    print(json.dumps(report))
+    if report["failed"]:
+        for fault in report["faults"]:
+            print(f"pyengine: {fault}", file=sys.stderr)
+        print(f'pyengine: {report["failed"]} of {report["rows"]} rows failed: see their "error"', file=sys.stderr)
+        raise typer.Exit(1)
+
+
+def to_screen(
+    engine: Engine, rows: list[Row], plan: Strategy, sampling: Any, stream: bool, as_json: bool, complain: Any
+) -> int:
+    """How many were printed."""
+    from pyengine.generation import decoded
+
     printed = 0
     if stream:
-        for row in usable:
+        for row in rows:
             try:
                 for event in engine.stream(row.prompt, plan, sampling):
                     show_event(event, row, as_json)
@@ -129,18 +210,14 @@ def generate(
                 complain(f"{row.where}: {error.reason}")
             else:
                 printed += 1
-    else:
-        for index, outcome in engine.as_completed([row.prompt for row in usable], plan, sampling):
-            if isinstance(outcome, InputError):
-                reason = outcome.reason if isinstance(outcome, RequestError) else outcome
-                complain(f"{usable[index].where}: {reason}")
-            else:
-                show_result(outcome, usable[index], as_json)
-                printed += 1
-    if complain.made:
-        if complain.made + printed > 1:
-            print(f"pyengine: {complain.made} of {complain.made + printed} prompts failed", file=sys.stderr)
-        raise typer.Exit(1)
+        return printed
+    for index, outcome in decoded(engine, rows, plan, sampling):
+        if isinstance(outcome, str):
+            complain(outcome)
+        else:
+            show_result(outcome, rows[index], as_json)
+            printed += 1
+    return printed
 
 
 def show_event(event: Event, row: Row, as_json: bool) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import pyengine
 from pyengine.errors import InputError
@@ -13,6 +13,7 @@ from pyengine.named import scorer_named
 
 if TYPE_CHECKING:
     from pyengine.engine import Engine
+    from pyengine.generation import Row
 
 
 class Complaints:
@@ -25,19 +26,12 @@ class Complaints:
         print(f"pyengine: {message}", file=sys.stderr)
 
 
-class Row(NamedTuple):
-    """One prompt of the command: where it came from, what it is, and what else its line of JSONL holds."""
-
-    where: str
-    prompt: Any
-    rest: dict[str, Any]
-
-
 def read_rows(arguments: list[str], file: Path | None, complain: Any) -> Iterator[Row]:
     """The prompts of the arguments, else of a JSONL file, else of the lines of stdin.
 
     A JSONL line that cannot be used goes to `complain`, with its number; the others still come.
     """
+    from pyengine.generation import Row
     from pyengine.jsonl import json_object, lines_of, prompt_of
 
     if arguments and file:
@@ -83,6 +77,15 @@ def conditioned(model: str | None, score: float | None) -> Callable[[Any], Any]:
         return template.prompt(prompt, score)
 
     return asking
+
+
+def ray_module() -> Any:
+    """`pyengine.integrations.ray`; InputError where Ray is not installed."""
+    try:
+        from pyengine.integrations import ray
+    except ImportError as error:
+        raise InputError(f"--ray needs {error.name}: pip install 'tilt-engine[ray]'") from error
+    return ray
 
 
 def quiet_loading() -> None:

@@ -16,6 +16,7 @@ from pyengine.decoder import Decoder, Frontier
 from pyengine.reader import Reader
 from pyengine.results import FinishReason
 from pyengine.scorers import Scorer
+from pyengine.timing import timed
 
 Begun = dict[Request, int | None]  # requests that begin a block: the row of their winner, None for a prompt just read
 
@@ -147,7 +148,8 @@ class Rows:
             self.steps += 1
             if few >= 0 and int(step.alive.sum()) <= few:
                 break
-        return self._read(step)
+        with timed("read"):
+            return self._read(step)
 
     def _horizon(self, step: Step) -> int:
         """Steps before the host looks, at most: one where somebody waits for each token."""

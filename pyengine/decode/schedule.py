@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import time
 from collections import Counter, defaultdict, deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 
@@ -20,6 +21,7 @@ from pyengine.decoder import PREFILL_TOKENS, BranchingDecoder, Decoder, Stem
 from pyengine.errors import RequestError
 from pyengine.reader import Reader
 from pyengine.results import Event, Result
+from pyengine.timing import timed
 
 BESIDE_TOKENS = 8192  # of prompts that a GPU reads between two steps of others
 
@@ -76,29 +78,31 @@ class Schedule:
     def step(self, tick: Callable[[], object] = int) -> None:
         """Requests come and go, and those that are there have a few tokens more."""
         self.whole = False
-        began = time.perf_counter()
-        self._collect()
-        self._admit()
-        began = self._spent("admit", began)
-        self._prefill()
-        if self._stale:
-            self._replant({})
-        began = self._spent("prefill", began)
+        with self._phase("admit"):
+            self._collect()
+            self._admit()
+        with self._phase("prefill"):
+            self._prefill()
+            if self._stale:
+                self._replant({})
         if self.running:
-            self.counts["drawn_tokens"] += self.rows.run(tick)
-            began = self._spent("draw", began)
-            chosen = self._select()
-            began = self._spent("score", began)
-            self._settle(chosen)
+            with self._phase("sample"):
+                self.counts["drawn_tokens"] += self.rows.run(tick)
+            with self._phase("select"):
+                chosen = self._select()
+            with self._phase("commit"):
+                self._settle(chosen)
         if self.idle:
-            self._end(True)
-        self._spent("commit", began)
+            with self._phase("end"):
+                self._end(True)
         self.whole = True
 
-    def _spent(self, phase: str, since: float) -> float:
-        now = time.perf_counter()
-        self.seconds[phase] += now - since
-        return now
+    @contextmanager
+    def _phase(self, name: str) -> Iterator[None]:
+        began = time.perf_counter()
+        with timed(name):
+            yield
+        self.seconds[name] += time.perf_counter() - began
 
     def abort(self, error: BaseException) -> None:
         """A step was cut short: nobody that was on its way can go on, and the memory is whole again."""
@@ -199,7 +203,8 @@ class Schedule:
 
     def _replant(self, begun: Begun) -> None:
         self._stale = False
-        self.rows.replant(self.running, begun)
+        with timed("replant"):
+            self.rows.replant(self.running, begun)
 
     # The ends of blocks
 
@@ -216,8 +221,9 @@ class Schedule:
 
     def _settle(self, chosen: dict[Request, int]) -> None:
         begun = self._commit(chosen)
-        for request in self.running:
-            self._tell(request)
+        with timed("text"):
+            for request in self.running:
+                self._tell(request)
         over = [r for r in self.running if r.over]
         for request in sorted(over, key=lambda r: r.ended_at):  # several steps may have been made
             self._leave(request)

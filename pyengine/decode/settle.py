@@ -10,7 +10,7 @@ from itertools import groupby
 import torch
 from torch import Tensor
 
-from pyengine import ops
+from pyengine import costs, ops
 from pyengine.codec import Codec
 from pyengine.decode import stops
 from pyengine.decode.request import Branch, Request
@@ -19,6 +19,7 @@ from pyengine.reader import Reader
 from pyengine.results import Block, Candidate
 from pyengine.scorers import Candidates, Part, Policy, RewardModel, Scorer
 from pyengine.strategies import Tokenwise
+from pyengine.timing import timed
 
 Owned = list[tuple[Request, Branch]]
 
@@ -51,10 +52,11 @@ class Judge:
         for scorer, (name, places) in followed.items():
             some = [owned[i] for i in places]
             reader = some[0][0].plan.readers.get(scorer)
-            if reader is not None and selecting:
-                found = self._read(reader, some)
-            else:
-                found = self._each(partial(self._score, scorer, reader, some), name, some)
+            with timed(f"scorer {name}"):
+                if reader is not None and selecting:
+                    found = self._read(reader, some)
+                else:
+                    found = self._each(partial(self._score, scorer, reader, some), name, some)
             raw[scorer] = self._none(len(owned))
             raw[scorer][places] = found
         return self._transformed(owned, raw)
@@ -148,7 +150,8 @@ class Judge:
     def select(self, requests: Sequence[Request]) -> dict[Request, int]:
         """The branch that each keeps whose block has ended; records the block with all its candidates."""
         owned = [(request, branch) for request in requests for branch in request.branches]
-        scores = self.score(owned, selecting=True)
+        with timed("score"):
+            scores = self.score(owned, selecting=True)
         chosen: dict[Request, int] = {}
         first = 0
         # One call for requests of as many branches and the same weights and beta; most of a server's are alike.
@@ -164,24 +167,27 @@ class Judge:
             rows = scores[torch.tensor(places, device=scores.device), : len(weights)]
             if rows.isnan().any():
                 warnings.warn("a scorer returned NaN; such candidates rank last", RuntimeWarning, stacklevel=2)
-            picked = ops.select_block(
-                rows,
-                torch.tensor(weights, device=rows.device),
-                beta=beta,
-                seed=torch.tensor([r.seeds[0] for r, _ in group], device=rows.device),
-                position=torch.tensor([len(r.tokens) for r, _ in group], device=rows.device),
-            )
+            with timed("select_block", lambda: costs.select_block(rows)):
+                picked = ops.select_block(
+                    rows,
+                    torch.tensor(weights, device=rows.device),
+                    beta=beta,
+                    seed=torch.tensor([r.seeds[0] for r, _ in group], device=rows.device),
+                    position=torch.tensor([len(r.tokens) for r, _ in group], device=rows.device),
+                )
             fields = picked.index.tolist(), picked.utility.tolist(), picked.probability.tolist(), rows.tolist()
-            for (request, _), index, utility, probability, own in zip(group, *fields, strict=True):
-                _record(request, index, utility, probability, own)
-                chosen[request] = index
+            with timed("text"):
+                for (request, _), index, utility, probability, own in zip(group, *fields, strict=True):
+                    _record(request, index, utility, probability, own)
+                    chosen[request] = index
         return chosen
 
     def score_ended(self, requests: Sequence[Request]) -> None:
         """Score the responses that have ended and that no selection has scored (k = 1); before they are committed."""
         owned = [(request, request.branches[0]) for request in requests if request.plan.parts]
         if owned:
-            scores = self.score(owned, selecting=False).tolist()
+            with timed("score"):
+                scores = self.score(owned, selecting=False).tolist()
             for (request, _), own in zip(owned, scores, strict=True):
                 request.scores = own[: len(request.plan.parts)]
 

@@ -15,7 +15,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from pyengine import ledger, ops
+from pyengine import costs, ledger, ops
 from pyengine.decode.logprobs import TopLogprobs, top_logprobs
 from pyengine.decode.shaping import Shaping
 from pyengine.decode.values import token_values
@@ -24,6 +24,7 @@ from pyengine.errors import first_line
 from pyengine.ops import TiltSample
 from pyengine.ops.linear import steady as held_steady
 from pyengine.scorers import Hidden, Scorer
+from pyengine.timing import timed
 
 log = logging.getLogger("pyengine")
 
@@ -173,7 +174,8 @@ class Step:
         """The base policy's logits: the model's, shaped as the rows ask."""
         if self.shaping is None:
             return self.logits
-        shaped = self.shaping.apply(self.logits[: self.n])
+        with timed("shaping"):
+            shaped = self.shaping.apply(self.logits[: self.n])
         return torch.cat([shaped, self.logits[self.n :].to(shaped)]) if len(self.logits) > self.n else shaped
 
     def _note(self, logits: Tensor, values: Tensor | None, weights: Tensor | None, token: Tensor) -> None:
@@ -190,11 +192,15 @@ class Step:
         """λ as `tilt_sample` takes it; where a row has a budget it is solved for, in the proportions of the weights."""
         if self.budget is None or values is None or self.weights is None:
             return self.weights
-        index = None if self.fixed else self.budget.nonzero()[:, 0]
-        total = self.weights[:, 0, None] * values[0].float()
+        with timed("solve_weight"):
+            return self._solved(logits, values, self.weights, self.budget)
+
+    def _solved(self, logits: Tensor, values: Tensor, weights: Tensor, budget: Tensor) -> Tensor:
+        index = None if self.fixed else budget.nonzero()[:, 0]
+        total = weights[:, 0, None] * values[0].float()
         for r in range(1, len(values)):
-            total = total + self.weights[:, r, None] * values[r].float()
-        rows = [logits, total, self.budget, self.columns["temperature"]]
+            total = total + weights[:, r, None] * values[r].float()
+        rows = [logits, total, budget, self.columns["temperature"]]
         if index is not None:
             rows = [x[index] for x in rows]
         if self.steady:
@@ -204,38 +210,51 @@ class Step:
         else:
             solved = ledger.solve_weight(*rows)
         if index is None:
-            return torch.where(self.budget > 0, solved, 1.0)[:, None] * self.weights
-        return self.weights.index_copy(0, index, solved[:, None] * self.weights[index])
+            return torch.where(budget > 0, solved, 1.0)[:, None] * weights
+        return weights.index_copy(0, index, solved[:, None] * weights[index])
 
     def step(self) -> None:
         """One token for every row. It is not read by the model where it is the last of them all and nobody reads on."""
         logits, values = self.base(), self.values()
         weights = self.lambdas(logits, values)
-        drawn = ops.tilt_sample(logits, values, weights, **self.columns)
+        with timed("tilt_sample", lambda: costs.tilt_sample(logits, values)):
+            drawn = ops.tilt_sample(logits, values, weights, **self.columns)
         self._keep(drawn)
         if self.likeliest is not None:
-            self._note(logits, values, weights, drawn.token)
+            with timed("logprobs"):
+                self._note(logits, values, weights, drawn.token)
         if self.shaping is not None:
             self.shaping.advance(drawn.token[: self.n])
+        with timed("row_state"):
+            more, read = self._going_on(drawn, logits)
+        if not read:
+            return self._set("alive", more)
+        token = drawn.token
+        if not self.fixed:  # the host may look later than a row's block ends, and that goes on as if it had not
+            self.fed = token = torch.where(self.alive, token, self.fed)
+        at = self.decoder.step(self.planted, token, self.alive)
+        for other, its in self.beside.items():
+            its.append(other, token, self.alive)
+        with timed("row_state"):
+            self._move_on(at, more)
+
+    def _going_on(self, drawn: TiltSample, logits: Tensor) -> tuple[Tensor, bool]:
+        """The rows that have not ended, and whether the model reads what was drawn."""
         if not self.decoder.waits and not bool(drawn.valid.all()):
             for row in (~drawn.valid & self.alive).nonzero()[:, 0].tolist():
                 who: Blame = "scorer" if _drawable(logits[row]) else "model"
                 self.bad.setdefault(row, "request" if who == "model" and _drawable(self.logits[row]) else who)
         going = self.alive & ~(drawn.token[:, None] == self.ends).any(-1)
         more = going & (self.room > 1)
-        if not self.decoder.waits and not self.hidden and not bool((more | (going & ~self.final)).any()):
-            return self._set("alive", more)
-        going, before, alive = more, self.hidden, self.alive[:, None]
-        token = drawn.token
-        if not self.fixed:  # the host may look later than a row's block ends, and that goes on as if it had not
-            self.fed = token = torch.where(self.alive, token, self.fed)
-        logits, hidden = self.decoder.step(self.planted, token, self.alive)
+        return more, self.decoder.waits or bool(self.hidden) or bool((more | (going & ~self.final)).any())
+
+    def _move_on(self, at: Frontier, going: Tensor) -> None:
+        """Every row that was alive is at its next token."""
+        before, alive = self.hidden, self.alive[:, None]
         self._set("previous", {n: torch.where(alive, before[n], h) for n, h in self.previous.items()})
-        self._set("last", {n: torch.where(alive, hidden[n], h) for n, h in self.last.items()})
-        for other, its in self.beside.items():
-            its.append(other, token, self.alive)
-        self._set("hidden", hidden)
-        self._set("logits", logits)
+        self._set("last", {n: torch.where(alive, at.hidden[n], h) for n, h in self.last.items()})
+        self._set("hidden", at.hidden)
+        self._set("logits", at.logits)
         self.columns["position"].add_(self.alive)
         self.room.sub_(self.alive.long())
         self._set("alive", going)

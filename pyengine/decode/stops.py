@@ -86,6 +86,10 @@ class Branch:
             self._append(kept, finish)
         return len(kept)
 
+    def end(self, finish: Finish) -> None:
+        """It ends with what is there, for a reason that its tokens do not show."""
+        self._append([], finish)
+
     def show(self) -> str:
         """Text that was not shown yet and can be: nothing that may turn out to begin a stop string."""
         end = len(self.text)

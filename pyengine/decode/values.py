@@ -5,8 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from pyengine import costs
 from pyengine.ops.linear import steady as held_steady
 from pyengine.scorers import Hidden, PrefixModel, PrefixScorer, Scorer
+from pyengine.timing import Cost, timed
 
 
 def token_values(scorer: Scorer, hidden: Hidden, vocab: int, steady: bool = False) -> Tensor:
@@ -15,10 +17,17 @@ def token_values(scorer: Scorer, hidden: Hidden, vocab: int, steady: bool = Fals
     hidden: {layer: [N, D]} at each row's last token. What pads a vocabulary in one model and not in the other has the
     mean. steady: a row's bits depend on nothing beside it.
     """
-    values = (_steady_values(scorer, hidden) if steady else scorer.values(hidden))[:, :vocab]
+    with timed(f"values {scorer.name}", lambda: _cost(scorer, hidden, vocab)):
+        values = (_steady_values(scorer, hidden) if steady else scorer.values(hidden))[:, :vocab]
     if values.shape[1] == vocab:
         return values
     return torch.cat([values, values.mean(1, keepdim=True).expand(-1, vocab - values.shape[1])], 1)
+
+
+def _cost(scorer: Scorer, hidden: Hidden, vocab: int) -> Cost:
+    head = scorer.head if isinstance(scorer, PrefixModel) else scorer
+    weights = sum(p.numel() for p in head.parameters()) if isinstance(head, torch.nn.Module) else 0
+    return costs.head_values(weights, len(next(iter(hidden.values()))), vocab)
 
 
 def _steady_values(scorer: Scorer, hidden: Hidden) -> Tensor:

@@ -1,8 +1,9 @@
-"""Labelling on a Ray cluster, with Ray Data: `pyengine.training.labelling.label` over actors that load the scorer once.
+"""Large jobs on a Ray cluster, with Ray Data: `pyengine.generation.generate` and `pyengine.training.labelling.label`
+over actors, each of which loads model and scorer once.
 
-A shard is committed by the worker that scored it, under its own name, so that the retry of a task, which Ray starts
-when a worker dies, or of the whole job changes nothing that is there. Input, output and scorer lie where every node
-sees them.
+A shard is committed by the worker that made it, under its own name, so that the retry of a task, which Ray starts
+when a worker dies, or of the whole job changes nothing that is there. Input, output, model and scorer lie where every
+node sees them.
 """
 
 from __future__ import annotations
@@ -21,11 +22,14 @@ os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # before Ray is imported,
 import ray
 import ray.data
 
+from pyengine import generation
 from pyengine.errors import InputError, first_line, whole
+from pyengine.results import SamplingParams
 from pyengine.scorers import ScorerLike
+from pyengine.strategies import Strategy
 from pyengine.training import labelling
 from pyengine.training.identity import terms
-from pyengine.training.labelling import Labeller, Shard
+from pyengine.training.rows import Shard, Through, Worker
 
 OBJECT_STORE = 128 * 2**20  # bytes, little above Ray's minimum: shards travel as their places in the file
 RETRIES = 5  # of a shard whose worker died; Ray Data would go on for ever, also where the shard is what kills it
@@ -50,16 +54,56 @@ def label(
     with device "cuda". A scorer that is a path is loaded by each worker, any other is sent to it.
     Raises InputError as `label` does, if there is no such cluster, and where a shard's workers die again and again.
     """
-    if workers is not None:
-        whole(workers, "label: workers", 1)
-    through = partial(_through, address=address, workers=workers)
+    through = _spread(address, workers)
     return labelling.label(
         source, _absolute(scorer), out, device=device, resume=resume, progress=progress, through=through
     )
 
 
+def generate(
+    source: str | Path | Iterable[Mapping[str, Any]],
+    model: str | Path,
+    out: str | Path,
+    *,
+    strategy: Strategy | None = None,
+    sampling: SamplingParams | None = None,
+    scorer: ScorerLike | None = None,
+    address: str = "local",
+    workers: int | None = None,
+    device: str = "cpu",
+    resume: bool = False,
+    progress: bool | None = None,
+    **options: Any,
+) -> dict[str, Any]:
+    """`pyengine.generation.generate`, to which options go, by the workers of a Ray cluster; the same output and report.
+
+    Each worker has an engine of its own: on a CPU give so many `workers` as there is memory for models, and `cache_gb`
+    for the keys and values of each. address, workers: as `label` has them. A scorer that is no path is sent to each.
+    Raises InputError as `generate` does, if there is no such cluster, and where a shard's workers die again and again.
+    """
+    return generation.generate(
+        source,
+        _absolute(model),
+        out,
+        strategy=strategy,
+        sampling=sampling,
+        scorer=_absolute(scorer),
+        device=device,
+        resume=resume,
+        progress=progress,
+        through=_spread(address, workers),
+        **options,
+    )
+
+
+def _spread(address: str, workers: int | None) -> Through:
+    if workers is not None:
+        whole(workers, "workers", 1)
+    return partial(_through, address=address, workers=workers)
+
+
 def _absolute(scorer: Any) -> Any:
-    """A scorer whose directories are found from a worker's working directory too."""
+    """A scorer or a model whose directories are found from a worker's working directory too."""
     if isinstance(scorer, (str, os.PathLike)):
         return Path(scorer).absolute() if Path(scorer).is_dir() else scorer
     if isinstance(scorer, Sequence):
@@ -67,34 +111,34 @@ def _absolute(scorer: Any) -> Any:
     return scorer
 
 
-class _Worker:
+class _Actor:
     """What an actor runs: one shard after another."""
 
-    def __init__(self, labeller: ray.ObjectRef) -> None:
-        self.labeller: Labeller = ray.get(labeller)
+    def __init__(self, worker: ray.ObjectRef) -> None:
+        self.worker: Worker = ray.get(worker)
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, list[Any]]:
         """A batch of one shard; a fault of the input is a result, since Ray would wrap the exception."""
         shard = Shard(**{name: value.item() for name, value in batch.items()})
         try:
-            return {"rows": [self.labeller(shard)], "fault": [""]}
+            return {"rows": [self.worker(shard)], "fault": [""]}
         except InputError as error:
             return {"rows": [0], "fault": [str(error)]}
 
 
-def _through(labeller: Labeller, shards: Sequence[Shard], address: str, workers: int | None) -> Iterator[int]:
+def _through(worker: Worker, shards: Sequence[Shard], address: str, workers: int | None) -> Iterator[int]:
     """Rows of each shard as it is committed, in whatever order that is."""
-    kind = "GPU" if labeller.device.startswith("cuda") else "CPU"
+    kind = "GPU" if worker.device.startswith("cuda") else "CPU"
     with _cluster(address), _quiet():
         count = workers or int(ray.cluster_resources().get(kind, 0))
         if not count:
-            raise InputError(f"label: the cluster has no {kind}")
+            raise InputError(f"the Ray cluster has no {kind}")
         places = ray.data.from_items([shard._asdict() for shard in shards], override_num_blocks=len(shards))
         done = places.map_batches(
-            _Worker,
+            _Actor,
             batch_size=1,
             compute=ray.data.ActorPoolStrategy(size=min(count, len(shards))),
-            fn_constructor_args=(ray.put(labeller),),  # a place: the scorer itself may be a model
+            fn_constructor_args=(ray.put(worker),),  # a place: its scorer itself may be a model
             num_cpus=1 if kind == "CPU" else None,
             num_gpus=1 if kind == "GPU" else None,
             max_task_retries=RETRIES,
@@ -106,7 +150,7 @@ def _through(labeller: Labeller, shards: Sequence[Shard], address: str, workers:
                 yield row["rows"]
         except ray.exceptions.RayActorError as error:
             raise InputError(
-                f"{labeller.source}: a shard's workers died {RETRIES + 1} times, the last with {first_line(error)!r}; "
+                f"{worker.source}: a shard's workers died {RETRIES + 1} times, the last with {first_line(error)!r}; "
                 "the other shards are kept: resume when there is memory enough, or without what kills them"
             ) from error
 

@@ -64,6 +64,33 @@ def asked_for(fields: Mapping[str, Any]) -> Tilt | None:
     return tilt
 
 
+def check_request(tilt: Tilt | None, names: Collection[str], sampling: SamplingParams) -> None:
+    """What can be said of a request before there are scorers, only their names; the first is the default.
+
+    FieldError for a scorer that is not among them, a weight that leaves no finite logits, and for a budget beside
+    filters or at temperature 0.
+    """
+    if tilt is None:
+        return
+    strategy = tilt.strategy
+    assert isinstance(strategy, Tokenwise)
+    for name, weight in (tilt.scorers or {}).items():
+        if name not in names:
+            raise FieldError("tilt_scorer", f"tilt_scorer: there is no {name!r}; there are {', '.join(names)}")
+        _check_weight(strategy.weight * weight, sampling)
+    _check_weight(strategy.weight, sampling)
+    if strategy.kl_budget:
+        try:
+            check_budget([sampling])
+        except InputError as error:
+            raise FieldError("tilt_kl_budget", f"tilt_kl_budget: {error}") from None
+
+
+def _check_weight(weight: float, sampling: SamplingParams) -> None:
+    if abs(weight) * max(1.0, sampling.temperature) > LARGEST:
+        raise FieldError("tilt_weight", f"tilt_weight: a weight beyond {LARGEST:g} leaves no finite logits")
+
+
 class HostScorers:
     """The scorers that a host's requests may follow, checked against its model. The first one is the default.
 
@@ -83,7 +110,7 @@ class HostScorers:
     ) -> None:
         if not scorers:
             raise InputError("give at least one scorer to follow")
-        self.vocab_size = policy.vocab_size
+        self.vocab_size, self.hidden_size = policy.vocab_size, policy.hidden_size
         self.parts: dict[str, list[Part]] = {}
         self._readers: dict[Scorer, Reader] = {}
         panel = Panel(policy, max_rows, None if cache_gb is None else 1e9 * cache_gb, True, False)
@@ -111,24 +138,16 @@ class HostScorers:
 
         FieldError for a scorer that is not there, and for a budget beside filters or at temperature 0.
         """
+        check_request(tilt, self.parts, sampling)
         if tilt is None:
             return None
-        strategy = tilt.strategy
-        assert isinstance(strategy, Tokenwise)
         named = tilt.scorers or {next(iter(self.parts)): 1.0}
-        for name in named:
-            if name not in self.parts:
-                raise FieldError("tilt_scorer", f"there is no scorer {name!r}; there are {', '.join(self.parts)}")
         parts = [part._replace(weight=w * part.weight) for name, w in named.items() for part in self.parts[name]]
-        plan = Plan(strategy, parts, self._readers, sampling)
-        if plan.budget:
-            try:
-                check_budget([sampling])
-            except InputError as error:
-                raise FieldError("tilt_kl_budget", f"tilt_kl_budget: {error}") from None
+        assert tilt.strategy is not None
+        plan = Plan(tilt.strategy, parts, self._readers, sampling)
         weights = {scorer: weight for scorer, weight in plan.tilts.items() if weight}
-        if any(abs(weight) * max(1.0, sampling.temperature) > LARGEST for weight in weights.values()):
-            raise FieldError("tilt_weight", f"tilt_weight: a weight beyond {LARGEST:g} leaves no finite logits")
+        for weight in weights.values():
+            _check_weight(weight, sampling)
         return Tilting(weights, plan.budget or 0.0, sampling.temperature) if weights else None
 
     @torch.inference_mode()
@@ -188,6 +207,13 @@ class HostScorers:
             total.index_add_(0, index, values)
         assert total is not None
         return total
+
+    @torch.no_grad()
+    def values(self, name: str, hidden: Tensor, vocab: int) -> Tensor:
+        """Σ weight V of one of the scorers for rows that all follow it, fp32 [N, vocab]; on the device alone."""
+        parts = self.parts[name]
+        terms = [p.weight * token_values(p.scorer, {layer: hidden for layer in p.scorer.layers}, vocab) for p in parts]
+        return torch.stack(terms).sum(0) if len(terms) > 1 else terms[0]
 
     def forget(self, whose: Hashable) -> None:
         """A request has ended: what was read of it is given back."""

@@ -18,7 +18,7 @@ class Answer:
 
     tokens, texts: of each prompt, n choices each. echo: each choice begins with its prompt's text. silent: without a
     token, as only the prompt's own log-probabilities were asked for. top: likeliest tokens asked for at each place.
-    running: each piece says how many tokens there are so far.
+    running: each piece says how many tokens there are so far. ids: each choice and piece has its tokens' ids too.
     """
 
     model: str
@@ -28,6 +28,7 @@ class Answer:
     silent: bool = False
     top: int = 0
     running: bool = False
+    ids: bool = False
     tokens: Sequence[int] = ()
     texts: Sequence[str] = ()
     drawn: int = 0  # of all branches
@@ -69,7 +70,8 @@ class Answer:
         if places is not None and first is not None:
             places = [*first, *places]
         text = before + done.text
-        return {"index": done.choice, "text": text, "logprobs": self._logprobs(done.choice, places)} | _end(done)
+        ids = {"token_ids": [] if self.silent else done.tokens} if self.ids else {}
+        return {"index": done.choice, "text": text, "logprobs": self._logprobs(done.choice, places)} | ids | _end(done)
 
     def count(self, done: Done) -> None:
         self.committed[done.choice] = 0 if self.silent else len(done.tokens)
@@ -96,8 +98,9 @@ class Answer:
         told: dict[str, Any] = {"kl": piece.kl}
         if piece.block is not None:
             told["block"] = piece.block
+        ids = {"token_ids": [] if self.silent else piece.tokens} if self.ids else {}
         content = {"content": piece.text} if self.chat else "" if self.silent else piece.text
-        return self._piece(piece.choice, content, self._logprobs(piece.choice, piece.logprobs), tilt=told)
+        return self._piece(piece.choice, content, self._logprobs(piece.choice, piece.logprobs), tilt=told, **ids)
 
     def last(self, done: Done) -> dict[str, Any]:
         self.count(done)

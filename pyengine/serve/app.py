@@ -113,6 +113,7 @@ class Service:
             self.metrics.prompt.inc(sum(accepted.tokens))
             answer = Answer(self.name, chat, sampling.n, echo, echo and body.max_tokens == 0, sampling.logprobs or 0)
             answer.tokens, answer.texts = accepted.tokens, accepted.texts
+            answer.ids = not chat and bool(body.return_token_ids)
             count = len(prompts) * sampling.n
             if body.stream:
                 options = body.stream_options or StreamOptions()

@@ -13,7 +13,7 @@ from pyengine.serve.link import Link
 from pyengine.serve.wire import Done, Piece
 
 SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25, 60, 150, 600)
-PHASES = ("admit", "prefill", "draw", "score", "commit")
+PHASES = ("admit", "prefill", "sample", "select", "commit", "end")
 
 
 class Metrics:

@@ -113,6 +113,7 @@ class Completion(Generation):
     prompt: str | Many[str] | Many[int] | Many[Many[int]]
     echo: bool | None = None
     logprobs: int | None = None
+    return_token_ids: bool | None = None  # vLLM's
 
 
 class Chat(Generation):

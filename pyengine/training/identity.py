@@ -38,17 +38,18 @@ ASIDE = {
 DESCRIPTORS = (types.GetSetDescriptorType, types.MemberDescriptorType, types.WrapperDescriptorType)
 
 
-def identity(thing: Any) -> str:
+def identity(thing: Any, what: str = "scorer") -> str:
     """A digest of what decides what a scorer or a model computes: equal things, equal digests, on any machine.
 
     A directory counts by its files, a hub id by its commit, a model by its modules, weights and configuration, a
     tokenizer by its rules, a function by its code, defaults and what it closes over, any other object by what it holds
     and by the functions and values of its class and their bases. Code counts as bytecode, which is another with another
     minor version of Python. Not seen are what a function reads from its module, hooks of modules, and the code of the
-    libraries (`LIBRARIES`). Raises InputError for an object that cannot be looked into, such as an open file.
+    libraries (`LIBRARIES`). Raises InputError for an object that cannot be looked into, such as an open file. what: the
+    thing, in errors about a path.
     """
     digest = hashlib.blake2b(digest_size=16)
-    _scorer(thing, digest.update, set())
+    _scorer(thing, digest.update, set(), what)
     return digest.hexdigest()
 
 
@@ -62,13 +63,13 @@ def terms(scorers: Sequence[Any]) -> list[tuple[float, Any]]:
     return found
 
 
-def _scorer(thing: Any, feed: Feed, classes: set[type]) -> None:
+def _scorer(thing: Any, feed: Feed, classes: set[type], what: str = "scorer") -> None:
     """A scorer in any of the forms that `parts_of` takes, in which a string is a path."""
     if isinstance(thing, (str, os.PathLike)):
         path, name = Path(thing), os.fspath(thing)
         if not name or (not path.is_dir() and (path.is_absolute() or name.startswith(".") or "/" not in name)):
-            raise InputError(f"scorer {name or repr(name)}: no such directory; a hub id is OWNER/NAME")
-        _walk(("directory", _files(path)) if path.is_dir() else ("hub", name, _commit(name)), feed, classes)
+            raise InputError(f"{what} {name or repr(name)}: no such directory; a hub id is OWNER/NAME")
+        _walk(("directory", _files(path)) if path.is_dir() else ("hub", name, _commit(name, what)), feed, classes)
     elif isinstance(thing, Sequence) and not callable(thing):
         for weight, scorer in terms(thing):
             _walk(("part", weight), feed, classes)
@@ -88,12 +89,12 @@ def _files(directory: Path) -> list[tuple[str, str]]:
     return found
 
 
-def _commit(hub_id: str) -> str | None:
+def _commit(hub_id: str, what: str) -> str | None:
     """The commit that transformers would load; InputError where it finds nothing to load."""
     try:
         return extract_commit_hash(cached_file(hub_id, "config.json"), None)
     except (OSError, ValueError) as error:
-        raise InputError(f"scorer {hub_id}: {first_line(error)}") from error
+        raise InputError(f"{what} {hub_id}: {first_line(error)}") from error
 
 
 def _walk(thing: Any, feed: Feed, classes: set[type], within: tuple[int, ...] = ()) -> None:

@@ -1,45 +1,26 @@
-"""Rewards for the rows of a JSONL file: each row once and in order, even if a process is killed.
-
-The file is read as a stream, twice: to check all of it before any of it is scored, and shard by shard as it is.
-`pyengine.integrations.ray` runs the same on many machines.
-"""
+"""Rewards for the rows of a JSONL file: each row once and in order, even if a process is killed."""
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
-import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
-
-from tqdm import tqdm
+from typing import Any
 
 from pyengine.checkpoint import device_of
 from pyengine.errors import InputError, first_line
-from pyengine.jsonl import SHOWN, json_object, raise_all
+from pyengine.jsonl import json_object, raise_all
 from pyengine.rewards.references import Statistics
 from pyengine.scorers import Candidates, Part, ScorerLike, parts_of, score_texts
 from pyengine.scorers.base import as_given
 from pyengine.training.data import example_of
 from pyengine.training.identity import identity
-from pyengine.training.shards import Job, begun, digest_of, held, lines, merged, missing, refuse, written
+from pyengine.training.rows import SHARDS, Shard, Through, check_writable, lines_in, scan, worked
+from pyengine.training.shards import Job, written
 
 SHARD_BYTES = 1 << 18  # of input in a shard at least: what a kill loses of one worker's time
-SHARDS = 10_000  # at most, so that neither the manifest nor the directory grows with the input
-
-
-class Shard(NamedTuple):
-    """Rows first .. first + rows - 1: `size` bytes of the file from `offset`, which is where line `line` begins."""
-
-    first: int
-    rows: int
-    offset: int
-    size: int
-    line: int
-    digest: str
 
 
 @dataclass
@@ -63,7 +44,7 @@ class Labeller:
         path = self.job.file(shard)
         if path.is_file():
             return shard.rows
-        found = self._rows(shard)
+        found = [(i, json_object(line, f"{self.source}:{i}")) for i, line in lines_in(self.source, shard)]
         rewards = self._rewards([record for _, record in found], shard)
         faults = [
             f"{self.source}:{line}: its score is {reward}; a reward must be finite"
@@ -76,19 +57,6 @@ class Labeller:
                 file.write(json.dumps(record | {"reward": reward}) + "\n")
         return shard.rows
 
-    def _rows(self, shard: Shard) -> list[tuple[int, dict[str, Any]]]:
-        """(line, record) of each row."""
-        try:
-            with self.source.open("rb") as file:
-                file.seek(shard.offset)
-                data = file.read(shard.size)
-        except OSError as error:
-            raise InputError(f"{self.source}: {error.strerror}; every worker must see it") from error
-        if digest_of(data) != shard.digest:
-            raise InputError(f"{self.source} has changed since this run read it; label it anew, into another output")
-        numbered = enumerate(data.split(b"\n"), shard.line)
-        return [(i, json_object(line, f"{self.source}:{i}")) for i, line in numbered if line.strip()]
-
     def _rewards(self, records: Sequence[Mapping[str, Any]], shard: Shard) -> list[float]:
         if not self._parts:
             self._parts = ready(self.scorer, self.device)
@@ -99,9 +67,6 @@ class Labeller:
             return score_texts(self._parts, candidates).tolist()
         except InputError as error:
             raise InputError(f"rows from {self.source}:{shard.line}: {error}") from error
-
-
-Through = Callable[[Labeller, Sequence[Shard]], Iterable[int]]
 
 
 def label(
@@ -130,36 +95,17 @@ def label(
     with file:line for lines that cannot be used, before any is scored; for a score that is not finite; for files that
     cannot be read or written; and for an output that is there already, or is part of other work.
     """
-    out, start = Path(out).absolute(), time.perf_counter()
-    if isinstance(source, (str, Path)):
-        source = Path(source).absolute()
-        if source.exists() and not source.is_file():
-            raise InputError(f"{source} is no regular file; rows are read more than once: write them to a file first")
-    with held(out, resume) as directory:
-        path = source if isinstance(source, Path) else _file_of(source, directory)
-        digest, shards, replaced = _scan(path)
-        job = Job(out, {"input": digest, "scorer": identity(scorer)})
-        report = begun(job, resume)
-        if report is not None:
-            return report
-        rows = sum(shard.rows for shard in shards)
-        report = {"rows": rows, "replaced": replaced, "cut_off": 0}
-        todo = missing(job, shards)
-        hide = None if progress is None else not progress
-        done = rows - sum(shard.rows for shard in todo)
-        with tqdm(total=rows, initial=done, unit="row", delay=2, disable=hide, leave=False) as bar:
-            for labelled in through(Labeller(path, job, scorer, device), todo) if todo else ():
-                bar.update(labelled)
-        with merged(job, report) as file:
-            rewards = _Moments()
-            for line, record in lines(job, shards):
-                file.write(line)
-                if record.get("finish_reason") == "length":
-                    report["cut_off"] += 1
-                else:
-                    rewards.add(record["reward"])
-            report |= rewards.report() | {"seconds": round(time.perf_counter() - start, 2)}
-    return {"of": job.pins, **report}
+    return worked(
+        source,
+        out,
+        _scan,
+        lambda: {"scorer": identity(scorer)},
+        lambda path, job: Labeller(path, job, scorer, device),
+        _Rewards(),
+        resume=resume,
+        progress=progress,
+        through=through,
+    )
 
 
 def ready(scorer: ScorerLike, device: str) -> list[Part]:
@@ -176,63 +122,20 @@ def ready(scorer: ScorerLike, device: str) -> list[Part]:
     return parts
 
 
-def _file_of(rows: Iterable[Mapping[str, Any]], directory: Path) -> Path:
-    """Rows as a file among the shards, to go with them; InputError names one that JSON cannot hold."""
-    path = directory / "rows.partial"
-    try:
-        with path.open("w") as file:
-            for number, row in enumerate(rows, 1):
-                if not isinstance(row, Mapping):
-                    raise InputError(f"row {number} must be a mapping, got {row!r:.40}")
-                try:
-                    file.write(json.dumps(dict(row), allow_nan=False) + "\n")
-                except (TypeError, ValueError, RecursionError) as error:
-                    raise InputError(f"row {number} cannot be written as JSON: {first_line(error)}") from error
-    except OSError as error:
-        refuse(path, error)
-    return path
-
-
 def _scan(path: Path) -> tuple[str, list[Shard], int]:
-    """(digest of the file, its shards, how many rows have a reward); one InputError for all bad lines."""
-    whole, faults, shards = hashlib.blake2b(digest_size=16), list[str](), list[Shard]()
-    rows = replaced = offset = 0
-    line = 1
-    try:
-        least = max(SHARD_BYTES, path.stat().st_size // SHARDS)
-        with path.open("rb") as file:
-            while part := file.readlines(least):
-                first, data = rows + len(faults), b"".join(part)
-                for number, text in enumerate(part, line):
-                    if not text.strip():
-                        continue
-                    try:
-                        replaced += _check(text, f"{path}:{number}")
-                        rows += 1
-                    except InputError as error:
-                        faults.append(str(error) if len(faults) < SHOWN else "")  # no more are shown
-                count = rows + len(faults) - first
-                if count:
-                    shards.append(Shard(first, count, offset, len(data), line, digest_of(data)))
-                whole.update(data)
-                offset += len(data)
-                line += len(part)
-    except OSError as error:
-        refuse(path, error)
-    raise_all(faults, rows + len(faults), "lines")
-    if not rows:
-        raise InputError(f'{path}: no rows; it needs lines {{"prompt", "response"}}')
-    return whole.hexdigest(), shards, replaced
+    """As `scan` has it: the rows that have a reward are counted."""
+    return scan(path, _check, _full, '{"prompt", "response"}')
+
+
+def _full(rows: int, size: int, total: int) -> bool:
+    return size >= max(SHARD_BYTES, total // SHARDS)
 
 
 def _check(line: bytes, where: str) -> bool:
     """Whether a row has a reward; InputError, naming `where`, if it is none that can be scored."""
     record = json_object(line, where)
     example = example_of({**record, "reward": 0.0}, where)
-    try:
-        json.dumps({**record, "reward": 0.0}, allow_nan=False)
-    except (ValueError, RecursionError) as error:  # Python reads NaN and 1e999, which no JSON can say again
-        raise InputError(f"{where}: cannot be written again: {first_line(error)}") from error
+    check_writable({**record, "reward": 0.0}, where)
     for key, text in (("prompt", example.prompt), ("response", example.response)):
         if not (text if key == "prompt" else text.strip()):
             raise InputError(f"{where}: the {key} is empty")
@@ -243,6 +146,23 @@ def _check(line: bytes, where: str) -> bool:
                 f"{where}: the {key} is not valid Unicode: {error.reason} at character {error.start}"
             ) from error
     return "reward" in record
+
+
+@dataclass
+class _Rewards:
+    """What the report says of the rewards. Those of what was cut off are of a prefix, and counted only."""
+
+    cut_off: int = 0
+    moments: _Moments = field(default_factory=lambda: _Moments())
+
+    def add(self, record: dict[str, Any]) -> None:
+        if record.get("finish_reason") == "length":
+            self.cut_off += 1
+        else:
+            self.moments.add(record["reward"])
+
+    def report(self) -> dict[str, Any]:
+        return {"cut_off": self.cut_off, **self.moments.report()}
 
 
 @dataclass

@@ -44,6 +44,9 @@ class Job:
     out: Path
     pins: dict[str, Any]
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "pins", json.loads(json.dumps(self.pins)))  # as it will be read: without tuples
+
     @property
     def directory(self) -> Path:
         return directory_of(self.out)

@@ -4,17 +4,17 @@ import json
 import os
 import subprocess
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import torch
 import transformers
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 
 import pyengine
-from pyengine import PrefixScorer
+from pyengine import PrefixModel, PrefixScorer
 
 LENGTHS = (3, 7, 16, 31, 64, 120, 200, 300)
 WEIGHTS = (0.0, 2.0, 8.0, -8.0)
@@ -31,7 +31,7 @@ class Case:
     model: Path
     scorer: Path
     prompts: list[list[int]]
-    tokens: dict[tuple[int, float], list[int]] = field(default_factory=dict)
+    tokens: dict[tuple[int, float], list[int]]
 
 
 def length(i):
@@ -48,36 +48,48 @@ def values(scorer, hidden):
 
 
 class Reference(transformers.LogitsProcessor):
-    """logits + λ V at temperature 0, V from what the output head reads."""
+    """logits + λ V at temperature 0. valued: of (tokens so far [N, T], what the output head reads [N, D])."""
 
-    def __init__(self, model, scorer, weights):
-        self.scorer, self.weights, self.gaps = scorer, torch.tensor(weights)[:, None], []
+    def __init__(self, model, valued, weights):
+        self.valued, self.weights, self.gaps = valued, torch.tensor(weights)[:, None], []
         self.hook = model.lm_head.register_forward_pre_hook(lambda _, inputs: setattr(self, "hidden", inputs[0][:, -1]))
 
     def __call__(self, input_ids, scores):
-        scores = scores + self.weights * values(self.scorer, self.hidden)
+        scores = scores + self.weights * self.valued(input_ids, self.hidden)
         best = scores.topk(2).values
         self.gaps.append((best[:, 0] - best[:, 1]).min().item())
         return scores
 
 
-def expect(case):
-    model = AutoModelForCausalLM.from_pretrained(case.model).eval()
-    scorer = pyengine.load_scorer(case.scorer)
-    gap = float("inf")
-    for i, prompt in enumerate(case.prompts):
-        reference = Reference(model, scorer, WEIGHTS)
+def expected(directory, prompts, valued):
+    """{(prompt, λ): greedy tokens}; no two logits are so near each other that rounding could swap them."""
+    model = AutoModelForCausalLM.from_pretrained(directory).eval()
+    found, gap = {}, float("inf")
+    for i, prompt in enumerate(prompts):
+        reference = Reference(model, valued, WEIGHTS)
         ids = torch.tensor([prompt] * len(WEIGHTS))
-        found = model.generate(
+        rows = model.generate(
             ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=NEW, min_new_tokens=NEW,
             eos_token_id=None, pad_token_id=0, logits_processor=[reference],
         )  # fmt: skip
         reference.hook.remove()
         gap = min(gap, *reference.gaps)
-        for weight, row in zip(WEIGHTS, found[:, len(prompt) :].tolist(), strict=True):
-            case.tokens[i, weight] = row
-    assert gap > GAP, f"{case.name}: two logits are {gap:.2g} apart; take another seed"
-    return case
+        found |= {(i, w): row for w, row in zip(WEIGHTS, rows[:, len(prompt) :].tolist(), strict=True)}
+    assert gap > GAP, f"{directory}: two logits are {gap:.2g} apart; take another seed"
+    return found
+
+
+def expect(name, model, scorer, prompts):
+    loaded = pyengine.load_scorer(scorer)
+    return Case(name, model, scorer, prompts, expected(model, prompts, lambda _, hidden: values(loaded, hidden)))
+
+
+def prefix_model(case, folder):
+    """A case's model as a scorer beside another one's: (its directory, `valued` for a reference)."""
+    tokenizer, model = AutoTokenizer.from_pretrained(case.model), AutoModel.from_pretrained(case.model).eval()
+    head = pyengine.load_scorer(case.scorer)
+    PrefixModel(model, tokenizer, head).save(folder)
+    return folder, lambda ids, _: values(head, model(ids).last_hidden_state[:, -1])
 
 
 def random_case(kind, seed, folder):
@@ -98,12 +110,12 @@ def random_case(kind, seed, folder):
     model.save_pretrained(folder / "model")
     tokenizer.save_pretrained(folder / "model")
     scorer.save(folder / "scorer")
-    return expect(Case(kind, folder / "model", folder / "scorer", drawn_prompts(seed)))
+    return expect(kind, folder / "model", folder / "scorer", drawn_prompts(seed))
 
 
 def embedded_case(seed):
     model, scorer = pyengine.embedded("policy"), pyengine.embedded("prefix")
-    return expect(Case("embedded", model, scorer, drawn_prompts(seed)))
+    return expect("embedded", model, scorer, drawn_prompts(seed))
 
 
 def drawn_prompts(seed):

@@ -1,0 +1,128 @@
+"""vLLM's server with scorers, asked by the openai client; the page about it; what is refused at its start."""
+
+import os
+import re
+import socket
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+
+import openai
+import pytest
+from cases import NEW, WEIGHTS, length
+
+PAGE = Path(__file__).parents[2] / "docs" / "vllm.md"
+BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```", PAGE.read_text(), re.DOTALL | re.MULTILINE)
+SERVE = next(code for language, code in BLOCKS if code.startswith("vllm serve"))
+OFFLINE, CLIENT = [code for language, code in BLOCKS if language == "python"]
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+
+
+def program(code, folder):
+    path = folder / "page.py"
+    path.write_text(code)
+    done = subprocess.run(
+        [sys.executable, path], env=ENVIRONMENT, cwd=folder, capture_output=True, text=True, timeout=200
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return done.stdout
+
+
+@contextmanager
+def serving(folder):
+    """The page's own command at a free port. The CPU's wheel has no metadata under the name that `vllm serve` wants."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    started = f"exec '{sys.executable}' -m vllm.entrypoints.openai.api_server --model"
+    command = SERVE.replace("vllm serve", started).replace("python -c", f"'{sys.executable}' -c").strip()
+    log = folder / "server.log"
+    with log.open("w") as said:
+        process = subprocess.Popen(
+            f"{command} --port {port} --host 127.0.0.1 --dtype float32 --enforce-eager",
+            shell=True, env=ENVIRONMENT, cwd=folder, stdout=said, stderr=subprocess.STDOUT,
+        )  # fmt: skip
+        try:
+            client = openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="unused", max_retries=0)
+            for _ in range(400):
+                assert process.poll() is None, log.read_text()[-3000:]
+                try:
+                    client.models.list()
+                    break
+                except openai.APIConnectionError:
+                    time.sleep(0.5)
+            yield client, log
+        finally:
+            process.terminate()
+            process.wait(60)
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    with serving(tmp_path_factory.mktemp("server")) as (client, log):
+        yield client, log
+
+
+def complete(client, prompt, fields, tokens=NEW, **more):
+    body = {"ignore_eos": True, "return_token_ids": True} | fields
+    answer = client.completions.create(
+        model="policy", prompt=prompt, max_tokens=tokens, **({"temperature": 0} | more), extra_body=body
+    )
+    return answer.choices[0].token_ids
+
+
+def test_greedy_tokens_over_http_are_those_of_the_reference(cases, server):
+    """All at once; half of them with the fields beside the request's own, half in vLLM's place for them."""
+    client, log = server
+    case = cases["embedded"]
+    asked = [(i, weight) for weight in WEIGHTS for i in range(len(case.prompts))]
+
+    def one(j):
+        i, weight = asked[j]
+        fields = {"tilt_weight": weight}
+        return complete(client, case.prompts[i], fields if j % 2 else {"vllm_xargs": fields}, length(j))
+
+    with ThreadPoolExecutor(8) as pool:
+        found = list(pool.map(one, range(len(asked))))
+    assert found == [case.tokens[key][: length(j)] for j, key in enumerate(asked)]
+    assert "rows are tilted" in log.read_text()
+
+
+@pytest.mark.parametrize(
+    ("fields", "says"),
+    [
+        ({"tilt_weight": "much"}, "tilt_weight must be a finite number"),
+        ({"tilt_weight": 1, "tilt_scorer": "other"}, "there is no 'other'; there are praise"),
+        ({"vllm_xargs": {"tilt_colour": 1}}, "unknown field tilt_colour"),
+        ({"tilt_weight": 1, "use_beam_search": True, "n": 2}, "tilt_weight does not go with beam search"),
+    ],
+)
+def test_a_request_that_is_wrong_is_a_400_that_names_the_field(cases, server, fields, says):
+    client, _ = server
+    case = cases["embedded"]
+    with pytest.raises(openai.BadRequestError, match=re.escape(says)):
+        complete(client, case.prompts[0], fields)
+    assert complete(client, case.prompts[0], {"tilt_weight": 2.0}) == case.tokens[0, 2.0]
+
+
+def test_responses_take_the_fields_too(server):
+    client, _ = server
+    with pytest.raises(openai.BadRequestError, match="there is no 'other'"):
+        client.responses.create(model="policy", input="Review", extra_body={"tilt_weight": 1, "tilt_scorer": "other"})
+
+
+def test_the_pages_client(server, tmp_path):
+    client, _ = server
+    at = str(client.base_url)
+    assert len(program(CLIENT.replace("http://127.0.0.1:8000/v1", at), tmp_path).strip()) > 40
+
+
+def test_the_pages_offline_example(tmp_path):
+    """In vLLM's own processes, as it starts them by default."""
+    said = program(OFFLINE, tmp_path)
+    rows = int(re.search(r"\[(\d+)\] rows of logits were tilted", said)[1])
+    assert 3 <= rows <= 3 * 24
+    assert said.count("{'tilt_") == 3
