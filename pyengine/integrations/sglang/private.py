@@ -71,7 +71,7 @@ def _check() -> None:
     fields = {
         SamplingBatchInfo: {"custom_params", "custom_logit_processor", "has_custom_logit_processor", "device"},
         ProcessorEntry: {"processor", "rows", "indices"},
-        ForwardBatch: {"seq_lens", "seq_lens_cpu", "input_ids", "extend_seq_lens_cpu", "forward_mode"},
+        ForwardBatch: {"seq_lens", "seq_lens_cpu", "input_ids", "forward_mode"},
     }
     for kind, names in fields.items():
         missing = names - {field.name for field in dataclasses.fields(kind)}
@@ -248,14 +248,10 @@ def begin_step(runner: Any, logits_output: Any, batch: Any) -> None:
 
     @functools.cache
     def last() -> list[int]:
-        ids: list[int] = batch.input_ids.tolist()
-        if batch.forward_mode.is_decode():
-            return ids
-        ends, end = [], 0
-        for read in batch.extend_seq_lens_cpu:
-            end += read
-            ends.append(ids[end - 1])
-        return ends
+        if not batch.forward_mode.is_decode():
+            raise RuntimeError("SGLang has read tokens of a prompt that it does not know")
+        found: list[int] = batch.input_ids.tolist()
+        return found
 
     _rows.step = Step(lengths, last)
 
