@@ -9,7 +9,7 @@ INPUTS := constraints.txt pyproject.toml CMakeLists.txt $(shell find csrc kernel
 
 CXX_SOURCES = $(shell find csrc tests/cuda_shim -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: demo test hosts lint format bench claims cuda-resources embedded clean
+.PHONY: demo test hosts versions lint format bench claims cuda-resources embedded clean
 
 demo: $(READY)
 	@$(BIN)/pyengine demo
@@ -27,6 +27,16 @@ hosts: $(READY) $(HOSTS)/.ready
 	$(BIN)/python -m build --wheel --no-isolation --outdir build/hosts . >/dev/null
 	$(HOSTS)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --force-reinstall build/hosts/*.whl
 	$(HOSTS)/bin/pytest tests/hosts
+
+# The oldest and the newest transformers that we work with, as far as we reach into it, in the place of the environment's.
+OLDEST := transformers==5.10.1 tokenizers==0.22.2 huggingface-hub==1.5.0
+NEWEST := transformers==5.24.0
+REACHING := $(addprefix tests/test_,cache.py decoder.py integrations_tilting.py integrations_transformers.py reward_model.py)
+versions: build/transformers-oldest build/transformers-newest
+	for site in $^; do PYTHONPATH=$$PWD/$$site $(BIN)/pytest $(REACHING) || exit 1; done
+
+build/transformers-oldest build/transformers-newest: build/transformers-%: $(READY)
+	$(PIP) --no-deps --upgrade --target $@ $(if $(filter oldest,$*),$(OLDEST),$(NEWEST))
 
 lint: $(READY)
 	$(BIN)/ruff check .

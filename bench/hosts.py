@@ -27,7 +27,7 @@ from pyengine import Blockwise, Engine, SamplingParams
 from pyengine.integrations.driver import BlockwiseDriver
 
 OUT = Path(__file__).parent / "results" / "hosts.json"
-K, M, PROMPT, TOKENS, ROUNDS = 8, 16, 512, 64, 9
+K, M, PROMPT, TOKENS, ROUNDS = 8, 16, 512, 64, 5
 STRATEGY = Blockwise(K, M)
 SAMPLING = SamplingParams(max_tokens=TOKENS, seed=0, ignore_eos=True)
 WIDE = {"max_model_len": 1024, "max_num_batched_tokens": 8192, "enable_chunked_prefill": False, "block_size": 32}

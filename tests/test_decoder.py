@@ -563,3 +563,17 @@ def test_model_whose_cache_cannot_branch_is_recomputed(config, model_dirs, caplo
     tokenizer = transformers.AutoTokenizer.from_pretrained(model_dirs["llama"])
     result = Engine(model, tokenizer).generate("the quick")[0]
     assert result.tokens
+
+
+@pytest.mark.filterwarnings("always::FutureWarning")
+def test_no_decoder_uses_a_name_that_transformers_has_given_up(model_dirs, monkeypatch, recwarn):
+    """transformers 5.24 calls `past_key_values` `cache`: it warns of an argument, and says it of an output's field."""
+    said = []
+    logger = transformers.utils.generic.logger
+    monkeypatch.setattr(type(logger), "warning_once", lambda self, message, *_: said.append(message), raising=False)
+    model = load(model_dirs["llama"])
+    for decoder in (ReplicatedDecoder(model, LAYERS), RecomputeDecoder(model, LAYERS)):
+        walk(decoder)
+    walk(BranchingDecoder(model, LAYERS, 64, BUDGET))
+    said += [str(warning.message) for warning in recwarn]
+    assert not [message for message in said if "deprecated" in message]

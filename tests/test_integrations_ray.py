@@ -53,10 +53,10 @@ def a_worker_killed(out):
     """SIGKILL for an actor after the next shard of this output, while the block runs."""
     directory = out.with_name(out.name + ".shards")
     before = len(list(directory.glob("*.jsonl")))
-    killed = []
+    killed, over = [], threading.Event()
 
     def kill():
-        while not killed and not out.exists():
+        while not killed and not over.is_set():
             found = workers()
             if len(list(directory.glob("*.jsonl"))) > before and found:
                 os.kill(found[0].pid, signal.SIGKILL)
@@ -65,8 +65,11 @@ def a_worker_killed(out):
 
     thread = threading.Thread(target=kill)
     thread.start()
-    yield
-    thread.join()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
     assert len(killed) == 1
     assert not psutil.pid_exists(killed[0]) or psutil.Process(killed[0]).status() == psutil.STATUS_ZOMBIE
 

@@ -148,7 +148,10 @@ def test_scorers_that_a_host_cannot_serve(base):
     policy = policy_of(model, tokenizer)
     with pytest.raises(InputError, match="at least one"):
         HostScorers({}, policy)
+    broken = PrefixScorer(policy.hidden_size, policy.vocab_size)
+    broken.head.bias.data[7] = torch.nan
     for scorer, said in (
+        (broken, "NaN or infinite"),
         (PrefixScorer(policy.hidden_size, policy.vocab_size, layer=0), "layer 0 of 3"),
         (PrefixScorer(policy.hidden_size + 1, policy.vocab_size), "trained for another model"),
         (PrefixScorer(policy.hidden_size, policy.vocab_size + 1), "same tokenizer"),

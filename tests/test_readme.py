@@ -18,7 +18,7 @@ PAGES = {
     page.name: re.findall(r"^```(\w*)\n(.*?)^```", page.read_text(), re.DOTALL | re.MULTILINE)
     for page in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
 }
-ELSEWHERE = {"vllm.md"}  # run in tests/hosts, where there is a vLLM
+ELSEWHERE = {"vllm.md", "sglang.md"}  # run in tests/hosts, where these are
 HERE = {name: blocks for name, blocks in PAGES.items() if name not in ELSEWHERE}
 # A server runs until it is told to end; the first of its page is there while the rest of that page runs.
 SERVE = "pyengine serve"

@@ -99,7 +99,8 @@ class HostScorers:
     are models have.
 
     Raises InputError for a scorer that cannot score every next token, that was trained for another model or
-    vocabulary, or that reads another layer than the last: a host shows what its output head reads, nothing before it.
+    vocabulary, or that reads another layer than the last: a host shows what its output head reads, nothing before it;
+    and for one whose weights are not finite, as a host draws some token from logits that are NaN and says nothing.
     """
 
     def __init__(
@@ -124,6 +125,8 @@ class HostScorers:
                         f"scorer {name!r} reads layer {layer} of {policy.layers}; a host shows the last one only: "
                         "train it there (layer -1), or decode with pyengine.Engine"
                     )
+            for part in parts:
+                _check_finite(name, part.scorer)
             self._readers |= panel.readers(parts)
             self.parts[name] = parts
             Plan(Tokenwise(), parts, self._readers, SamplingParams())  # refuses what cannot tilt
@@ -233,6 +236,12 @@ class HostScorers:
         """A request has ended: what was read of it is given back."""
         for places in self._places.values():
             places.forget(whose)
+
+
+def _check_finite(name: str, scorer: Scorer) -> None:
+    for module in (scorer, getattr(scorer, "model", None), getattr(scorer, "head", None)):
+        if isinstance(module, torch.nn.Module) and not all(bool(p.isfinite().all()) for p in module.parameters()):
+            raise InputError(f"scorer {name!r}: some of its weights are NaN or infinite")
 
 
 class _Places:

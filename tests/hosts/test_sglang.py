@@ -128,6 +128,15 @@ def test_the_law(server, case, reference):
         assert (found[~seen] < -79).all()
 
 
+def test_scores_without_a_response_are_the_policy_s(server, case, reference):
+    ids = [7, 99, 745 - 1]
+    tilt, asked = {"tilt_weight": 2.0}, {"return_logprob": True, "token_ids_logprob": ids}
+    answer = server.generate(case.prompts[2], tilt, 0, sampling={"temperature": 0.7}, **asked)
+    logits, v = (rows[-1] for rows in reference(case.prompts[2]))
+    found = [row[0] for row in answer["meta_info"]["output_token_ids_logprobs"][0]]
+    torch.testing.assert_close(torch.tensor(found), (logits + 2.0 * v).log_softmax(-1)[ids], atol=1e-3, rtol=0)
+
+
 def test_a_budget_is_spent(server, case, reference):
     prompt = case.prompts[2]
     tilt = {"tilt_kl_budget": 0.05}
@@ -272,7 +281,7 @@ def test_the_page_s_examples_do_what_it_says(server, tmp_path, capsys):
     command = [sys.executable, str(tmp_path / "offline.py")]
     done = subprocess.run(command, env=environment(), capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
-    (printed,) = blocks("text")
+    printed = "".join(line[2:] + "\n" for line in offline.splitlines() if line.startswith("# "))
     counted = re.search(r"tilted_tokens': (\d+)", done.stdout)
     assert int(counted[1]) > 20  # one more a request where the next step had begun before its end was seen
     assert re.sub(r"\d+}", "N}", printed) in re.sub(r"\d+}", "N}", done.stdout)
@@ -332,5 +341,5 @@ def test_what_does_not_fit_is_refused_with_the_reason(refused):
     assert "reads layer 1 of 3" in said["layer"]
     assert "logits processor" in said["processor"]
     assert "did not take pyengine's hook" in said["hook"]
-    assert said["version"].startswith("SystemExit: pyengine: SGLang 0.5.24")
+    assert said["version"].startswith("SystemExit: pyengine: InputError: SGLang 0.5.24")
     assert "drawn past pyengine" in said["token"]

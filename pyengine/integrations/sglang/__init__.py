@@ -26,9 +26,9 @@ def register() -> None:
         from pyengine.integrations.sglang import private
 
         private.install(scorers_of(named) if named else {}, gigabytes_of(os.environ.get(CACHE, "1")))
-    except InputError as error:
+    except Exception as error:  # whatever it is, SGLang would go on without it
         if named:
-            raise SystemExit(f"pyengine: {error}") from error
+            raise SystemExit(f"pyengine: {type(error).__name__}: {error}") from error
         logging.getLogger(__name__).warning("pyengine is not in this SGLang: %s", error)
 
 

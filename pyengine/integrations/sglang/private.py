@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping
 from http import HTTPStatus
 from typing import Any
 
+import torch
 from sglang.srt.arg_groups.model_override_base import resolving_view
 from sglang.srt.layers.logits_processor import LogitsProcessor
 from sglang.srt.managers.schedule_batch import FINISH_ABORT, Req
@@ -70,7 +71,7 @@ def _check() -> None:
     fields = {
         SamplingBatchInfo: {"custom_params", "custom_logit_processor", "has_custom_logit_processor", "device"},
         ProcessorEntry: {"processor", "rows", "indices"},
-        ForwardBatch: {"seq_lens", "seq_lens_cpu", "input_ids", "extend_seq_lens_cpu", "forward_mode"},
+        ForwardBatch: {"seq_lens", "seq_lens_cpu", "input_ids", "forward_mode"},
     }
     for kind, names in fields.items():
         missing = names - {field.name for field in dataclasses.fields(kind)}
@@ -175,8 +176,9 @@ def refuse_beams(original: Callable[..., str | None], beams: Any, req: Any, rece
 
 def _sampling(req: Any) -> SamplingParams:
     params = req.sampling_params
+    heat = params.temperature if params.max_new_tokens else 1.0  # of scores alone SGLang does not divide by it
     top_k = 0 if params.top_k == TOP_K_ALL else params.top_k
-    return SamplingParams(temperature=params.temperature, top_k=top_k, top_p=params.top_p, min_p=params.min_p)
+    return SamplingParams(temperature=heat, top_k=top_k, top_p=params.top_p, min_p=params.min_p)
 
 
 def _check_request(tilting: Any, req: Any) -> None:
@@ -224,8 +226,6 @@ def enter_batch(info: Any, kind: type, batch: Any, *args: Any, **kwargs: Any) ->
     places = [i for i, row in enumerate(rows) if row is not None]
     if not places:
         return
-    import torch
-
     params = info.custom_params or [None] * len(rows)
     info.custom_params = [p if row is None else {**(p or {}), KEY: row} for p, row in zip(params, rows, strict=True)]
     entry = ProcessorEntry(processor=TILT, rows=places, indices=torch.tensor(places, device=info.device))
@@ -248,14 +248,10 @@ def begin_step(runner: Any, logits_output: Any, batch: Any) -> None:
 
     @functools.cache
     def last() -> list[int]:
-        ids: list[int] = batch.input_ids.tolist()
-        if batch.forward_mode.is_decode():
-            return ids
-        ends, end = [], 0
-        for read in batch.extend_seq_lens_cpu:
-            end += read
-            ends.append(ids[end - 1])
-        return ends
+        if not batch.forward_mode.is_decode():
+            raise RuntimeError("SGLang has read tokens of a prompt that it does not know")
+        found: list[int] = batch.input_ids.tolist()
+        return found
 
     _rows.step = Step(lengths, last)
 
