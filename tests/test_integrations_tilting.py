@@ -92,7 +92,7 @@ def test_who_asked_longest_ago_gives_way(base, head, host):
     """Two long rows fill the cache; a third takes the place of the first, which is read anew when it asks again."""
     model, _ = base
     draw = torch.Generator().manual_seed(2)
-    rows = [torch.randint(1, 700, (80,), generator=draw).tolist() for _ in range(3)]
+    rows = [torch.randint(1, 700, (300,), generator=draw).tolist() for _ in range(3)]
     (places,) = host._places.values()
     own = asking(host, tilt_weight=2.0, tilt_scorer="model")
     for whose, there in ((0, {0}), (1, {0, 1}), (2, {1, 2}), (0, {2, 0})):
