@@ -72,7 +72,7 @@ class Pass(Protocol):
 
     name: str
 
-    def cost(self, query: Tensor, key: Tensor) -> Cost: ...
+    def cost(self, query: Tensor, key: Tensor, options: Options) -> Cost: ...
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, options: Options) -> Tensor: ...
 
@@ -94,7 +94,7 @@ def _attention(
     if run is None:
         raise RuntimeError("this model is in a pass of an engine in another thread; call it when that has ended")
     options = Options(scaling, sliding_window, softcap, s_aux)
-    with timed(run.name, lambda: run.cost(query[0], key[0])):
+    with timed(run.name, lambda: run.cost(query[0], key[0], options)):
         return run.attend(module.layer_idx, query[0], key[0], value[0], options)[None], None
 
 
@@ -213,7 +213,7 @@ class Extend:
         self._page, self._offset = torch.tensor(at, device=device).T
         self._tables = [torch.tensor(span.sequence.pages, device=device) for span in spans]
 
-    def cost(self, query: Tensor, key: Tensor) -> Cost:
+    def cost(self, query: Tensor, key: Tensor, options: Options) -> Cost:
         return costs.causal(query, key, self.spans)
 
     def positions(self) -> list[int]:
@@ -311,8 +311,8 @@ class Decode:
     def __init__(self, cache: BranchingCache, tree: Tree, new: int = 1, calls: list[Any] | None = None) -> None:
         self.cache, self.tree, self.new, self.calls = cache, tree, new, calls
 
-    def cost(self, query: Tensor, key: Tensor) -> Cost:
-        return costs.tree_attention(query, key, self.tree, self.new)
+    def cost(self, query: Tensor, key: Tensor, options: Options) -> Cost:
+        return costs.tree_attention(query, key, self.tree, self.new, options.window)
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, options: Options) -> Tensor:
         stores, given = self.cache.layers[layer], query.dtype
@@ -336,7 +336,7 @@ def layer_shapes(loan: Loan) -> list[tuple[int, int]]:
     class Look:
         name = "look"
 
-        def cost(self, query: Tensor, key: Tensor) -> Cost:
+        def cost(self, query: Tensor, key: Tensor, options: Options) -> Cost:
             return Cost()
 
         def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, options: Options) -> Tensor:

@@ -47,10 +47,11 @@ def attention(query: Tensor, keys: float, pairs: float, width: int, heads: int) 
     return Cost(moved, 4.0 * pairs * query.shape[0] * width, pairs * query.shape[0])
 
 
-def tree_attention(query: Tensor, key: Tensor, tree: Tree, new: int) -> Cost:
-    """query [Hq, T, D] and key [Hkv, T, D] of `new` tokens a row: a prefix is read once for all its rows."""
+def tree_attention(query: Tensor, key: Tensor, tree: Tree, new: int, window: int | None) -> Cost:
+    """query [Hq, T, D] and key [Hkv, T, D] of `new` tokens a row: a prefix is read once for all its rows, as far as a
+    window reaches."""
     rows = (tree.first_row[1:] - tree.first_row[:-1]).double()
-    prefix, tails = tree.prefix_len.double(), float(tree.tail_len.double().sum())
+    prefix, tails = tree.prefix_len.double().clamp(max=window or 2**31), float(tree.tail_len.double().sum())
     pairs = new * (float((rows * prefix).sum()) + tails)
     return attention(query, float(prefix.sum()) + tails, pairs, key.shape[2], key.shape[0])
 

@@ -55,7 +55,7 @@ def test_rows_get_what_their_requests_ask_for_and_others_keep_their_bits(base, h
     """Rows grow, come and go, and outgrow the model's cache."""
     model, _ = base
     draw = torch.Generator().manual_seed(1)
-    rows = [torch.randint(1, 700, (n,), generator=draw).tolist() for n in (3, 90, 50, 70)]
+    rows = [torch.randint(1, 700, (n,), generator=draw).tolist() for n in (60, 90, 250, 300)]
     for step in range(20):
         rows = [[*row, 1 + (7 * step + i) % 700] for i, row in enumerate(rows)]
         if step == 9:
@@ -79,6 +79,9 @@ def test_rows_get_what_their_requests_ask_for_and_others_keep_their_bits(base, h
             elif i == 2:
                 policy, before = (torch.log_softmax(x[j] / 1.6, -1) for x in (found, logits))
                 assert abs((policy.exp() * (policy - before)).sum() - 0.3) < 0.004
+                added = found[j] - logits[j]
+                factor = added @ values[j] / (values[j] @ values[j])
+                assert (added - factor * values[j]).abs().max() < 1e-4 * factor
             else:
                 factor = 3.0 * 0.7 if i == 0 else -8.0
                 assert (found[j] - logits[j] - factor * values[j]).abs().max() < 1e-4

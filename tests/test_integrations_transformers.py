@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 
+import peft
 import pytest
 import torch
 import transformers
@@ -171,15 +172,84 @@ def test_continuous_batching_with_a_weight_for_each_request(served):
     assert not left_behind(model)
 
 
-def test_a_request_of_a_batch_that_asks_for_nonsense_fails_alone(served):
+@pytest.mark.parametrize("sampled", [False, True])
+def test_a_request_of_a_batch_that_asks_for_nonsense_fails_alone(served, sampled):
     model, _, scorer, prompts = served
-    with batching(model, TiltLogitsProcessor(scorer, 0.0), max_new_tokens=4) as manager:
-        for name, own in (("words", {"tilt_weight": "2"}), ("nan", {"tilt_weight": float("nan")}), ("good", {})):
-            manager.add_request(prompts[0], request_id=name, **own)
-        found = results(manager, 3)
-    assert found["good"].generated_tokens == engines(served, [0.0] * 8)[0][:4]
-    assert "tilt_weight" in found["words"].error
-    assert "tilt_weight" in found["nan"].error
+    nonsense = {"words": "2", "nan": float("nan"), "large": 1e39, "larger": 10**400}
+    with batching(model, TiltLogitsProcessor(scorer, 0.0), max_new_tokens=4, do_sample=sampled, top_k=0) as manager:
+        for name, weight in nonsense.items():
+            manager.add_request(prompts[0], request_id=name, tilt_weight=weight)
+        manager.add_request(prompts[0], request_id="good")
+        found = results(manager, 5)
+    assert len(found["good"].generated_tokens) == 4
+    assert sampled or found["good"].generated_tokens == engines(served, [0.0] * 8)[0][:4]
+    for name in nonsense:
+        assert "tilt_weight" in found[name].error
+
+
+def test_a_manager_keeps_its_temperature_whatever_else_the_model_does(served, monkeypatch):
+    """A greedy `generate` with the same processor, between two requests of a manager at T = 0.7."""
+    model, _, scorer, prompts = served
+    seen = drawn_from(monkeypatch)
+    processor = TiltLogitsProcessor(scorer, 2.0)
+    arguments = {"max_new_tokens": 1, "do_sample": False, "pad_token_id": 0}
+    with batching(model, processor, max_new_tokens=1, do_sample=True, temperature=0.7, top_k=0) as manager:
+        model.generate(**padded(prompts[:1]), logits_processor=[processor], **arguments)
+        manager.add_request(prompts[2])
+        results(manager, 1)
+    assert (torch.log_softmax(seen[-1][-1], -1) - law(served, 2.0, 0.7)[2]).abs().max() < 1e-3
+
+
+def drawn_from(monkeypatch):
+    """The scores [N, V] that continuous batching draws from, pass by pass."""
+    seen = []
+    draw = ModelRunner._sample
+
+    def note(self, scores, *rest):
+        seen.append(scores[0].clone())
+        return draw(self, scores, *rest)
+
+    monkeypatch.setattr(ModelRunner, "_sample", note)
+    return seen
+
+
+def test_a_wrapper_of_the_model_hides_nothing(served):
+    """PEFT's passes `generate` on to the model inside it."""
+    model, _, scorer, prompts = served
+    bare = type(model)(model.config)
+    bare.load_state_dict(model.state_dict())
+    wrapped = peft.get_peft_model(bare, peft.LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM")).eval()
+    arguments = {"max_new_tokens": 1, "do_sample": True, "temperature": 0.7, "top_k": 0, "pad_token_id": 0}
+    arguments |= {"return_dict_in_generate": True, "output_scores": True}
+    output = generated(wrapped, TiltLogitsProcessor(scorer, 2.0), prompts, **arguments)
+    assert (torch.log_softmax(output.scores[0], -1) - law(served, 2.0, 0.7)).abs().max() < 1e-3
+    with pytest.raises(InputError, match="beam search"):
+        generated(wrapped, TiltLogitsProcessor(scorer, 2.0), prompts[:1], num_beams=2)
+    with TiltLogitsProcessor(scorer).attached(wrapped), pytest.raises(InputError, match="pass it as"):
+        wrapped.generate(**padded(prompts[:1]), max_new_tokens=1, pad_token_id=0)
+
+
+def test_attachments_end_in_any_order(served):
+    model, _, scorer, prompts = served
+    first, second = TiltLogitsProcessor(scorer, 1.0), TiltLogitsProcessor(scorer, 2.0)
+    one, other = first.attached(model), second.attached(model)
+    one.__enter__()
+    other.__enter__()
+    one.__exit__(None, None, None)
+    with pytest.raises(InputError, match="pass it as"):
+        model.generate(**padded(prompts[:1]), max_new_tokens=1, pad_token_id=0)
+    other.__exit__(None, None, None)
+    assert not left_behind(model)
+    model.generate(**padded(prompts[:1]), max_new_tokens=1, pad_token_id=0)
+
+
+def test_a_prefix_model_is_not_asked_about_embeddings(served):
+    model, tokenizer, head, prompts = served
+    scorer = PrefixModel(model.base_model, tokenizer, head)
+    embedded = model.get_input_embeddings()(torch.tensor(prompts[:1]))
+    processor = TiltLogitsProcessor(scorer, tokenizer=tokenizer)
+    with processor.attached(model), pytest.raises(InputError, match="inputs_embeds"):
+        model.generate(inputs_embeds=embedded, logits_processor=[processor], max_new_tokens=2, pad_token_id=0)
 
 
 def law(served, weight, temperature):
@@ -212,13 +282,7 @@ def test_the_law_is_that_of_the_paper_at_every_temperature(served, temperature):
 def test_the_law_in_continuous_batching(served, temperature, monkeypatch):
     """Also of a request with a temperature of its own."""
     model, _, scorer, prompts = served
-    seen = []
-    draw = ModelRunner._sample
-    monkeypatch.setattr(
-        ModelRunner,
-        "_sample",
-        lambda self, scores, *rest: (seen.append(scores[0].clone()), draw(self, scores, *rest))[1],
-    )
+    seen = drawn_from(monkeypatch)
     own = {} if temperature == 1 else {"temperature": 2.5}
     with batching(
         model, TiltLogitsProcessor(scorer, 2.0), max_new_tokens=1, do_sample=True, temperature=temperature, top_k=0
@@ -294,11 +358,19 @@ def test_no_way_around_it(served):
     ids = torch.tensor(prompts[:1])
     with processor.attached(model):
         logits = model(ids).logits[:, -1]
+        with pytest.raises(InputError, match="does not know the temperature"):  # a loop of one's own
+            processor(ids, logits)
+        made = {"generation_config": transformers.GenerationConfig(), "logits_processor": [processor]}
+        model._get_logits_processor(**made, input_ids_seq_length=3)
+        model(ids)
         processor(ids, logits)
         with pytest.raises(InputError, match="more tokens than the model made passes"):
             processor(ids, logits)
-    with pytest.raises(InputError, match="3 weights for a batch of 2 rows"):
-        generated(model, TiltLogitsProcessor(scorer, [1, 2, 3]), prompts[:2])
+    for weights in ([1, 2, 3], [1]):
+        with pytest.raises(InputError, match=f"{len(weights)} weights for 2 prompts"):
+            generated(model, TiltLogitsProcessor(scorer, weights), prompts[:2])
+    with pytest.raises(InputError, match="weight is empty"):
+        TiltLogitsProcessor(scorer, [])
     narrow = PrefixScorer(8, model.config.vocab_size)
     with pytest.raises(InputError, match="states of width 8"), TiltLogitsProcessor(narrow).attached(model):
         pass
@@ -396,4 +468,6 @@ def test_stop_strings_and_the_least_length_hold_in_blocks():
     assert tokenizer.decode(ended[0]).count(".") == 1
     short = model.generate(**inputs, **free, custom_generate=custom, seed=1)
     long = model.generate(**inputs, **(free | {"min_new_tokens": 30}), custom_generate=custom, seed=1)
+    with pytest.raises(InputError, match="leave out the least length"):
+        model.generate(**inputs, **(free | {"min_new_tokens": 6}), custom_generate=custom, stop=".")
     assert short.shape[1] < inputs["input_ids"].shape[1] + 30 <= long.shape[1]

@@ -87,7 +87,9 @@ def test_costs_count_what_is_there(followed):
     assert costs.tilt_sample(torch.zeros(2, 5).half(), torch.zeros(3, 2, 5)) == Cost(20 + 120, 0.0, 20.0)
     # Prompts of 7 and 9 tokens with two rows and one; tails of 1, 2 and 3, the new token included; 4 heads, 2 of keys.
     tree = Tree(*(torch.tensor(x) for x in ([[0], [1]], [7, 9], [0, 2, 3], [[0], [1], [2]], [1, 2, 3])))
-    found = costs.tree_attention(torch.zeros(4, 3, 8), torch.zeros(2, 3, 8), tree, 1)
+    seen = costs.tree_attention(torch.zeros(4, 3, 8), torch.zeros(2, 3, 8), tree, 1, window=8)
+    assert seen.exps == (2 * 7 + 8 + 6) * 4
+    found = costs.tree_attention(torch.zeros(4, 3, 8), torch.zeros(2, 3, 8), tree, 1, None)
     keys, pairs = 7 + 9 + 6, 2 * 7 + 9 + 6
     assert found == Cost(2 * keys * 2 * 8 * 4 + 2 * 4 * 3 * 8 * 4, 4 * pairs * 4 * 8, pairs * 4)
     found = costs.causal(torch.zeros(4, 5, 8), torch.zeros(2, 5, 8), [(None, 0, 3), (None, 2, 4)])

@@ -326,7 +326,7 @@ def test_metrics_tell_what_was_done(client, server):
     assert more("pyengine_time_to_first_token_seconds_count") == 1
     assert more("pyengine_queue_seconds_count") == 3
     assert more('pyengine_http_responses_total{route="/v1/completions",status="200"}') == 2
-    for phase in ("admit", "prefill", "draw", "score", "commit"):
+    for phase in ("admit", "prefill", "sample", "select", "commit"):
         assert more(f'pyengine_step_seconds_total{{phase="{phase}"}}') > 0
 
 

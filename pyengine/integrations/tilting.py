@@ -279,6 +279,8 @@ class _Places:
         wanted = {whose for whose, _ in rows}
         fresh: list[Stem] = []
         for whose, ids in rows:
+            if not ids:
+                raise InputError(f"scorer {self.reader.name!r} reads tokens, and a request has none")
             stem = self.stems.get(whose)
             if stem is not None and _length(stem) > len(ids):  # the host has taken tokens back
                 self.forget(whose)

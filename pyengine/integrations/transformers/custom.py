@@ -178,8 +178,8 @@ def _sampling(
         "ignore_eos": True,
     }
     least = max(0, config.min_new_tokens or 0, (config.min_length or 0) - input_ids.shape[1])
-    if least and config.stop_strings:
-        raise InputError("custom_generate: stop_strings may end a response of any length; leave out the least length")
+    if least and stop:
+        raise InputError("custom_generate: stop may end a response of any length; leave out the least length")
     return [
         SamplingParams(**shared, min_tokens=min(least, most), seed=(seed + i) % 2**63) for i in range(len(input_ids))
     ]

@@ -7,9 +7,11 @@ each manager of continuous batching, which passes a generation config alone.
 from __future__ import annotations
 
 import inspect
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import transformers
 from transformers import GenerationConfig, LogitsProcessorList
@@ -35,45 +37,47 @@ except (ImportError, AttributeError) as error:
 ASKS_OF_ALL_TOKENS = "requests_with_new_token" not in asked_of
 
 Made = Callable[[GenerationConfig, list[Any], dict[str, Any]], list[Any]]
+_PREPARING: WeakKeyDictionary[Any, list[Made]] = WeakKeyDictionary()  # of models; attachments end in any order
+_CONVERTING: Counter[type] = Counter()
 
 
 @contextmanager
 def preparing(model: Any, made: Made) -> Iterator[None]:
     """Inside, `made(generation config, the caller's processors, other arguments)` gives the processors that the caller
     is taken to have passed, whenever the model prepares to generate."""
-    theirs = model._get_logits_processor
+    everybody = _PREPARING.setdefault(model, [])
+    if not everybody:
+        theirs = model._get_logits_processor
 
-    def prepare(
-        generation_config: GenerationConfig, *args: Any, logits_processor: Any = None, **arguments: Any
-    ) -> LogitsProcessorList:
-        if args:  # as no version does
-            raise InputError("transformers passes arguments by position that it passed by name: another version")
-        ours = LogitsProcessorList(made(generation_config, list(logits_processor or []), arguments))
-        return theirs(generation_config=generation_config, logits_processor=ours, **arguments)
+        def prepare(
+            generation_config: GenerationConfig, *, logits_processor: Any = None, **arguments: Any
+        ) -> LogitsProcessorList:
+            given = list(logits_processor or [])
+            for each in everybody:
+                given = each(generation_config, given, arguments)
+            return theirs(generation_config=generation_config, logits_processor=LogitsProcessorList(given), **arguments)
 
-    had = "_get_logits_processor" in vars(model)
-    model._get_logits_processor = prepare
+        model._get_logits_processor = prepare
+    everybody.append(made)
     try:
         yield
     finally:
-        if had:
-            model._get_logits_processor = theirs
-        else:
+        everybody.remove(made)
+        if not everybody:
             del model._get_logits_processor
 
 
 @contextmanager
 def converting(processor: Any, batched: Any) -> Iterator[None]:
     """Inside, a manager of continuous batching makes its per-request version of a processor."""
-    before = CLASSIC_TO_CB_PROCESSORS_MAP.get(processor)
+    _CONVERTING[processor] += 1
     CLASSIC_TO_CB_PROCESSORS_MAP[processor] = batched
     try:
         yield
     finally:
-        if before is None:
+        _CONVERTING[processor] -= 1
+        if not _CONVERTING[processor]:
             del CLASSIC_TO_CB_PROCESSORS_MAP[processor]
-        else:
-            CLASSIC_TO_CB_PROCESSORS_MAP[processor] = before
 
 
-__all__ = ["ASKS_OF_ALL_TOKENS", "ContinuousBatchingLogitsProcessor", "converting", "preparing"]
+__all__ = ["ASKS_OF_ALL_TOKENS", "ContinuousBatchingLogitsProcessor", "GenerationMixin", "converting", "preparing"]
