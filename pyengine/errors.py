@@ -46,11 +46,11 @@ def real(value: Any, name: str, least: float = -math.inf, most: float = math.inf
     """`value` as a finite float in [least, most]; InputError, naming it, if it is not one."""
     try:
         number = math.nan if isinstance(value, (str, bytes)) else float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         number = math.nan
     if not (math.isfinite(number) and least <= number <= most):
         bounds = "" if (least, most) == (-math.inf, math.inf) else f" in {least:g} .. {most:g}"
-        raise InputError(f"{name} must be a finite number{bounds}, got {value!r}")
+        raise InputError(f"{name} must be a finite number{bounds}, got {value!r:.80}")
     return number
 
 

@@ -15,7 +15,7 @@ from pyengine.strategies import BestOfK, Blockwise, Strategy, Tokenwise
 @dataclass(frozen=True)
 class Plan:
     """readers: of the scorers that are models with a cache of their own. tilts: λ of each scorer that tilts every
-    token; budget: nats a token, for which their λ are solved in these proportions."""
+    token; budget: nats a token, for which their λ are solved in the proportions of `tilts`."""
 
     strategy: Strategy
     parts: Sequence[Part]
@@ -30,6 +30,8 @@ class Plan:
             for part in self.parts:
                 if part.weight:
                     tilts[part.scorer] = tilts.get(part.scorer, 0.0) + self.strategy.weight * part.weight
+        if isinstance(self.strategy, Tokenwise) and self.strategy.kl_budget is not None:
+            tilts = _proportions(tilts)
         object.__setattr__(self, "tilts", tilts)
 
     @property
@@ -53,6 +55,14 @@ class Plan:
         """The readers that keep a place for the request: block by block, or token by token where they tilt."""
         wanted = self.readers if self.selects else self.tilts
         return list(dict.fromkeys(self.readers[scorer] for scorer in wanted if scorer in self.readers))
+
+
+def _proportions(tilts: Mapping[Scorer, float]) -> dict[Scorer, float]:
+    """The largest is 1: in fp32 weights that are all small would vanish. InputError where there is none."""
+    largest = max((abs(weight) for weight in tilts.values()), default=0.0)
+    if not largest:
+        raise InputError("Tokenwise: kl_budget has nothing to spend: every scorer's weight is 0")
+    return {scorer: weight / largest for scorer, weight in tilts.items()}
 
 
 def _check(strategy: Strategy, parts: Sequence[Part], readers: Mapping[Scorer, Reader]) -> None:

@@ -106,6 +106,25 @@ def test_who_asked_longest_ago_gives_way(base, head, host):
         assert (found - logits - 2 * valued(head, hidden)).abs().max() < 1e-4
     host.forget(2)
     assert set(places.stems) == {0}
+    host.forget(0)
+    pair = [torch.randint(1, 700, (325,), generator=draw).tolist() for _ in range(2)]
+    for length in range(316, 325):  # at 321 tokens both need a sixth page, of eleven
+        some = [row[:length] for row in pair]
+        logits, hidden = passed(model, some)
+        found = logits.clone()
+        host.add(found, hidden, [own, own], lambda i: (i, some[i]))
+        assert len(places.stems) == (2 if length <= 320 else 1)
+        assert (found - logits - 2 * valued(head, hidden)).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("weight", ["1e-50", "1e-44", "1e30"])
+def test_a_budget_is_spent_whatever_the_size_of_the_weights(base, host, weight):
+    model, _ = base
+    logits, hidden = passed(model, [[5, 6, 7]])
+    found = logits.clone()
+    host.add(found, hidden, [asking(host, tilt_kl_budget=0.2, tilt_scorer=f"head={weight}")])
+    policy, before = torch.log_softmax(found[0], -1), torch.log_softmax(logits[0], -1)
+    assert abs((policy.exp() * (policy - before)).sum() - 0.2) < 0.003
 
 
 def test_low_precision_logits_are_added_to(base, head, host):
@@ -128,6 +147,9 @@ def test_low_precision_logits_are_added_to(base, head, host):
         ({"tilt_scorer": "head"}, "tilt_scorer"),
         ({"tilt_weight": 1, "tilt_scorer": "other"}, "tilt_scorer"),
         ({"tilt_weight": 1, "tilt_candidates": True}, "tilt_candidates"),
+        ({"tilt_weight": 10**400}, "tilt_weight"),
+        ({"tilt_kl_budget": 0.1, "tilt_scorer": "head=0"}, "tilt_scorer"),
+        ({"tilt_kl_budget": 0.1, "tilt_scorer": {"head": 10**400}}, "tilt_scorer"),
         ({"tilt_kl_budget": 0.1, "top_p": 0.5}, "tilt_kl_budget"),
         ({"tilt_kl_budget": 0.1, "temperature": 0.0}, "tilt_kl_budget"),
     ],
@@ -141,7 +163,7 @@ def test_what_a_request_gets_wrong_is_named(host, fields, field):
 
 
 def test_no_field_and_no_weight_add_nothing(host):
-    assert asked_for({"other": 1, "tilt_weight": None}) is None
+    assert asked_for({"other": 1, 5: 2, "tilt_weight": None}) is None
     assert asking(host, tilt_weight=0.0) is None
     assert asking(host, tilt_weight=1.0, tilt_scorer="head=0") is None
 

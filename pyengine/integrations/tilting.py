@@ -46,7 +46,8 @@ def asked_for(fields: Mapping[str, Any]) -> Tilt | None:
     tilt_weight or tilt_kl_budget alone means tokenwise. FieldError for what `tilt_of` refuses and for what such a host
     cannot do: other strategies, scores of a response, candidates.
     """
-    given = {name: value for name, value in fields.items() if name.startswith("tilt_") and value is not None}
+    named = {name: value for name, value in fields.items() if isinstance(name, str) and name.startswith("tilt_")}
+    given = {name: value for name, value in named.items() if value is not None}
     if not given:
         return None
     if "tilt_strategy" not in given and {"tilt_weight", "tilt_kl_budget"} & given.keys():
@@ -148,7 +149,10 @@ class HostScorers:
         named = tilt.scorers or {next(iter(self.parts)): 1.0}
         parts = [part._replace(weight=w * part.weight) for name, w in named.items() for part in self.parts[name]]
         assert tilt.strategy is not None
-        plan = Plan(tilt.strategy, parts, self._readers, sampling)
+        try:
+            plan = Plan(tilt.strategy, parts, self._readers, sampling)
+        except InputError as error:
+            raise FieldError("tilt_scorer", f"tilt_scorer: {error}") from None
         weights = {scorer: weight for scorer, weight in plan.tilts.items() if weight}
         for weight in weights.values():
             _check_weight(weight, sampling)
