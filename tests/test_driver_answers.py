@@ -171,6 +171,7 @@ def test_by_text_what_lies_behind_a_stop_string_is_neither_kept_nor_charged(flak
     [
         ([-1.0, -2.0], {}, [-1.0, -2.0]),
         ([-1.0, -2.0], {"temperature": 0}, [-1.0, -2.0]),
+        ([-1.0, -2.0], {"temperature": 0, "top_k": 5}, [-1.0, -2.0]),
         ([-1.0, -2.0], {"top_p": 0.9}, None),  # it may have the filters in it
         ([-1.0, -2.0], {"temperature": 0.7}, None),
         ([None, None], {}, None),
@@ -191,7 +192,7 @@ def test_a_base_policy_that_cannot_be_known_is_not_told(flaky, shown, fields, to
         (said(text=None), r"127.0.0.1:\d+/v1/ answers what is no completion"),
         (said(stop_reason=[1]), "answers what is no completion"),
         (said(logprobs=[1.0]), "answers what is no completion"),
-        (said(logprobs={"token_logprobs": ["-1"]}), "answers what is no completion"),
+        (said(logprobs={"token_logprobs": [True]}), "answers what is no completion"),
         (said(logprobs={"tokens": [None]}), "answers what is no completion"),
         (said(usage={"completion_tokens": "1"}), "answers what is no completion"),
         (said(usage={"completion_tokens": -1}), "and gave -1"),
