@@ -81,6 +81,7 @@ CASES = {
     "a stop string in the middle of a block": (lambda: JUDGE, Blockwise(3, 8), {"stop": " was"}),
     "a stop string of whole responses": (lambda: JUDGE, BestOfK(3), {"stop": ". ", "include_stop_str_in_output": True}),
     "stop tokens": (lambda: JUDGE, Blockwise(4, 8), {"stop_token_ids": [14], "min_tokens": 11}),
+    "filters and a stop string": (lambda: JUDGE, Blockwise(3, 12), {"stop": " was", "top_k": 5}),
     "filters": (lambda: JUDGE, BestOfK(4), {"top_k": 5, "min_p": 0.02, "temperature": 1.3}),
     "greedy": (lambda: JUDGE, Blockwise(2, 8), {"temperature": 0, "ignore_eos": True}),
     "without special tokens left out": (lambda: JUDGE, Blockwise(4, 8), {"skip_special_tokens": False}),
@@ -223,10 +224,13 @@ def test_what_the_server_refuses_is_said_with_its_words(url, monkeypatch):
 
 
 def test_a_tokenizer_of_another_model_is_seen(url, model_dirs):
+    sampling = SamplingParams(max_tokens=4, allowed_token_ids=range(3, 314))
     with pytest.raises(RequestError, match=r"reads .* where the tokenizer reads .*: give that of 'policy'"):
-        collect(
-            driver(url, ties, tokenizer=model_dirs["llama"]), [270, 271, 272], BestOfK(2), SamplingParams(max_tokens=4)
-        )
+        collect(driver(url, ties, tokenizer=model_dirs["llama"]), [270, 271, 272], BestOfK(2), sampling)
+    with pytest.raises(
+        RequestError, match=r"gave token \d+, which is none of the tokenizer's 314: give that of 'policy'"
+    ):
+        collect(driver(url, ties, tokenizer=model_dirs["llama"]), [270], BestOfK(2), SamplingParams(max_tokens=40))
 
 
 def test_more_than_a_busy_server_takes_is_asked_for_again(server, url):
@@ -262,6 +266,8 @@ def test_by_text_a_stop_string_is_found_over_the_ends_of_blocks(url):
     assert (cut.text, cut.finish_reason, cut.stop_reason) == (first[:-3], "stop", stop)
     (kept,) = generate(words, PROMPT, Blockwise(2, 4), replace(sampling, stop=stop, include_stop_str_in_output=True))
     assert kept.text == first + second[:3]
+    (early,) = generate(words, PROMPT, BestOfK(1), replace(sampling, stop=whole.text[3:5], top_k=5))
+    assert (early.finish_reason, len(early.tokens) < 40) == ("stop", True)  # what lies behind it is not kept
 
 
 REFUSED = {

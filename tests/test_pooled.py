@@ -6,9 +6,11 @@ import asyncio
 import json
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from itertools import count
 
 import pytest
 import torch
+from transformers import AutoTokenizer
 
 import pyengine
 from pyengine import Blockwise, InputError, RequestError, RewardModel, SamplingParams
@@ -90,6 +92,19 @@ def test_it_scores_what_the_model_behind_it_scores(kind, url, judge):
         assert [c.utility for c in one.candidates] == pytest.approx([c.utility for c in other.candidates], abs=1e-4)
 
 
+def test_one_scorer_of_two_policies_reads_the_tokens_of_each(url, judge, monkeypatch):
+    scorer, encoded = PooledScorer(judge, tokenizer=JUDGE), []
+    encode = scorer.codec.encode
+    monkeypatch.setattr(scorer.codec, "encode", lambda *given: encoded.append(given) or encode(*given))
+    other = AutoTokenizer.from_pretrained(POLICY)
+    other.add_tokens(["qqqq"])
+    drivers = [BlockwiseDriver(url, scorer, tokenizer=one, cache_gb=0.05) for one in (other, POLICY)]
+    for which, by_text in ((0, True), (1, False), (0, True), (1, False)):
+        encoded.clear()
+        asyncio.run(drivers[which].generate(PROMPT, STRATEGY, SAMPLING))
+        assert bool(encoded) == by_text
+
+
 def test_of_several_outputs_one_is_named(url, judge):
     Classify.shape = staticmethod(lambda score: [0.0, score, -1.0])
     with pytest.raises(RequestError, match="'pooled' has 3 outputs: give the label"):
@@ -119,6 +134,10 @@ def test_what_it_cannot_do_is_said(url, judge):
     with pytest.raises(RequestError, match=r"refused it \(404\)"):
         generate(url, PooledScorer(url))  # a server without the route
     Classify.shape = staticmethod(lambda score: None)
+    with pytest.raises(RequestError, match="answers what is no classification"):
+        generate(url, PooledScorer(judge))
+    several = count(1)
+    Classify.shape = staticmethod(lambda score: [score] * next(several))
     with pytest.raises(RequestError, match="answers what is no classification"):
         generate(url, PooledScorer(judge))
     alone = Candidates([PROMPT], [[1]], {}, {}, as_given([" fine"]))

@@ -182,6 +182,12 @@ def test_logprobs_are_the_policys_with_the_bases_beside(client, engine):
     tilted = {"tilt_strategy": "tokenwise", "tilt_weight": 4.0}
     logprobs = complete(client, logprobs=1, extra_body=tilted).choices[0].logprobs
     assert logprobs.token_logprobs == pytest.approx(result.logp_policy, abs=1e-5)
+    (filtered,) = engine.generate(PROMPT, Tokenwise(4.0), SamplingParams(max_tokens=24, seed=3, top_k=5))
+    shown = complete(client, logprobs=0, extra_body=tilted | {"top_k": 5}).choices[0]
+    assert shown.tilt["logp_policy"] == pytest.approx(filtered.logp_policy, abs=1e-5)
+    assert shown.tilt["logp_base"] == pytest.approx(filtered.logp_base, abs=1e-5)
+    assert shown.logprobs.token_logprobs != pytest.approx(filtered.logp_policy, abs=1e-2)
+    assert "logp_policy" not in complete(client, extra_body=tilted).choices[0].tilt
     assert logprobs.base_token_logprobs == pytest.approx(result.logp_base, abs=1e-5)
     assert result.logp_policy != pytest.approx(result.logp_base, abs=1e-2)
 

@@ -27,7 +27,7 @@ from pyengine.decode.shaping import Shape
 from pyengine.decoder import PREFILL_TOKENS
 from pyengine.errors import InputError, RequestError, first_line
 from pyengine.integrations.hosts import Drawn, HostError, asked, cost, host_of, together
-from pyengine.integrations.pooled import LOOP, PooledScorer
+from pyengine.integrations.pooled import ASKER, PooledScorer
 from pyengine.integrations.texts import TextJudge, Written, check_scorers, text_of
 from pyengine.plan import Plan
 from pyengine.reader import Reader
@@ -182,7 +182,7 @@ class BlockwiseDriver:
     async def _aside(self, call: Callable[..., T], *arguments: Any) -> T:
         """The call by a thread beside the event loop."""
         loop = asyncio.get_running_loop()
-        LOOP.set(loop)
+        ASKER.set((loop, self._host.codec and self._host.codec.tokenizer))
         run = partial(contextvars.copy_context().run, torch.inference_mode()(call))
         return await loop.run_in_executor(self._threads, run, *arguments)
 
@@ -215,11 +215,14 @@ class BlockwiseDriver:
     def _branch(self, request: Request, drawn: Drawn, room: int) -> Branch:
         """A branch as the engine has it, which ends where the engine would end it."""
         name, text = self._host.name, request.text.fork()
-        if drawn.size > room or (drawn.tokens is not None and not drawn.tokens):
+        if not 0 <= drawn.size <= room or (drawn.tokens is not None and not drawn.tokens):
             raise HostError(f"{name} was asked for at most {room} tokens of a branch and gave {drawn.size}")
         if drawn.tokens is None:
-            text.push(list(drawn.text))  # type: ignore[arg-type]  # characters stand for tokens
-            tokens = [HIDDEN] * drawn.size
+            read = text.push(list(drawn.text))  # type: ignore[arg-type]  # characters stand for tokens
+            kept = _kept(drawn, read)
+            tokens = [HIDDEN] * (drawn.size if kept is None else kept)
+            if kept is None and not request.plan.selects:
+                drawn = drawn._replace(base=None, policy=None)  # of one branch the KL is exact: a bound will not do
             last = len(request.tokens) + drawn.size >= request.limit
         else:
             tokens, last = drawn.tokens[: text.push(drawn.tokens)], False
@@ -298,6 +301,18 @@ def _committed(request: Request) -> Event:
     if request.finish_reason is not None:
         event.result = request.result()
     return event
+
+
+def _kept(drawn: Drawn, read: int) -> int | None:
+    """Tokens that make up its first `read` characters; None where the tokens' texts do not make up its text.
+
+    A special token that was left out of the text adds nothing."""
+    if read == len(drawn.text):
+        return drawn.size
+    ends = [0]
+    for piece in drawn.pieces or ():
+        ends.append(ends[-1] + len(piece) * drawn.text.startswith(piece, ends[-1]))
+    return next(i for i, end in enumerate(ends) if end >= read) if ends[-1] == len(drawn.text) else None
 
 
 def _cut(drawn: Drawn, kept: int) -> Drawn:

@@ -35,7 +35,7 @@ class Drawn(NamedTuple):
     text: what the host makes of its tokens. tokens: with the EOS or stop token, None where the host shows no ids.
     size: tokens. base, policy: log-probability in nats of each token under softmax(logits / T) of the model as the
     request shapes it, and under the distribution that it was drawn from; None where the host does not say.
-    stop_reason: the stop string or stop token that ended it. kl: nats that its draw cost, where the host says so.
+    stop_reason: the stop string or stop token that ended it. pieces: the text of each token, where shown.
     """
 
     text: str
@@ -45,7 +45,7 @@ class Drawn(NamedTuple):
     policy: list[float] | None
     finish: FinishReason
     stop_reason: str | int | None = None
-    kl: float | None = None
+    pieces: list[str] | None = None
 
 
 class Host(Protocol):
@@ -105,20 +105,20 @@ def filters(params: SamplingParams) -> bool:
 
 
 def told(
-    shown: list[float] | None, params: SamplingParams, processed: bool, shaped: bool = False
+    shown: list[float] | None, params: SamplingParams, processed: bool | None
 ) -> tuple[list[float] | None, list[float] | None]:
     """(base, policy) of `Drawn` where a host shows one log-probability for each token.
 
-    processed: it is of the distribution that the token was drawn from. shaped: of the policy as the request shapes it,
-    before filters, with temperature 0 as 1. Else of the model's own, at temperature 1.
+    processed: it is of the distribution that the token was drawn from, or else of the model's own, at temperature 1;
+    None where that cannot be seen, so that with filters it is told for neither.
     """
     greedy = params.temperature == 0
-    if shown is None:
+    if shown is None or (processed is None and filters(params) and not greedy):
         return None, None
     if processed:
         base = None if greedy or filters(params) else shown
         return base, [0.0] * len(shown) if greedy else shown
-    known = shaped or (not shapes(params) and params.temperature in (0, 1))
+    known = not shapes(params) and params.temperature in (0, 1)
     policy = [0.0] * len(shown) if greedy else shown if known and not filters(params) else None
     return shown if known else None, policy
 
@@ -177,7 +177,13 @@ class OpenAIHost:
         self._loop = loop
         if self._found:
             return
-        cards = {card["id"]: card for card in (await self.ask("GET", "/models", None))["data"]}
+        found = await self.ask("GET", "/models", None)
+        try:
+            cards = {card["id"]: card.get("max_model_len") for card in found["data"]}
+            _of(cards, str)
+            _of(cards.values(), int, type(None))
+        except (KeyError, TypeError, AttributeError) as error:
+            raise HostError(f"{self.name} answers what is no list of models: {found!r:.200}") from error
         if self.model is None and len(cards) == 1:
             self.model = next(iter(cards))
         if self.model not in cards:
@@ -185,8 +191,7 @@ class OpenAIHost:
             raise InputError(f"{self.name}{wrong} serves {', '.join(map(repr, cards)) or 'none'}: give one as model")
         if self._tokenizer is not None:
             tokenizer = tokenizer_of(self._tokenizer)
-            longest = cards[self.model].get("max_model_len")
-            self.codec = Codec(tokenizer, f"model {self.model!r}", len(tokenizer), longest)
+            self.codec = Codec(tokenizer, f"model {self.model!r}", len(tokenizer), cards[self.model])
         self._found = True
 
     async def ask(self, method: Literal["GET", "POST"], path: str, body: dict[str, Any] | None) -> Any:
@@ -224,37 +229,74 @@ class OpenAIHost:
             body["return_token_ids"] = True
         answer = await self.ask("POST", "/completions", body)
         try:
-            choice = answer["choices"][0]
-            tokens, text, finish = choice.get("token_ids"), choice["text"], choice["finish_reason"]
-            count = len(tokens) if tokens is not None else answer["usage"]["completion_tokens"]
-            logprobs = choice.get("logprobs") or {}
-            shown = logprobs.get("token_logprobs") or []
-            ours = "base_token_logprobs" in logprobs  # `pyengine serve`, which knows the shaped policy and the KL
-            kl = choice["tilt"]["kl"] if ours else None
-        except (KeyError, IndexError, TypeError) as error:
+            drawn = _drawn(answer, params)
+        except (KeyError, IndexError, TypeError, AttributeError) as error:
             raise HostError(f"{self.name} answers what is no completion: {answer!r:.200}") from error
-        if finish not in ("stop", "length"):
-            raise HostError(f"{self.name} ended a branch with finish_reason {finish!r}")
-        if self.codec is not None:
-            if tokens is None:
-                raise HostError(
-                    f"{self.name} shows no token ids (return_token_ids): leave tokenizer out, to go by text"
-                )
-            self._compare(prompt, tokens, text, params, finish)
-        base, policy = told(shown if len(shown) == count else None, params, False, ours)
-        reason = choice.get("stop_reason")
-        return Drawn(text, None if self.codec is None else tokens, count, base, policy, finish, reason, kl)
+        if drawn.finish not in ("stop", "length"):
+            raise HostError(f"{self.name} ended a branch with finish_reason {drawn.finish!r}")
+        if self.codec is None:
+            return drawn._replace(tokens=None)
+        if drawn.tokens is None:
+            raise HostError(f"{self.name} shows no token ids (return_token_ids): leave tokenizer out, to go by text")
+        unknown = next((token for token in drawn.tokens if not 0 <= token < self.codec.rows), None)
+        if unknown is not None:
+            has = f"which is none of the tokenizer's {self.codec.rows}: give that of {self.model!r}"
+            raise HostError(f"{self.name} gave token {unknown}, {has}")
+        if not self._agrees:
+            self._compare(self.codec, prompt, drawn, params)
+        return drawn
 
-    def _compare(self, prompt: Any, tokens: list[int], text: str, params: SamplingParams, finish: str) -> None:
-        """HostError where the first tokens are not what the host says they are: the tokenizer is another model's."""
-        if self._agrees or self.codec is None or finish != "length":
-            return
-        ours = self.codec.between(prompt, tokens, params.skip_special_tokens)
-        if BROKEN not in ours + text and ours.strip() != text.strip():
+    def _compare(self, codec: Codec, prompt: Any, drawn: Drawn, params: SamplingParams) -> None:
+        """HostError where the tokens are not what the host says they are: the tokenizer is another model's.
+
+        Of a text with a broken character the part before it is compared, and of one that a stop string may have cut
+        what is left; only a whole text that is not empty shows that they agree."""
+        assert drawn.tokens is not None
+        ours, said = codec.between(prompt, drawn.tokens, params.skip_special_tokens).strip(), drawn.text.strip()
+        broken, same = BROKEN in ours + said, [ours]
+        if drawn.finish == "stop":  # whether its last token is in its text is the host's affair
+            same.append(codec.between(prompt, drawn.tokens[:-1], params.skip_special_tokens).strip())
+        whole = said in same and not broken
+        ours, head = ours.partition(BROKEN)[0], said.partition(BROKEN)[0]
+        cut = drawn.finish == "stop" and params.stop
+        begins = (broken or cut) and (ours.startswith(head) or (broken and head.startswith(ours)))
+        if not whole and not begins:
             raise HostError(
-                f"{self.name} reads {text!r:.60} where the tokenizer reads {ours!r:.60}: give that of {self.model!r}"
+                f"{self.name} reads {said!r:.60} where the tokenizer reads {same[0]!r:.60}: give that of {self.model!r}"
             )
-        self._agrees = True
+        self._agrees = whole and said != ""
+
+
+def _drawn(answer: Any, params: SamplingParams) -> Drawn:
+    """What an answer says; KeyError, IndexError, TypeError or AttributeError where it is no completion."""
+    choice = answer["choices"][0]
+    tokens, logprobs = choice.get("token_ids"), choice.get("logprobs") or {}
+    size = answer["usage"]["completion_tokens"] if tokens is None else len(_of(tokens, int))
+    text, finish, reason = choice["text"], choice["finish_reason"], choice.get("stop_reason")
+    _of([text], str)
+    _of([size], int)
+    _of([reason], str, int, type(None))
+    tilt = choice.get("tilt") or {}
+    if "logp_policy" in tilt:  # `pyengine serve`, which knows both
+        base, policy = _nats(tilt["logp_base"], size), _nats(tilt["logp_policy"], size)
+    else:
+        base, policy = told(_nats(logprobs.get("token_logprobs"), size), params, None)
+    pieces = _of(logprobs.get("tokens") or [], str)
+    return Drawn(text, tokens, size, base, policy, finish, reason, pieces if len(pieces) == size else None)
+
+
+def _of(values: Any, *types: type) -> Any:
+    """The values, if each is of one of these types and no bool; TypeError else."""
+    if isinstance(values, str) or not all(type(value) in types for value in values):
+        raise TypeError(f"not {types}: {values!r:.80}")
+    return values
+
+
+def _nats(values: Any, size: int) -> list[float] | None:
+    """Log-probabilities of so many tokens; None unless each is shown, and none is a logit (vLLM's "raw_logits")."""
+    shown = _of(values or [], float, int, type(None))
+    seen = len(shown) == size and all(one is not None and one < 1e-3 for one in shown)
+    return [float(one) for one in shown] if seen else None
 
 
 def _client(url: str) -> Any:
@@ -344,8 +386,6 @@ def cost(drawn: Drawn, params: SamplingParams, bounded: bool) -> float:
     """
     if params.temperature > 0 and not filters(params):
         return 0.0
-    if drawn.kl is not None:
-        return max(0.0, drawn.kl)
     if drawn.base is not None and drawn.policy is not None:
         return math.fsum(max(0.0, p - b) for p, b in zip(drawn.policy, drawn.base, strict=True))
     if params.temperature > 0 and bounded and not params.top_k and not params.min_p:

@@ -16,8 +16,8 @@ from pyengine.errors import InputError
 from pyengine.integrations.hosts import HostError, OpenAIHost, asked_of_vllm, together, tokenizer_of
 from pyengine.scorers import Candidates, Policy, Scorer
 
-# The event loop that the host answers in, while a thread beside it scores.
-LOOP: ContextVar[asyncio.AbstractEventLoop | None] = ContextVar("LOOP", default=None)
+# While a thread scores: the event loop that the host answers in, and the tokenizer whose tokens the candidates are.
+ASKER: ContextVar[tuple[asyncio.AbstractEventLoop, Any] | None] = ContextVar("ASKER", default=None)
 
 
 class PooledScorer(Scorer):
@@ -55,16 +55,19 @@ class PooledScorer(Scorer):
         if form == "chat" and not getattr(tokenizer, "chat_template", None):
             raise InputError(f"scorer {name!r}: form chat needs its tokenizer (tokenizer=), with a chat template")
         self.codec = None if tokenizer is None else Codec(tokenizer, f"scorer {name!r}", len(tokenizer))
-        self._shared = False  # whether the base policy's tokens are its own
+        self._shared: dict[int, Any] = {}  # the policies' tokenizers whose tokens are its own, by id
 
     def check(self, policy: Policy) -> None:
-        self._shared = self.codec is not None and same_tokenizer(self.codec.tokenizer, policy.tokenizer)
+        if self.codec is not None and same_tokenizer(self.codec.tokenizer, policy.tokenizer):
+            self._shared[id(policy.tokenizer)] = policy.tokenizer
 
     def score(self, candidates: Candidates) -> Tensor:
-        loop = LOOP.get()
-        if loop is None:
+        asker = ASKER.get()
+        if asker is None:
             raise InputError(f"scorer {self.name!r} is a host's, and for BlockwiseDriver alone")
-        given = [self._read(candidates, i) for i in range(len(candidates.prompts))]
+        loop, tokenizer = asker
+        shared = id(tokenizer) in self._shared
+        given = [self._read(candidates, i, shared) for i in range(len(candidates.prompts))]
         logits = torch.tensor(asyncio.run_coroutine_threadsafe(self._ask(given), loop).result(), dtype=torch.float32)
         labels = logits.shape[1]
         if self.label is None and labels > 1:
@@ -73,15 +76,15 @@ class PooledScorer(Scorer):
             raise InputError(f"scorer {self.name!r} has {labels} outputs, label {self.label} is not among them")
         return logits[:, 0] if labels == 1 else logits.log_softmax(-1)[:, self.label or 0]
 
-    def _read(self, candidates: Candidates, i: int) -> list[int] | str:
-        """What the classifier reads of a candidate."""
+    def _read(self, candidates: Candidates, i: int, shared: bool) -> list[int] | str:
+        """What the classifier reads of a candidate. shared: whether the candidates' tokens are its own."""
         prompt, messages = candidates.prompts[i], candidates.conversations[i]
         if self.form == "chat":
             assert self.codec is not None
             asked = messages or [{"role": "user", "content": prompt}]
             answer = {"role": "assistant", "content": candidates.completions[i]}
             return self.codec.converse([*asked, answer], f"scorer {self.name!r}", ended=True)
-        if self._shared and candidates.prompt_ids:
+        if shared and candidates.prompt_ids:
             assert self.codec is not None
             return [*candidates.prompt_ids[i], *(t for t in candidates.tokens[i] if t not in self.codec.special)]
         if isinstance(prompt, PromptKey):
@@ -99,6 +102,8 @@ class PooledScorer(Scorer):
         found = await self._host.ask("POST", f"{root}/classify", body)
         try:
             logits = {int(one["index"]): [float(x) for x in one["probs"]] for one in found["data"]}
+            if len({len(one) for one in logits.values()} | {0}) != 2:
+                raise ValueError("not equally many outputs of each")
             return [logits[i] for i in range(len(given))]
         except (KeyError, TypeError, ValueError) as error:
             raise HostError(f"{root}/classify answers what is no classification: {found!r:.200}") from error

@@ -64,7 +64,7 @@ class Answer:
             return {"index": done.choice, "message": content, "logprobs": logprobs} | _end(done)
         before = self.texts[done.choice // self.n] if self.echo else ""
         if self.silent:
-            done = done._replace(text="", logprobs=None if done.logprobs is None else [])
+            done = done._replace(text="", logprobs=None if done.logprobs is None else [], logp=None)
         places = done.logprobs
         first = self.firsts[done.choice // self.n]
         if places is not None and first is not None:
@@ -165,6 +165,7 @@ def _end(done: Done) -> dict[str, Any]:
         "drawn_tokens": done.drawn_tokens,
     }
     tilt |= {} if done.blocks is None else {"candidates": done.blocks}
+    tilt |= {} if done.logp is None else {"logp_base": done.logp[0], "logp_policy": done.logp[1]}
     return {"finish_reason": done.finish_reason, "stop_reason": done.stop_reason, "tilt": tilt}
 
 

@@ -255,6 +255,7 @@ class Core:
             self._places(result.tokens, logprobs),
             None if asked is None else self._places(result.prompt_ids, asked),
             [_shown(block) for block in result.blocks] if job.candidates and not job.listening else None,
+            None if result.logprobs is None else (result.logp_base, result.logp_policy),
         )
 
     def _places(self, tokens: list[int], logprobs: list[Any] | None) -> Places | None:

@@ -123,7 +123,8 @@ class Piece(NamedTuple):
 
 
 class Done(NamedTuple):
-    """The end of one sample of a job. ranks: of the branch that each block kept, by the base policy."""
+    """The end of one sample of a job. ranks: of the branch that each block kept, by the base policy. logp: logp_base
+    and logp_policy of `Result`, where log-probabilities are asked for."""
 
     number: int
     choice: int
@@ -142,6 +143,7 @@ class Done(NamedTuple):
     logprobs: Places | None
     prompt_logprobs: Places | None
     blocks: list[dict[str, Any]] | None
+    logp: tuple[list[float], list[float]] | None = None
 
 
 class Stats(NamedTuple):
