@@ -204,9 +204,7 @@ def _cluster(address: str) -> Iterator[None]:
 
 
 def _answers(address: str) -> None:
-    """InputError if an address is none, or HOST:PORT and nobody listens there."""
-    if not address:  # which Ray takes for any
-        raise InputError("no Ray cluster at '': give HOST:PORT, auto or local")
+    """InputError if an address is HOST:PORT and nobody listens there."""
     host, colon, port = address.rpartition(":")
     if colon and port.isdecimal() and "/" not in host:
         try:
