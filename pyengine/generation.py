@@ -9,6 +9,7 @@ import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
+from inspect import signature
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -29,7 +30,9 @@ from pyengine.training.shards import Job, written
 LEAST, MOST, PARTS = 32, 512, 32
 # What a row of the output has of its result; `blocks`, with all branches, would be most of its bytes.
 OWN = ("drawn_tokens", *(f.name for f in fields(Result) if f.name not in (*FORMS, "blocks")))
-PINNED = ("dtype", "batch_invariant")  # what of an engine's options decides its results
+# What an engine takes beside the model, scorer and device; and what of it decides its results, to the last bit.
+OPTIONS = [name for name in signature(Engine.from_pretrained).parameters if name not in ("path", "scorer", "device")]
+PINNED = ("dtype", "max_rows", "cache_gb", "batch_invariant")
 
 
 class Row(NamedTuple):
@@ -38,6 +41,11 @@ class Row(NamedTuple):
     where: str
     prompt: Any
     rest: dict[str, Any]
+
+    @property
+    def kept(self) -> dict[str, Any]:
+        """What stands beside a result: all but the error of an earlier run."""
+        return {name: value for name, value in self.rest.items() if name != "error"}
 
 
 def readable(
@@ -108,7 +116,7 @@ class Generator:
         outcomes = self._outcomes(self._engine, rows, shard.first)
         with written(path) as file:
             for i, row in enumerate(rows):
-                file.write(json.dumps(_line(row.rest, outcomes[i]), allow_nan=False) + "\n")
+                file.write(json.dumps(_line(row, outcomes[i]), allow_nan=False) + "\n")
         return shard.rows
 
     def _outcomes(self, engine: Engine, rows: Sequence[Row], first: int) -> dict[int, Result | str]:
@@ -144,13 +152,14 @@ def generate(
     source: a JSONL file of lines with a "prompt", "prompt_ids" or "messages", or such rows. A row keeps its place and
     whatever else it has, and gets what is in its `Result` but for `prompt`, `prompt_ids` and `blocks`; the report
     counts the rows of which that replaces something. What is wrong with a row, or with decoding or scoring it, is its
-    own: it gets "error" instead (a line that is no JSON object is kept beside it as "line").
+    own: it gets "error" instead of all that (a line that is no JSON object is kept beside it as "line").
     model: a directory or hub id. strategy, sampling, scorer: as for `Engine.generate`; without a seed a row's is its
     place in the source, from 0: a prompt that comes again gets another answer, and every run the same ones. ask, chat:
-    as for `readable`. device, options: as for `Engine.from_pretrained`. resume: take up a run that was cut short, with
-    the same rows, model, scorer and settings; one that was not begun starts, and one that is done is only reported.
-    progress: a bar on stderr after two seconds; None shows it on a terminal only. through: who decodes the shards; by
-    default this process, one after the other.
+    as for `readable`. device, options: as for `Engine.from_pretrained`; memory too small for all rows that run together
+    moves last bits of what is computed, unless it is a given `cache_gb` or the engine is `batch_invariant`. resume:
+    take up a run that was cut short, with the same rows, model, scorer and settings; one that was not begun starts, and
+    one that is done is only reported. progress: a bar on stderr after two seconds; None shows it
+    on a terminal only. through: who decodes the shards; by default this process, one after the other.
 
     The report: rows, replaced, failed, the first `faults`, cut_off (answers whose finish_reason is "length"), tokens,
     drawn_tokens (of all branches), mean_reward and mean_kl of the answers, null where there is none, and seconds of
@@ -158,6 +167,10 @@ def generate(
     that cannot be read or written, and for an output that is there already, or is part of other work.
     """
     sampling = sampling or SamplingParams()
+    decisive = [(name, options.get(name)) for name in PINNED]
+    for name in options:
+        if name not in OPTIONS:
+            raise InputError(f"generate: unknown option {name!r}; an engine takes {', '.join(OPTIONS)}")
     if sampling.n > 1:
         raise InputError(f"generate: n is {sampling.n}, a row has one answer: repeat the row, without a seed")
     if isinstance(strategy, Tokenwise) and strategy.kl_budget is not None and strategy.per == "sequence":
@@ -170,7 +183,7 @@ def generate(
             "strategy": None if strategy is None else [type(strategy).__name__, asdict(strategy)],
             "sampling": asdict(sampling),
             "prompts": [chat, None if ask is None else identity(ask)],
-            "engine": {name: str(options[name]) for name in PINNED if options.get(name)},
+            "engine": {name: v if isinstance(v, (int, float)) else str(v) for name, v in decisive if v},
         }
 
     def worker(path: Path, job: Job) -> Generator:
@@ -203,12 +216,12 @@ def _row(line: bytes, where: str) -> Row:
         return Row(where, error, rest)
 
 
-def _line(rest: Mapping[str, Any], outcome: Result | str) -> dict[str, Any]:
+def _line(row: Row, outcome: Result | str) -> dict[str, Any]:
     """A row of the output."""
     if isinstance(outcome, str):
-        return {**rest, "error": outcome}
+        return {name: value for name, value in row.rest.items() if name not in OWN} | {"error": outcome}
     found = {**finite(outcome.to_dict()), "drawn_tokens": outcome.drawn_tokens}
-    return {name: value for name, value in rest.items() if name != "error"} | {name: found[name] for name in OWN}
+    return row.kept | {name: found[name] for name in OWN}
 
 
 @dataclass

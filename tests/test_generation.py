@@ -101,7 +101,7 @@ def test_what_is_wrong_with_a_row_is_its_own(tmp_path, small):
         ({"id": "long", "prompt": "wonderful " * 600}, "rows.jsonl:7 has "),
         ({"id": "half", "prompt": "\ud800"}, "rows.jsonl:8 is not valid Unicode"),
         ('{"id": "inf", "prompt": "a", "x": 1e999}', "rows.jsonl:9: cannot be written again"),
-        ({"id": "fails", "prompt": "the spa", "text": "of the reader"}, "rows.jsonl:10: scorer 'moody'"),
+        ({"id": "fails", "prompt": "the spa", "text": "of an earlier run"}, "rows.jsonl:10: scorer 'moody'"),
     ]
 
     def moody(prompts, completions):
@@ -119,7 +119,7 @@ def test_what_is_wrong_with_a_row_is_its_own(tmp_path, small):
     assert len(found) == 12
     for (line, message), row in zip(bad, found[2:10], strict=True):
         assert row.pop("error").startswith(message)
-        assert row == (line if isinstance(line, dict) else {"line": line})
+        assert row == ({k: v for k, v in line.items() if k != "text"} if isinstance(line, dict) else {"line": line})
     generate(jsonl(tmp_path / "g.jsonl", good), POLICY, tmp_path / "good.jsonl", strategy=BestOfK(2), scorer=moody,
              sampling=SHORT)  # fmt: skip
     others = read(tmp_path / "good.jsonl")
@@ -138,6 +138,7 @@ def test_what_is_wrong_with_the_run_is_said_before_a_row_is_decoded(tmp_path):
         ("calibrate a weight", {"strategy": Tokenwise(kl_budget=1.0, per="sequence")}),
         ("needs a scorer", {"strategy": Blockwise()}),
         ("device 'abacus'", {"device": "abacus"}),
+        ("unknown option 'nonsense'; an engine takes dtype, max_rows, cache_gb", {"nonsense": 1}),
         (r"^model /no/such: no such directory", {"model": "/no/such"}),
         (r"^scorer /no/such: no such directory", {"scorer": "/no/such"}),
     ):
@@ -192,6 +193,8 @@ def test_sigkill_in_the_middle_and_a_restart(tmp_path, small, model_dirs):
         ("strategy", {"strategy": Tokenwise(0.0)}),
         ("prompts", {"chat": True}),
         ("engine", {"batch_invariant": True}),
+        ("engine", {"cache_gb": 0.05}),
+        ("engine", {"max_rows": 16}),
     ):
         with pytest.raises(InputError, match=f"was made with another {other}; give the same"):
             generate(source, options.pop("model", POLICY), out, resume=True, **{"sampling": SHORT} | options)
@@ -225,12 +228,33 @@ def test_settings_with_lists_are_resumed(tmp_path, small):
     assert generate(rows(20), POLICY, tmp_path / "out.jsonl", sampling=sampling, resume=True)["rows"] == 20
 
 
+def test_memory_for_fewer_rows_at_once_moves_last_bits_only_and_none_of_an_invariant_engine(tmp_path, small):
+    """The bytes are those of any run with the same memory, and of any at all where the engine is batch-invariant."""
+    job = {"strategy": Blockwise(4, 4), "scorer": pyengine.embedded("prefix"), "sampling": SHORT}
+
+    def made(**options):
+        out = tmp_path / f"{len(list(tmp_path.iterdir()))}.jsonl"
+        generate(rows(16), POLICY, out, **job, **options)
+        return out.read_bytes(), [(row["tokens"], row["text"]) for row in read(out)]
+
+    plenty, little = made(cache_gb=0.05), made(cache_gb=0.001)
+    assert (made(), made(cache_gb=0.001)) == (plenty, little)
+    assert plenty[0] != little[0]  # else nothing here tells whether a row ran beside fewer
+    assert plenty[1] == little[1]
+    assert made(batch_invariant=True) == made(batch_invariant=True, cache_gb=0.001)
+
+
 def run(*arguments):
     return CliRunner().invoke(cli.app, ["generate", *map(str, arguments)], standalone_mode=False)
 
 
 def test_command(tmp_path):
     source, out = jsonl(tmp_path / "rows.jsonl", rows(20)), tmp_path / "out.jsonl"
+    jsonl(tmp_path / "again.jsonl", [{"id": 7, "prompt": "the fox", "error": "of an earlier run"}])
+    for options in (("--json",), ("--json", "--stream")):
+        printed = run("--input", tmp_path / "again.jsonl", "--max-tokens", 1, *options).stdout.splitlines()[-1]
+        assert '"id": 7' in printed
+        assert "error" not in printed
     options = ("--input", source, "--scorer", "sentiment", "--k", 2, "--block", 3, "--max-tokens", 6, "--out", out)
     done = run(*options)
     assert (done.exit_code, done.stderr) == (0, "")
@@ -261,6 +285,9 @@ def test_command(tmp_path):
         (("--input", source, "--resume"), "are for a job with --input"),
         (("--input", source, "--ray", "local"), "are for a job with --input"),
         (("--input", source, "--workers", 2), "are for a job with --input"),
+        (("--input", source, "--workers", 0), "are for a job with --input"),
+        (("--input", source, "--ray", ""), "are for a job with --input"),
+        (("--input", source, "--out", tmp_path / "o", "--workers", 0), "--workers are a cluster's"),
         (("--input", source, "--out", "/proc/o"), "nothing can be written there"),
     ):
         refused = run(*given)

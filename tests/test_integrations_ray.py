@@ -6,6 +6,7 @@ import contextlib
 import json
 import math
 import os
+import re
 import signal
 import threading
 import time
@@ -136,13 +137,47 @@ def test_a_fault_is_a_result_of_the_worker_and_an_error_of_the_run(local, source
     assert done["rows"] == [0]
     assert f"{source}:{line}: its score is nan" in fault
     monkeypatch.setattr(cluster.ray.data.Dataset, "iter_rows", lambda dataset: iter([{"rows": 0, "fault": fault}]))
+    for broken, said in ((Broken(None), "KeyError: 'no such shop'"), (Broken("gone"), "RaySystemError: .* gone")):
+        failed = cluster._Actor(cluster.ray.put(broken))({name: np.array([v]) for name, v in place.items()})
+        assert re.fullmatch(f"a worker failed with {said}", failed["fault"][0])
     with pytest.raises(InputError, match=rf"cannot be used: .*rows.jsonl:{line}: its score is nan"):
         cluster.label(source, bad, tmp_path / "out.jsonl")
     assert not (tmp_path / "out.jsonl").exists()
 
 
-@pytest.mark.parametrize("error", ["ActorDiedError", "ActorUnavailableError"])
-def test_a_shard_that_kills_its_workers_ends_the_run(local, source, tmp_path, monkeypatch, error):
+class Broken:
+    """A worker that cannot be made where it is sent, or that fails there."""
+
+    def __init__(self, said):
+        self.said = said
+
+    def __call__(self, shard):
+        raise KeyError("no such shop")
+
+    def __setstate__(self, state):
+        self.__dict__ = state
+        if self.said:
+            raise RuntimeError(self.said)
+
+
+def test_no_gpu_is_said_and_not_waited_for(local, source, tmp_path):
+    with pytest.raises(InputError, match="the Ray cluster has no GPU"):
+        cluster.generate(source, pyengine.embedded("policy"), tmp_path / "o", device="cuda", workers=1)
+
+
+DIED = "a shard's workers died 6 times, the last with '.*'"
+
+
+@pytest.mark.parametrize(
+    ("error", "arguments", "said"),
+    [
+        ("ActorDiedError", (), DIED),
+        ("ActorUnavailableError", ("gone", b"0" * 16), DIED),
+        ("OutOfMemoryError", ("no room",), "Ray ended with OutOfMemoryError: no room"),
+        ("NodeDiedError", ("it is off",), "Ray ended with NodeDiedError: it is off"),
+    ],
+)
+def test_a_shard_that_kills_its_workers_ends_the_run(local, source, tmp_path, monkeypatch, error, arguments, said):
     """What Ray is told, and what it then ends with; six workers that start and die would take a minute."""
     dataset, told = cluster.ray.data.Dataset, {}
     map_batches = dataset.map_batches
@@ -152,13 +187,12 @@ def test_a_shard_that_kills_its_workers_ends_the_run(local, source, tmp_path, mo
         return map_batches(self, *arguments, **options)
 
     def dying(self):
-        kind = getattr(cluster.ray.exceptions, error)
-        raise kind("gone", b"0" * 16) if error == "ActorUnavailableError" else kind()
+        raise getattr(cluster.ray.exceptions, error)(*arguments)
         yield
 
     monkeypatch.setattr(dataset, "map_batches", told_of)
     monkeypatch.setattr(dataset, "iter_rows", dying)
-    with pytest.raises(InputError, match=r"rows.jsonl: a shard's workers died 6 times.*: resume when there is memory"):
+    with pytest.raises(InputError, match=rf"rows.jsonl: {said}; .*: resume when there is memory"):
         cluster.label(source, reviews.sentiment, tmp_path / "out.jsonl", workers=1)
     assert told["max_task_retries"] == cluster.RETRIES == 5
     assert told["num_cpus"] == told["batch_size"] == 1
@@ -189,8 +223,16 @@ def test_what_is_refused_before_a_cluster_is_asked(source, tmp_path, monkeypatch
         cluster.label(source, reviews.sentiment, tmp_path / "o", workers=0)
     with pytest.raises(InputError, match="workers must be a whole number of at least 1"):
         cluster.generate(source, pyengine.embedded("policy"), tmp_path / "o", workers=0)
-    options = ("--input", source, "--out", tmp_path / "o", "--ray", "127.0.0.1:1")
-    assert "no Ray cluster at '127.0.0.1:1'" in refused(*options, command="generate")
+    lock, there = threading.Lock(), {"address": "127.0.0.1:1"}
+    unsendable = {"scorer": lambda prompts, completions: [lock.locked()] * len(completions)}
+    for said, options in ((r"cannot be sent to a Ray worker: .*lock", unsendable), ("'nonsense'", {"nonsense": 1})):
+        with pytest.raises(InputError, match=said):
+            cluster.generate(source, pyengine.embedded("policy"), tmp_path / "o", **options, **there)
+    with pytest.raises(InputError, match=r"cannot be sent to a Ray worker: .*lock"):
+        cluster.label(source, out=tmp_path / "o", **unsendable, **there)
+    options = ("--input", source, "--out", tmp_path / "o", "--ray")
+    assert "no Ray cluster at ''" in refused(*options, "", command="generate")
+    assert "no Ray cluster at '127.0.0.1:1'" in refused(*options, "127.0.0.1:1", command="generate")
 
 
 def test_usage_statistics_are_off_and_no_dashboard_runs(local):

@@ -121,7 +121,7 @@ def generate(
         job |= {"ask": None if score is None else asking, "chat": chat, "device": device, "resume": resume}
         job |= {"cache_gb": cache_gb, "trust_remote_code": trust_remote_code, "batch_invariant": batch_invariant}
         return to_file(input, model, out, job, ray, workers)
-    if resume or ray or workers:
+    if resume or ray is not None or workers is not None:
         raise InputError("--resume, --ray and --workers are for a job with --input FILE.jsonl and --out FILE.jsonl")
     complain = Complaints()
     found = found_rows(prompts, input, complain)
@@ -179,7 +179,7 @@ def to_file(
     quiet_loading()
     path = pyengine.embedded("policy") if model is None else model
     if ray is None:
-        if workers:
+        if workers is not None:
             raise InputError("--workers are a cluster's: give --ray local to start one here")
         report = generation.generate(source, path, out, **job)
     else:
@@ -223,7 +223,7 @@ def to_screen(
 def show_event(event: Event, row: Row, as_json: bool) -> None:
     if as_json:
         record = {"text": event.text, "tokens": event.tokens}
-        print(to_json(record | ({"result": row.rest | event.result.to_dict()} if event.result else {})), flush=True)
+        print(to_json(record | ({"result": row.kept | event.result.to_dict()} if event.result else {})), flush=True)
     else:
         print(event.text, end="" if event.result is None else "\n", flush=True)
 
@@ -231,7 +231,7 @@ def show_event(event: Event, row: Row, as_json: bool) -> None:
 def show_result(result: Result, row: Row, as_json: bool) -> None:
     """A line of JSON keeps what else its row holds, an id say."""
     if as_json:
-        print(to_json(row.rest | result.to_dict()), flush=True)
+        print(to_json(row.kept | result.to_dict()), flush=True)
     else:
         reward = "" if result.reward is None else f"reward {result.reward:.3f}, "
         prompt = row.prompt[-1]["content"] + "\n" if isinstance(row.prompt, list) else result.prompt

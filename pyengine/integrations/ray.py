@@ -33,6 +33,7 @@ from pyengine.training.rows import Shard, Through, Worker
 
 OBJECT_STORE = 128 * 2**20  # bytes, little above Ray's minimum: shards travel as their places in the file
 RETRIES = 5  # of a shard whose worker died; Ray Data would go on for ever, also where the shard is what kills it
+log = logging.getLogger("pyengine")
 CONNECT = 5  # seconds to wait for a cluster to answer; Ray itself waits for minutes
 
 
@@ -52,7 +53,7 @@ def label(
     address: "local" starts a cluster on this machine for as long as this takes, "auto" or HOST:PORT joins one; where
     this process is part of one already, that is taken. workers: actors, by default one for each CPU, or for each GPU
     with device "cuda". A scorer that is a path is loaded by each worker, any other is sent to it.
-    Raises InputError as `label` does, if there is no such cluster, and where a shard's workers die again and again.
+    Raises InputError as `label` does, for what cannot be sent, if there is no such cluster, and where workers fail.
     """
     through = _spread(address, workers)
     return labelling.label(
@@ -79,7 +80,7 @@ def generate(
 
     Each worker has an engine of its own: on a CPU give so many `workers` as there is memory for models, and `cache_gb`
     for the keys and values of each. address, workers: as `label` has them. A scorer that is no path is sent to each.
-    Raises InputError as `generate` does, if there is no such cluster, and where a shard's workers die again and again.
+    Raises InputError as `generate` does, for what cannot be sent, if there is no such cluster, and where workers fail.
     """
     return generation.generate(
         source,
@@ -114,45 +115,71 @@ def _absolute(scorer: Any) -> Any:
 class _Actor:
     """What an actor runs: one shard after another."""
 
-    def __init__(self, worker: ray.ObjectRef) -> None:
-        self.worker: Worker = ray.get(worker)
+    def __init__(self, place: ray.ObjectRef) -> None:
+        self.place = place
+        self.worker: Worker | None = None
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, list[Any]]:
-        """A batch of one shard; a fault of the input is a result, since Ray would wrap the exception."""
+        """A batch of one shard; a fault is a result, since Ray would wrap the exception."""
         shard = Shard(**{name: value.item() for name, value in batch.items()})
         try:
+            if self.worker is None:
+                self.worker = ray.get(self.place)
             return {"rows": [self.worker(shard)], "fault": [""]}
         except InputError as error:
             return {"rows": [0], "fault": [str(error)]}
+        except Exception as error:
+            log.exception("a worker failed")  # in Ray's log of it
+            return {"rows": [0], "fault": [f"a worker failed with {type(error).__name__}: {first_line(error)}"]}
 
 
 def _through(worker: Worker, shards: Sequence[Shard], address: str, workers: int | None) -> Iterator[int]:
     """Rows of each shard as it is committed, in whatever order that is."""
-    kind = "GPU" if worker.device.startswith("cuda") else "CPU"
+    _check_sent(worker)
     with _cluster(address), _quiet():
-        count = workers or int(ray.cluster_resources().get(kind, 0))
-        if not count:
-            raise InputError(f"the Ray cluster has no {kind}")
-        places = ray.data.from_items([shard._asdict() for shard in shards], override_num_blocks=len(shards))
-        done = places.map_batches(
-            _Actor,
-            batch_size=1,
-            compute=ray.data.ActorPoolStrategy(size=min(count, len(shards))),
-            fn_constructor_args=(ray.put(worker),),  # a place: its scorer itself may be a model
-            num_cpus=1 if kind == "CPU" else None,
-            num_gpus=1 if kind == "GPU" else None,
-            max_task_retries=RETRIES,
-        )
         try:
-            for row in done.iter_rows():
+            for row in _placed(worker, shards, workers).iter_rows():
                 if row["fault"]:
                     raise InputError(row["fault"])
                 yield row["rows"]
-        except ray.exceptions.RayActorError as error:
+        except ray.exceptions.RayError as error:
+            how = f"Ray ended with {type(error).__name__}: {first_line(error)}"
+            if isinstance(error, ray.exceptions.RayActorError):
+                how = f"a shard's workers died {RETRIES + 1} times, the last with {first_line(error)!r}"
             raise InputError(
-                f"{worker.source}: a shard's workers died {RETRIES + 1} times, the last with {first_line(error)!r}; "
-                "the other shards are kept: resume when there is memory enough, or without what kills them"
+                f"{worker.source}: {how}; the other shards are kept: resume when there is memory enough, or without "
+                "what kills them"
             ) from error
+
+
+def _check_sent(worker: Worker) -> None:
+    """InputError for what cannot be sent to another process, before a cluster is asked."""
+    try:
+        with open(os.devnull, "wb") as nowhere:
+            ray.cloudpickle.dump(worker, nowhere, buffer_callback=lambda buffer: None)
+    except Exception as error:  # as the scorer's own __getstate__ raises it
+        raise InputError(
+            f"the scorer or a setting cannot be sent to a Ray worker: {first_line(error)}; make what is in it where it "
+            "is used, or give a directory"
+        ) from error
+
+
+def _placed(worker: Worker, shards: Sequence[Shard], workers: int | None) -> ray.data.Dataset:
+    """The shards, to be worked on by actors of the cluster that this process is part of."""
+    kind = "GPU" if worker.device.startswith("cuda") else "CPU"
+    there = int(ray.cluster_resources().get(kind, 0))
+    if not there:  # Ray would wait for one for ever
+        raise InputError(f"the Ray cluster has no {kind}")
+    places = ray.data.from_items([shard._asdict() for shard in shards], override_num_blocks=len(shards))
+    return places.map_batches(
+        _Actor,
+        batch_size=1,
+        compute=ray.data.ActorPoolStrategy(size=min(workers or there, len(shards))),
+        fn_constructor_args=(ray.put(worker),),  # a place: its scorer itself may be a model
+        num_cpus=1 if kind == "CPU" else None,
+        num_gpus=1 if kind == "GPU" else None,
+        max_task_retries=RETRIES,
+    )
 
 
 @contextmanager
