@@ -84,13 +84,10 @@ def expect(name, model, scorer, prompts):
     return Case(name, model, scorer, prompts, expected(model, prompts, lambda _, hidden: values(loaded, hidden)))
 
 
-def prefix_model(case, folder, factor=1.0):
-    """A case's model as a scorer beside another one's: (its directory, `valued` for a reference). factor: of its head;
-    1e38 leaves no finite values."""
+def prefix_model(case, folder):
+    """A case's model as a scorer beside another one's: (its directory, `valued` for a reference)."""
     tokenizer, model = AutoTokenizer.from_pretrained(case.model), AutoModel.from_pretrained(case.model).eval()
     head = pyengine.load_scorer(case.scorer)
-    with torch.no_grad():
-        head.head.weight.mul_(factor)
     PrefixModel(model, tokenizer, head).save(folder)
     return folder, lambda ids, _: values(head, model(ids).last_hidden_state[:, -1])
 

@@ -104,7 +104,10 @@ def run_all(cases, folder, v2):
     llama = cases["llama"]
     calls = [faulty(llama, fields) for fields in FAULTS.values()]
     calls += [faulty(llama, {"tilt_weight": 2.0}, repetition_penalty=1.2), faulty(llama, {"tilt_weight": 2.0})]
-    beyond, _ = prefix_model(cases["qwen2"], folder / "beyond", 1e38)
+    beyond, scorer = folder / "beyond", pyengine.load_scorer(llama.scorer)
+    with torch.no_grad():
+        scorer.head.weight.fill_(3e38)  # finite, as its values are not
+    scorer.save(beyond)
     fields = [{"tilt_weight": 2.0}, {"tilt_weight": 8.0, "tilt_scorer": "beyond"}, None]
     mixed = {"prompts": [llama.prompts[0]] * 3, "params": [GREEDY | ({"extra_args": f} if f else {}) for f in fields]}
     engines = {

@@ -59,5 +59,6 @@ def test_other_settings_are_not_refused():
     refuse_reading(configuration({}), "guide")
     synchronous = configuration({"use_v2_model_runner": False, "scheduler_config": {"async_scheduling": False}})
     refuse_reading(synchronous, "guide")
-    assert ParallelConfig().world_size == 1  # the names are vLLM's
+    several = ParallelConfig(prefill_context_parallel_size=2, distributed_executor_backend="mp")
+    assert (ParallelConfig().world_size, several.world_size) == (1, 2)  # the names are vLLM's
     assert hasattr(SchedulerConfig, "async_scheduling")
