@@ -104,12 +104,18 @@ def run_all(cases, folder, v2):
     llama = cases["llama"]
     calls = [faulty(llama, fields) for fields in FAULTS.values()]
     calls += [faulty(llama, {"tilt_weight": 2.0}, repetition_penalty=1.2), faulty(llama, {"tilt_weight": 2.0})]
+    beyond, scorer = folder / "beyond", pyengine.load_scorer(llama.scorer)
+    with torch.no_grad():
+        scorer.head.weight.fill_(3e38)  # finite, as its values are not
+    scorer.save(beyond)
+    fields = [{"tilt_weight": 2.0}, {"tilt_weight": 8.0, "tilt_scorer": "beyond"}, None]
+    mixed = {"prompts": [llama.prompts[0]] * 3, "params": [GREEDY | ({"extra_args": f} if f else {}) for f in fields]}
     engines = {
         **{name: parity(case) for name, case in cases.items()},
         "law": law(cases["embedded"]),
         "pressed": pressed(llama, model)[0],
         "beside": beside(cases["embedded"], v2),
-        "faulty": {"args": configured(llama), "calls": calls},
+        "faulty": {"args": configured(llama, beyond=str(beyond)), "calls": [mixed, *calls, mixed]},
         "without": {"args": {"model": str(llama.model)}, "calls": [*calls[-1:], faulty(llama, {})]},
     }
     found, said = run_vllm(folder, list(engines.values()), v2)
@@ -230,7 +236,7 @@ def test_other_fields_shape_the_base_policy(cases, ran):
 
 
 def test_a_request_that_is_wrong_is_refused_by_name_and_others_go_on(cases, ran):
-    *wrong, penalty, right = ran["faulty"]["calls"]
+    _, *wrong, penalty, right, _ = ran["faulty"]["calls"]
     for says, call in zip(FAULTS, wrong, strict=True):
         assert call["error"].startswith(f"VLLMValidationError: {says}"), call
     if ran["faulty"]["v2"]:
@@ -238,6 +244,14 @@ def test_a_request_that_is_wrong_is_refused_by_name_and_others_go_on(cases, ran)
     else:
         assert "repetition_penalty does not go with tilt_*" in penalty["error"]
     assert tokens(right) == [cases["llama"].tokens[0, 2.0][:2]]
+
+
+def test_a_request_whose_tilt_is_not_finite_ends_with_an_error_and_others_go_on(cases, ran):
+    case = cases["llama"]
+    for right, beyond, plain in (ran["faulty"]["calls"][0], ran["faulty"]["calls"][-1]):
+        assert (tokens([right]), tokens([plain])) == ([case.tokens[0, 2.0]], [case.tokens[0, 0.0]])
+        assert (beyond[0]["finish"], beyond[0]["tokens"]) == ("error", [])
+    assert "tilted logits are not finite" in ran["said"]
 
 
 def test_without_scorers_a_tilt_is_an_error_that_says_what_to_configure(cases, ran):
@@ -285,7 +299,9 @@ def test_what_cannot_be_tilted_is_refused_at_start_with_the_reason(cases, tmp_pa
     }
     refused = [{"args": configured(case) | own, "calls": []} for own in settings.values()]
     adapted = {"args": {"model": str(case.model), "enable_lora": True}, "calls": [faulty(case, {})]}
-    *found, last = run_vllm(tmp_path, [*refused, adapted])[0]
+    blind = {"args": configured(case), "calls": [], "blind": True}
+    *found, last, unseen = run_vllm(tmp_path, [*refused, adapted, blind])[0]
+    assert "without vLLM's LogitsProcessor layer" in unseen["error"]
     assert tokens(last["calls"][0]) == [case.tokens[0, 0.0][:2]]  # LoRA without scorers is none of our business
     for says, one in zip(settings, found, strict=True):
         assert one.get("error", "nothing").startswith("InputError"), (says, one)

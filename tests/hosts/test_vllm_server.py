@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
+import httpx
 import openai
 import pytest
 from cases import NEW, WEIGHTS, length
@@ -43,7 +44,8 @@ def serving(folder):
     log = folder / "server.log"
     with log.open("w") as said:
         process = subprocess.Popen(
-            f"{command} --port {port} --host 127.0.0.1 --dtype float32 --enforce-eager --chat-template {TEMPLATE}",
+            f"{command} --port {port} --host 127.0.0.1 --dtype float32 --enforce-eager "
+            f"--enable-scale-out --chat-template {TEMPLATE}",
             shell=True, env=ENVIRONMENT, cwd=folder, stdout=said, stderr=subprocess.STDOUT,
         )  # fmt: skip
         try:
@@ -99,6 +101,8 @@ def test_greedy_tokens_over_http_are_those_of_the_reference(cases, server):
         ({"tilt_weight": 1, "tilt_scorer": "other"}, "there is no 'other'; there are praise"),
         ({"vllm_xargs": {"tilt_colour": 1}}, "unknown field tilt_colour"),
         ({"tilt_weight": 1, "use_beam_search": True, "n": 2}, "tilt_weight does not go with beam search"),
+        ({"tilt_weight": -8, "vllm_xargs": {"tilt_weight": 8}}, "tilt_weight is given twice"),
+        ({"extra_args": {"tilt_weight": 8}}, "tilt_weight: /v1/completions would drop it there"),
     ],
 )
 def test_a_request_that_is_wrong_is_a_400_that_names_the_field(cases, server, fields, says):
@@ -119,6 +123,80 @@ def test_the_other_interfaces_take_the_fields_too(server, api):
         ask, said = client.responses.create, {"input": "Review"}
     with pytest.raises(openai.BadRequestError, match="there is no 'other'"):
         ask(model="policy", extra_body=fields, **said)
+
+
+ASKED = {"model": "policy", "max_tokens": 2, "messages": [{"role": "user", "content": "Review"}]}
+ROUTES = {  # of those that draw, what each reads
+    "/v1/completions": {"model": "policy", "prompt": ["Review", "Of"], "max_tokens": 2},
+    "/v1/chat/completions": ASKED,
+    "/v1/chat/completions/batch": ASKED | {"messages": [ASKED["messages"]] * 2},
+    "/v1/responses": {"model": "policy", "input": "Review", "max_output_tokens": 2},
+    "/v1/messages": ASKED,
+    "/inference/v1/generate": {"token_ids": [5, 6], "sampling_params": {"max_tokens": 2}},
+    "/invocations": ASKED,
+    "/v1/completions/render": {"model": "policy", "prompt": "Review", "max_tokens": 2},
+    "/v1/chat/completions/render": ASKED,
+    "/v1/messages/render": ASKED,
+}
+
+
+def post(client, route, body):
+    answer = httpx.post(str(client.base_url.copy_with(path=route)), json=body, timeout=60)
+    return answer.status_code, answer.text
+
+
+@pytest.mark.parametrize("route", ROUTES)
+def test_no_route_drops_a_field(server, route):
+    """Wherever it stands, it is refused by its name, there or by the engine; without it the route answers."""
+    client, _ = server
+    body = ROUTES[route]
+    if not route.endswith("/render"):  # what these answer is asked with later
+        assert post(client, route, body)[0] == 200
+        places = [{"tilt_weight": "much"}, {"vllm_xargs": {"tilt_weight": "much"}}]
+    else:
+        places = [{"extra_args": {"tilt_weight": 1}}]
+    if "sampling_params" in body:
+        places += [
+            {"sampling_params": {"tilt_weight": 1}},
+            {"sampling_params": {"extra_args": {"tilt_weight": "much"}}},
+        ]
+    for fields in places:
+        status, said = post(client, route, body | fields)
+        assert status == 400, (fields, said)
+        assert "tilt_weight" in said
+
+
+@pytest.mark.parametrize("route", [route for route in ROUTES if route.endswith("/render")])
+def test_what_is_rendered_keeps_its_fields(server, route):
+    client, _ = server
+    places = [{"vllm_xargs": {"tilt_weight": 3.5}}] + [{"tilt_weight": 3.5}] * ("messages/" not in route)
+    for fields in places:
+        status, said = post(client, route, ROUTES[route] | fields)
+        assert status == 200, said
+        assert '"tilt_weight":3.5' in said
+
+
+def test_a_stream_says_what_is_wrong_in_its_first_event(server):
+    """As the page says: the answer is 200 by then."""
+    client, _ = server
+    for route in ("/v1/completions", "/v1/chat/completions"):
+        status, said = post(client, route, ROUTES[route] | {"stream": True, "tilt_weight": "much"})
+        assert status == 200
+        assert said.startswith('data: {"error": {"message": "tilt_weight must be a finite number')
+
+
+def test_metrics_count_the_rows_that_were_tilted(cases, server):
+    client, _ = server
+
+    def counted():
+        said = httpx.get(str(client.base_url.copy_with(path="/metrics")), timeout=60).text
+        assert "vllm:num_requests_running" in said
+        return float(re.search(r"^pyengine_tilted_rows ([\d.e+]+)$", said, re.MULTILINE)[1])
+
+    before = counted()
+    complete(client, cases["embedded"].prompts[0], {"tilt_weight": 2.0}, 7)
+    complete(client, cases["embedded"].prompts[0], {}, 7)
+    assert counted() - before == 7
 
 
 def test_the_pages_client(server, tmp_path):

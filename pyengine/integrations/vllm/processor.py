@@ -62,6 +62,8 @@ def refuse(config: Any) -> None:
         why = "tensor parallelism: only one of its workers has the logits (set tensor_parallel_size=1)"
     elif parallel.pipeline_parallel_size > 1:
         why = "pipeline parallelism, untried (set pipeline_parallel_size=1)"
+    elif parallel.world_size > 1:
+        why = f"a replica of {parallel.world_size} workers, untried (set prefill_context_parallel_size=1)"
     elif config.lora_config is not None:
         why = "LoRA, untried: a scorer would read an adapter's hidden states (set enable_lora=False)"
     elif model.runner_type != "generate":
@@ -99,6 +101,7 @@ def admission(config: Any) -> Callable[[Any], None]:
         from pyengine.named import scorer_named
 
         refuse(config)
+        tap_of(config).wanted = True
         for source in options.scorers.values():
             scorer_named(source)
 
@@ -152,10 +155,11 @@ def _sampling_of(params: Any) -> SamplingParams:
 
 
 class _Row:
-    """One request in the batch, for as long as it is there. prompt, output: its tokens, the latter still growing."""
+    """One request in the batch, for as long as it is there. params: what vLLM's scheduler knows it by. prompt, output:
+    its tokens, the latter still growing."""
 
-    def __init__(self, tilting: Tilting, prompt: Sequence[int] = (), output: Sequence[int] = ()) -> None:
-        self.tilting, self.prompt, self.output = tilting, prompt, output
+    def __init__(self, params: Any, tilting: Tilting, prompt: Sequence[int] = (), output: Sequence[int] = ()) -> None:
+        self.params, self.tilting, self.prompt, self.output = params, tilting, prompt, output
 
 
 class TiltProcessor(ProcessorV1, ProcessorV2):
@@ -179,7 +183,7 @@ class TiltProcessor(ProcessorV1, ProcessorV2):
             self.scorers = _load(config, self.options, place[0].device if self.v2 else place[0])
             self.tap.wanted = True
             if self.v2:
-                self._check_head()
+                self.tap.check_heads()
 
     @classmethod
     def validate_params(cls, params: Any) -> None:
@@ -217,31 +221,38 @@ class TiltProcessor(ProcessorV1, ProcessorV2):
             ids = self._read(rows) if ctx is None else self._read_v2(rows, slots, ctx.pos)
             tokens = lambda i: (rows[i], ids[i])  # noqa: E731
         tilted = self.scorers.add(logits, hidden, [row and row.tilting for row in rows], tokens)
+        if tilted:
+            self._keep_finite(logits, rows)
         if tilted and not self.tap.rows:
             log.info("pyengine: the first %d rows are tilted", tilted)
         self.tap.rows += tilted
         return logits
+
+    def _keep_finite(self, logits: Tensor, rows: Sequence[_Row | None]) -> None:
+        """Note which tilted rows are not finite, for the scheduler to end; their logits become 0, as a draw from NaN
+        may be no token at all."""
+        asked = torch.tensor([row is not None for row in rows], device=logits.device)
+        finite = logits.amax(1).isfinite().logical_or_(~asked)
+        logits.masked_fill_(~finite[:, None], 0.0)
+        if finite.is_cuda:  # there by the time that the host has the tokens, copied later on this stream
+            finite = torch.ones(len(rows), dtype=torch.bool, pin_memory=True).copy_(finite, non_blocking=True)
+        self.tap.drawn.append((finite, [row and row.params for row in rows]))
+        self.tap.look()  # what can be read of it and of the steps before; the scheduler may be in another process
 
     def _row(self, params: Any, prompt: Any = None, output: Any = ()) -> _Row | None:
         tilt = _tilt_of(params, self.options, self.v2)
         if tilt is None:
             return None
         assert self.scorers is not None
-        self._check_head()
+        self.tap.check_heads()
         tilting = self.scorers.tilting(tilt, _sampling_of(params))
-        return None if tilting is None else _Row(tilting, prompt or (), output)
+        return None if tilting is None else _Row(params, tilting, prompt or (), output)
 
     def _forget(self, gone: set[_Row]) -> None:
         for row in gone:
             assert self.scorers is not None
             self.scorers.forget(row)
-
-    def _check_head(self) -> None:
-        if not self.tap.heads:
-            raise RuntimeError(
-                "this model computes its logits without vLLM's LogitsProcessor layer: nobody sees its hidden states, "
-                "and no request can be tilted"
-            )
+            self.tap.faulty.pop(id(row.params), None)
 
     def _hidden(self, rows: int, logits: Tensor) -> Tensor:
         """What the output head read for these logits, once."""
