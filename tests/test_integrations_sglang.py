@@ -1,5 +1,7 @@
 """What pyengine does in SGLang's scheduler, without SGLang: `pytest tests/hosts` has the rest."""
 
+import asyncio
+import json
 from types import SimpleNamespace
 
 import pytest
@@ -9,6 +11,7 @@ import pyengine
 from pyengine import PrefixScorer, SamplingParams
 from pyengine.errors import InputError
 from pyengine.integrations.sglang import gigabytes_of, scorers_of
+from pyengine.integrations.sglang.routes import CARRY, Lift, lifted
 from pyengine.integrations.sglang.rows import Row, Rows, Step, admitted, check_reading
 from pyengine.integrations.tilting import HostScorers, Tilting
 from pyengine.scorers import Policy
@@ -154,3 +157,87 @@ def test_the_environment_names_scorers():
     for bad in ("much", "0", "nan"):
         with pytest.raises(InputError, match="PYENGINE_SCORER_CACHE_GB"):
             gigabytes_of(bad)
+
+
+def moved(path, fields):
+    return json.loads(lifted(path, json.dumps(fields).encode()))
+
+
+TOOL = {"tools": [{"function": {"parameters": {"properties": {"tilt_angle": {"type": "number"}}}}}]}
+
+
+def test_fields_beside_custom_params_are_lifted_into_them():
+    for path, place in CARRY.items():
+        for depth in range(len(place)):
+            fields = {"prompt": "tilt_weight", "custom_params": None} | TOOL
+            inner = fields
+            for step in place[:depth]:
+                inner[step] = inner = {}
+            inner["tilt_weight"] = -8
+            found = moved(path, fields)
+            for step in place:
+                found = found[step]
+            assert found == {"tilt_weight": -8}, (path, depth)
+    batch = {"sampling_params": [{"tilt_weight": 1}, {"custom_params": {"tilt_weight": 2, "other": 3}}, None]}
+    expected = [{"custom_params": {"tilt_weight": 1}}, {"custom_params": {"tilt_weight": 2, "other": 3}}, None]
+    assert moved("/generate", batch) == {"sampling_params": expected}
+    for body in (b'{"tilt_weight": ', b'["tilt_weight"]', json.dumps(TOOL).encode()):
+        assert lifted("/v1/messages", body) == body
+
+
+WEIGHT = {"tilt_weight": 1}
+
+
+@pytest.mark.parametrize(
+    ("path", "fields", "says"),
+    [
+        ("/v1/completions", {"vllm_xargs": WEIGHT}, "tilt_weight in vllm_xargs would be dropped"),
+        ("/v1/completions", {"extra_body": {"custom_params": WEIGHT}}, "in extra_body.custom_params"),
+        ("/v1/completions", {"sampling_params": WEIGHT}, "give it in custom_params"),
+        ("/v1/completions", {"custom_params": {"tilt_weight": 2}} | WEIGHT, "given twice"),
+        ("/v1/completions", {"custom_params": "x"} | WEIGHT, "custom_params is no object"),
+        ("/generate", {"custom_params": WEIGHT}, "give it in sampling_params.custom_params"),
+        ("/generate", {"sampling_params": [{}, {}]} | WEIGHT, "in each custom_params"),
+        ("/vertex_generate", {"instances": [{"text": "a"} | WEIGHT]}, "in instances"),
+        ("/v1/responses", {"custom_params": WEIGHT}, "/v1/responses would drop it"),
+        ("/api/generate", {"options": WEIGHT}, "/api/generate would drop it"),
+    ],
+)
+def test_a_field_that_a_route_would_drop_is_named(path, fields, says):
+    with pytest.raises(FieldError, match=says) as error:
+        moved(path, fields)
+    assert error.value.field == "tilt_weight"
+
+
+def through(parts, path="/v1/completions", root=""):
+    """(what the route read, what the client got) of a body that comes in parts."""
+    messages = [{"type": "http.request", "body": part, "more_body": True} for part in parts]
+    messages += [{"type": "http.request", "body": b"", "more_body": False}, {"type": "http.disconnect"}]
+    read, sent = [], []
+
+    async def receive():
+        return messages.pop(0)
+
+    async def send(message):
+        sent.append(message)
+
+    async def route(scope, receive, send):
+        read.extend([await receive(), await receive()])
+
+    asyncio.run(Lift(route)({"type": "http", "method": "POST", "path": root + path, "root_path": root}, receive, send))
+    return read, sent
+
+
+def test_the_body_reaches_the_route_in_one_part_and_then_what_the_client_does():
+    read, sent = through([b'{"tilt_', b'weight": 2}'], root="/behind")
+    assert json.loads(read[0]["body"]) == {"custom_params": {"tilt_weight": 2}}
+    assert read[1]["type"] == "http.disconnect"
+    assert not sent
+    read, sent = through([b'--x\r\nContent-Disposition: form-data; name="tilt_weight"\r\n\r\n2'], "/v1/audio")
+    assert (read, sent[0]["status"]) == ([], 400)
+    assert json.loads(sent[1]["body"])["error"]["param"] == "tilt_weight"
+
+
+def test_what_is_no_tilt_among_custom_params_is_another_processor_s():
+    for fields in ({5: 1.0}, {"else": 1.0}, {"tilt_weight": None}, [1], None):
+        assert admitted(fields, None, lambda: SamplingParams()) is None

@@ -83,6 +83,30 @@ def untilted_token(private):
     raise RuntimeError(req.finished_reason.to_json())
 
 
+def failing_admission(private):
+    """What a request ends with that pyengine fails to check, for whatever reason."""
+
+    def fail(*args):
+        raise ZeroDivisionError("of its own")
+
+    drawn = {"max_new_tokens": 1, "temperature": 1.0, "top_k": 1, "top_p": 1.0, "min_p": 0.0}
+    params = SimpleNamespace(custom_params={"tilt_weight": 1.0}, **drawn)
+    private._rows = SimpleNamespace(scorers=SimpleNamespace(tilting=fail))
+    ended = []
+    req = SimpleNamespace(to_finish=None, sampling_params=params)
+    req.set_finish_with_abort = lambda *said: setattr(req, "to_finish", said)
+    queue = SimpleNamespace(retire_unadmitted_request=ended.append)
+    private.admit(lambda *args: ended.append("queued"), queue, req)
+    params.custom_params = Unreadable(tilt_weight=1.0)
+    beams = private.refuse_beams(lambda *args: None, None, req, req)
+    raise RuntimeError(f"{ended == [req]} {req.to_finish} {beams}")
+
+
+class Unreadable(dict):
+    def items(self):
+        raise ZeroDivisionError("of its own")
+
+
 def main(file):
     from sglang.srt.plugins import load_plugins
 
@@ -97,6 +121,7 @@ def main(file):
     found |= {case: said(load, private, arguments, source) for case, source in cases["scorers"].items()}
     found["processor"] = said(load, private, arguments, next(iter(cases["scorers"].values())), False)
     found["hook"] = said(missing_hook, private, arguments)
+    found["admission"] = said(failing_admission, private)
     found["token"] = said(untilted_token, private)
     found["version"] = said(another_version)
     print(json.dumps({"known": sorted(private.ONLY), "said": found}))

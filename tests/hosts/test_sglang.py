@@ -16,6 +16,7 @@ from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 
 import pyengine
 from pyengine import Engine, PrefixModel, PrefixScorer, SamplingParams, Tokenwise
+from pyengine.integrations.sglang.routes import CARRY
 
 HERE = Path(__file__).parent
 KEYS = [(i, weight) for i in range(8) for weight in WEIGHTS]
@@ -30,7 +31,7 @@ def case(cases):
 
 @pytest.fixture(scope="module")
 def scorers(case, tmp_path_factory):
-    """{name: directory}: a prefix scorer, a prefix model of the same tokenizer, and a scorer that gives NaN."""
+    """{name: directory}: a prefix scorer, a prefix model of the same tokenizer, and a scorer whose values overflow."""
     folder = tmp_path_factory.mktemp("scorers")
     tokenizer = AutoTokenizer.from_pretrained(case.model)
     head = pyengine.load_scorer(case.scorer)
@@ -39,7 +40,7 @@ def scorers(case, tmp_path_factory):
     PrefixModel(model, tokenizer, head).save(folder / "reader")
     broken = PrefixScorer(64, 745, width=8)
     with torch.no_grad():
-        broken.head.bias[7] = math.nan
+        broken.head.bias[7] = 3e38  # twice that is infinite
     broken.save(folder / "broken")
     return {"first": case.scorer, "reader": folder / "reader", "broken": folder / "broken"}
 
@@ -48,7 +49,9 @@ def scorers(case, tmp_path_factory):
 def server(case, scorers, tmp_path_factory):
     log = tmp_path_factory.mktemp("sglang") / "log"
     variables = {"SGLANG_CLIP_MAX_NEW_TOKENS_ESTIMATION": "8", "PYENGINE_SCORER_CACHE_GB": "0.05"}
-    server = Server(log, case.model, scorers, SMALL, variables)
+    template = log.with_name("chat.jinja")
+    template.write_text("{% for message in messages %}{{ message['content'] }}{% endfor %}")
+    server = Server(log, case.model, scorers, SMALL | {"chat_template": template}, variables)
     yield server
     server.stop()
 
@@ -207,7 +210,7 @@ def test_a_bad_request_is_a_400_of_its_own(tilt, sampling, named, server, case):
     assert '"output_ids":[]' in answer or '"error"' in answer  # nothing was drawn for it
 
 
-def test_a_scorer_that_gives_nan_fails_its_request_alone(server, case):
+def test_a_scorer_whose_values_overflow_fails_its_request_alone(server, case):
     tilt = {"tilt_weight": 2.0, "tilt_scorer": "broken"}
     bad = {"input_ids": case.prompts[4], "sampling_params": {"max_new_tokens": 12, "custom_params": tilt}}
     good = {"ids": case.prompts[4], "tilt": {"tilt_weight": 2.0}, "max_new_tokens": NEW}
@@ -233,6 +236,63 @@ def test_openai_s_routes(server, case):
     assert (status, "tilt_weight" in answer["message"]) == (400, True)
 
 
+def test_each_route_that_carries_a_tilt_takes_it_beside(server, case):
+    """The same text as by custom_params, another one than without."""
+    short = {"temperature": 0, "max_tokens": 16, "ignore_eos": True}
+    chat = short | CHAT | {"model": "any"}
+    native = {"temperature": 0, "max_new_tokens": 16, "ignore_eos": True}
+    bodies = {
+        "/v1/completions": short | {"model": "any", "prompt": case.prompts[6]},
+        "/v1/chat/completions": chat,
+        "/invocations": chat,
+        "/generate": {"input_ids": case.prompts[6], "sampling_params": native},
+        "/vertex_generate": {"instances": [{"text": "the harbour"}], "parameters": {"sampling_params": native}},
+    }
+    assert bodies.keys() == CARRY.keys()
+    for path, body in bodies.items():
+        deep = json.loads(json.dumps(body))
+        inner = deep
+        for step in CARRY[path]:
+            inner = inner.setdefault(step, {})
+        inner["tilt_weight"] = -8
+        plain, by_params, beside = (texts(server, path, one) for one in (body, deep, body | {"tilt_weight": -8}))
+        assert plain != by_params == beside, path
+
+
+def texts(server, path, body):
+    status, answer = server.ask("POST", path, body)
+    assert status == 200, (path, answer)
+    found = re.findall(r'"(?:text|content)": ("(?:[^"\\]|\\.)*")', json.dumps(answer))
+    assert found, answer
+    return found
+
+
+CHAT = {"messages": [{"role": "user", "content": "the harbour"}]}
+SHORT = {"stream": False, "options": {"num_predict": 4}}
+DROP = {
+    "/v1/responses": {"input": "the harbour", "max_output_tokens": 4},
+    "/v1/messages": CHAT | {"max_tokens": 4},
+    "/api/generate": SHORT | {"prompt": "the harbour"},
+    "/api/chat": SHORT | CHAT,
+}
+
+
+def test_what_a_route_would_drop_is_a_400_that_names_it(server, case):
+    tilt = {"tilt_weight": -8}
+    nested = {"custom_params": tilt}
+    bodies = {path: {"model": str(case.model)} | body for path, body in DROP.items()}
+    asked = [(path, body | more) for path, body in bodies.items() for more in (tilt, nested)]
+    asked += [("/api/generate", bodies["/api/generate"] | {"options": tilt})]
+    asked += [("/v1/completions", {"model": "any", "prompt": case.prompts[0], "vllm_xargs": tilt})]
+    asked += [("/generate", {"input_ids": case.prompts[0], **nested})]
+    for path, body in asked:
+        status, answer = server.ask("POST", path, body)
+        assert (status, answer["error"]["param"]) == (400, "tilt_weight"), (path, answer)
+        assert "custom_params" in answer["error"]["message"]
+    for path, body in bodies.items():
+        assert server.ask("POST", path, body)[0] == 200, path  # what asks for no tilt
+
+
 BARE = """
 import json, sys
 from sglang.srt.entrypoints.engine import Engine
@@ -241,11 +301,13 @@ if __name__ == "__main__":
     sampling = {"temperature": 0, "max_new_tokens": 8, "ignore_eos": True}
     prompt = json.loads(sys.argv[3])
     plain = engine.generate(input_ids=prompt, sampling_params=sampling, return_logprob=True, top_logprobs_num=745)
-    try:
-        engine.generate(input_ids=prompt, sampling_params=sampling | {"custom_params": {"tilt_weight": 2.0}})
-        said = None
-    except ValueError as error:
-        said = str(error)
+    said = []
+    for params in ({"tilt_weight": 2.0}, {"tilt_weight": 10**400}, {5: 1.0, "else": 2.0}):
+        try:
+            answer = engine.generate(input_ids=prompt, sampling_params=sampling | {"custom_params": params})
+            said.append(answer["output_ids"])
+        except Exception as error:
+            said.append(str(error))
     print(json.dumps({"plain": plain, "said": said}), file=open(sys.argv[4], "w"))
     engine.shutdown()
 """
@@ -258,8 +320,10 @@ def test_without_scorers_a_tilt_is_refused_and_the_rest_has_the_same_bits(server
     done = subprocess.run(command, env=environment(), capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     found = json.loads((tmp_path / "out").read_text())
-    assert "tilt_weight" in found["said"]
-    assert "PYENGINE_SCORERS" in found["said"]
+    for name, said in zip(("PYENGINE_SCORERS", ""), found["said"], strict=False):
+        assert isinstance(said, str)
+        assert name in said
+    assert found["said"][2] == found["plain"]["output_ids"]  # other processors' parameters, whatever their keys are
     server.ask("POST", "/flush_cache")
     answer = server.generate(case.prompts[3], {"tilt_weight": 0.0}, 8, **ALL)
     assert answer["output_ids"] == found["plain"]["output_ids"]
@@ -290,56 +354,3 @@ def test_the_page_s_examples_do_what_it_says(server, tmp_path, capsys):
     exec(compile(code, "docs/sglang.md", "exec"), {})
     assert capsys.readouterr().out.strip()
     assert server.state()["tilted_tokens"] > before
-
-
-SETTINGS = {
-    "speculative_algorithm": {"speculative_algorithm": "NGRAM"},
-    "tp_size": {"tp_size": 2},
-    "pp_size": {"pp_size": 2},
-    "dp_size": {"dp_size": 2},
-    "disaggregation_mode": {"disaggregation_mode": "decode"},
-    "enable_single_batch_overlap": {"enable_single_batch_overlap": True},
-    "enable_mixed_chunk": {"enable_mixed_chunk": True},
-    "enable_torch_compile": {"enable_torch_compile": True},
-    "is_embedding": {"is_embedding": True},
-}
-STAND_INS = {
-    "dllm_algorithm": "LowConfidence",
-    "attn_cp_size": 2,
-    "enable_dp_attention": True,
-    "enable_pdmux": True,
-    "enable_two_batch_overlap": True,
-    "enable_watermark": True,
-    "device": "npu",
-}
-
-
-@pytest.fixture(scope="module")
-def refused(case, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("refused")
-    PrefixScorer(64, 700, width=8).save(folder / "vocabulary")
-    PrefixScorer(64, 745, width=8, layer=1).save(folder / "layer")
-    wrong = {"vocabulary": str(folder / "vocabulary"), "layer": str(folder / "layer")}
-    cases = {"model": str(case.model), "settings": SETTINGS, "stand_ins": STAND_INS, "scorers": wrong}
-    (folder / "cases.json").write_text(json.dumps(cases))
-    command = [sys.executable, str(HERE / "sglang_refusals.py"), str(folder / "cases.json")]
-    scorers = environment({"one": case.scorer})
-    done = subprocess.run(command, env=scorers, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(done.stdout.splitlines()[-1])
-
-
-def test_each_setting_under_which_a_tilt_could_be_lost_is_refused(refused):
-    assert refused["known"] == sorted([*SETTINGS, *STAND_INS])
-    for name in refused["known"]:
-        assert refused["said"][name].startswith(f"InputError: pyengine does not tilt with {name}=")
-
-
-def test_what_does_not_fit_is_refused_with_the_reason(refused):
-    said = refused["said"]
-    assert "scores a vocabulary of 700 tokens" in said["vocabulary"]
-    assert "reads layer 1 of 3" in said["layer"]
-    assert "logits processor" in said["processor"]
-    assert "did not take pyengine's hook" in said["hook"]
-    assert said["version"].startswith("SystemExit: pyengine: InputError: SGLang 0.5.24")
-    assert "drawn past pyengine" in said["token"]

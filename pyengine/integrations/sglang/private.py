@@ -16,16 +16,19 @@ from typing import Any
 
 import torch
 from sglang.srt.arg_groups.model_override_base import resolving_view
+from sglang.srt.entrypoints.http_server import app
 from sglang.srt.layers.logits_processor import LogitsProcessor
 from sglang.srt.managers.schedule_batch import FINISH_ABORT, Req
 from sglang.srt.model_executor.forward_batch_info import ForwardBatch
 from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 from sglang.srt.sampling.sampling_batch_info import ProcessorEntry, SamplingBatchInfo
 from sglang.srt.sampling.sampling_params import TOP_K_ALL
+from starlette.middleware import Middleware
 
 from pyengine.errors import InputError
 from pyengine.integrations.sglang import SCORERS
-from pyengine.integrations.sglang.rows import Row, Rows, Step, admitted, check_reading
+from pyengine.integrations.sglang.routes import Lift
+from pyengine.integrations.sglang.rows import Row, Rows, Step, admitted, check_reading, tilts
 from pyengine.integrations.tilting import HostScorers, asked_for
 from pyengine.named import scorer_named
 from pyengine.results import SamplingParams
@@ -49,6 +52,7 @@ ONLY: dict[str, tuple[tuple[Any, ...], str]] = {
     "enable_single_batch_overlap": ((False,), "it has not been tried"),
     "enable_mixed_chunk": ((False,), "it has not been tried"),
     "enable_torch_compile": ((False,), "the hook for hidden states has not been tried in a compiled model"),
+    "tokenizer_worker_num": ((1,), "its further HTTP processes load no plugins, and drop tilt_* beside custom_params"),
     "enable_watermark": ((False,), "a watermark draws tokens past processors"),
     "is_embedding": ((False,), "an embedding model draws no tokens"),
     "device": (("cpu", "cuda"), "other devices have samplers of their own"),
@@ -148,7 +152,8 @@ def load_scorers(result: None, runner: Any) -> None:
 
 def admit(original: Callable[..., None], scheduler: Any, req: Any, *args: Any, **kwargs: Any) -> None:
     """Around Scheduler._add_request_to_queue. A request that asks for what cannot be ends with an error of its own
-    (400), before anything is drawn for it; one that comes back after a preemption has been here."""
+    (400; 500 where the fault is pyengine's), before anything is drawn for it; one that comes back after a preemption
+    has been here."""
     if not hasattr(req, "pyengine_row") and req.to_finish is None:
         try:
             scorers = None if _rows is None else _rows.scorers
@@ -158,6 +163,10 @@ def admit(original: Callable[..., None], scheduler: Any, req: Any, *args: Any, *
             req.pyengine_row = None if tilting is None else Row(tilting, req)
         except InputError as error:
             req.set_finish_with_abort(str(error))
+        except Exception as error:  # noqa: BLE001 - past here it would end the scheduler, and with it every request
+            said = f"pyengine: {type(error).__name__}: {error}"
+            req.set_finish_with_abort(said, HTTPStatus.INTERNAL_SERVER_ERROR, "InternalServerError")
+        if req.to_finish is not None:
             scheduler.retire_unadmitted_request(req)
             return
     original(scheduler, req, *args, **kwargs)
@@ -166,9 +175,9 @@ def admit(original: Callable[..., None], scheduler: Any, req: Any, *args: Any, *
 def refuse_beams(original: Callable[..., str | None], beams: Any, req: Any, received: Any) -> str | None:
     """Around BeamCoordinator.validate_and_init, which replaces the request's parameters."""
     try:
-        tilted = asked_for(received.sampling_params.custom_params or {}) is not None
-    except InputError as error:
-        return str(error)
+        tilted = asked_for(tilts(received.sampling_params.custom_params)) is not None
+    except Exception as error:  # noqa: BLE001 - as in `admit`
+        return str(error) if isinstance(error, InputError) else f"pyengine: {type(error).__name__}: {error}"
     if tilted:
         return "tilt_weight: beam search selects by the base policy's logits; leave beam_width out"
     return original(beams, req, received)
@@ -277,6 +286,11 @@ def report(result: Any, *args: Any, **kwargs: Any) -> None:
         result.internal_state[KEY] = {"scorers": list(_rows.scorers.parts), "tilted_tokens": _rows.tilted}
 
 
+def read_bodies(*args: Any, **kwargs: Any) -> None:
+    """Before the HTTP server starts: innermost, where bodies are decompressed and clients known."""
+    app.user_middleware.append(Middleware(Lift))
+
+
 _SCHEDULER = "sglang.srt.managers.scheduler.Scheduler"
 _RUNNER = "sglang.srt.model_executor.model_runner.ModelRunner"
 _STATE = "sglang.srt.managers.scheduler_components.internal_state.SchedulerInternalStateController"
@@ -284,6 +298,7 @@ _INFO = "sglang.srt.sampling.sampling_batch_info.SamplingBatchInfo"
 # {what is hooked: (how, by what, whether also where no scorers are named)}
 HOOKS: dict[str, tuple[HookType, Callable[..., Any], bool]] = {
     "sglang.srt.server_args.ServerArgs.check_server_args": (HookType.AROUND, check_settings, False),
+    "sglang.srt.entrypoints.http_server._setup_and_run_http_server": (HookType.BEFORE, read_bodies, True),
     f"{_RUNNER}.load_model": (HookType.AFTER, load_scorers, False),
     f"{_SCHEDULER}._add_request_to_queue": (HookType.AROUND, admit, True),
     "sglang.srt.beam_search.coordinator.BeamCoordinator.validate_and_init": (HookType.AROUND, refuse_beams, True),

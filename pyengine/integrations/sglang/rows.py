@@ -117,16 +117,20 @@ def _to_host(flags: Tensor) -> Tensor:
     return torch.empty(flags.shape, dtype=flags.dtype, pin_memory=True).copy_(flags, non_blocking=True)
 
 
-def admitted(
-    fields: Mapping[str, Any] | None, scorers: HostScorers | None, sampling: Callable[[], SamplingParams]
-) -> Tilting | None:
+def tilts(fields: Any) -> dict[str, Any]:
+    """The `tilt_*` among `custom_params`; the others, with keys of whatever kind, are of other processors."""
+    named = fields.items() if isinstance(fields, Mapping) else ()
+    return {k: v for k, v in named if isinstance(k, str) and k.startswith("tilt_") and v is not None}
+
+
+def admitted(fields: Any, scorers: HostScorers | None, sampling: Callable[[], SamplingParams]) -> Tilting | None:
     """What a request adds that has these `custom_params`; None where it adds nothing. FieldError names the field."""
-    tilt = asked_for(fields) if isinstance(fields, Mapping) else None
+    given = tilts(fields)
+    tilt = asked_for(given)
     if tilt is None:
         return None
     if scorers is None:
-        assert fields is not None
-        name = next(name for name in fields if name.startswith("tilt_"))
+        name = next(iter(given))
         raise FieldError(name, f"{name}: no scorers are named for this server; start it with PYENGINE_SCORERS")
     return scorers.tilting(tilt, sampling())
 
