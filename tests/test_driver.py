@@ -224,13 +224,15 @@ def test_what_the_server_refuses_is_said_with_its_words(url, monkeypatch):
 
 
 def test_a_tokenizer_of_another_model_is_seen(url, model_dirs):
-    sampling = SamplingParams(max_tokens=4, allowed_token_ids=range(3, 314))
+    sampling = SamplingParams(max_tokens=4, seed=1, allowed_token_ids=range(3, 314))
     with pytest.raises(RequestError, match=r"reads .* where the tokenizer reads .*: give that of 'policy'"):
         collect(driver(url, ties, tokenizer=model_dirs["llama"]), [270, 271, 272], BestOfK(2), sampling)
     with pytest.raises(
         RequestError, match=r"gave token \d+, which is none of the tokenizer's 314: give that of 'policy'"
     ):
-        collect(driver(url, ties, tokenizer=model_dirs["llama"]), [270], BestOfK(2), SamplingParams(max_tokens=40))
+        collect(
+            driver(url, ties, tokenizer=model_dirs["llama"]), [270], BestOfK(2), SamplingParams(max_tokens=40, seed=1)
+        )
 
 
 def test_more_than_a_busy_server_takes_is_asked_for_again(server, url):

@@ -11,7 +11,7 @@ from transformers.pytorch_utils import Conv1D
 
 import pyengine
 from pyengine import BestOfK, Blockwise, Engine, InputError, SamplingParams, Tokenwise
-from pyengine.decode.step import _values
+from pyengine.decode.values import token_values
 from pyengine.decoder import BranchingDecoder
 from pyengine.invariance import BY_VECTORS, MAPPED, why_not
 from pyengine.ops.linear import VECTORS, steady, steady_linear
@@ -270,6 +270,6 @@ def test_the_head_of_a_prefix_scorer_is_steady_at_any_width():
     torch.manual_seed(0)
     scorer = PrefixScorer(40, 333, width=50)
     hidden = torch.randn(70, 40)
-    whole = _values(scorer, {-1: hidden}, 340, steady=True)
-    alone = [_values(scorer, {-1: hidden[i : i + 1]}, 340, steady=True) for i in range(70)]
+    whole = token_values(scorer, {-1: hidden}, 340, steady=True)
+    alone = [token_values(scorer, {-1: hidden[i : i + 1]}, 340, steady=True) for i in range(70)]
     assert torch.equal(torch.cat(alone), whole)
