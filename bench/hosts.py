@@ -1,6 +1,6 @@
 """Blockwise side by side for users: this engine, the driver over vLLM, and transformers' generate over a forked cache.
 
-    python -m bench.hosts MODEL    # a directory or hub id; writes bench/results/hosts.json
+    python bench/hosts.py MODEL    # a directory or hub id; writes bench/results/hosts.json
 
 Runs where vLLM is installed. Committed tokens a second of whole calls, the reading of the prompt among them: best-of-8
 blocks of 16 tokens, 64 tokens for each prompt of 512, kept by the length of their text. The contenders take turns; each
@@ -20,14 +20,14 @@ from pathlib import Path
 
 import torch
 import transformers
+from rig import output_of, version
 from transformers import DynamicCache
 
-from bench.rig import output_of, version
 from pyengine import Blockwise, Engine, SamplingParams
 from pyengine.integrations.driver import BlockwiseDriver
 
 OUT = Path(__file__).parent / "results" / "hosts.json"
-K, M, PROMPT, TOKENS, ROUNDS = 8, 16, 512, 64, 5
+K, M, PROMPT, TOKENS, ROUNDS = 8, 16, 512, 64, 3
 STRATEGY = Blockwise(K, M)
 SAMPLING = SamplingParams(max_tokens=TOKENS, seed=0, ignore_eos=True)
 WIDE = {"max_model_len": 1024, "max_num_batched_tokens": 8192, "enable_chunked_prefill": False, "block_size": 32}

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 
 from pyengine.reference import Tree
@@ -103,25 +102,3 @@ def floor(cost: Cost, rates: Rates) -> tuple[float, str]:
     }
     what = max(times, key=lambda name: times[name])
     return times[what], what
-
-
-def measured_rates(device: torch.device, dtype: torch.dtype, best_of: int = 5) -> Rates:
-    """This machine's, by a sum over 256 MB, a product of 1,024 rows and exponentials of 4 M numbers, each the best of
-    a few."""
-    import time
-
-    def best(run: Any) -> float:
-        found = []
-        for _ in range(best_of):
-            start = time.perf_counter()
-            run()
-            if device.type == "cuda":
-                torch.cuda.synchronize(device)
-            found.append(time.perf_counter() - start)
-        return min(found)
-
-    large, square = torch.ones(2**26, device=device), torch.ones(1024, 1024, device=device, dtype=dtype)
-    some = torch.ones(2**22, device=device)
-    return Rates(
-        4 * large.numel() / best(large.sum), 2 * 1024**3 / best(lambda: square @ square), some.numel() / best(some.exp)
-    )

@@ -19,8 +19,10 @@ from rich.table import Table
 from torch.profiler import ProfilerActivity
 
 from pyengine import machine
-from pyengine.costs import Rates, floor, measured_rates
+from pyengine.costs import Rates, floor
 from pyengine.errors import InputError
+from pyengine.ops import tilt_sample
+from pyengine.ops.linear import product
 from pyengine.results import Result
 from pyengine.timing import Cost, Timed, recording
 
@@ -76,6 +78,30 @@ def lines_of(spans: Sequence[Timed], rates: Rates) -> list[Line]:
         binds = floor(total, rates)[1] if least > 0.01 * seconds else "calls" if costs else "host"
         found.append(Line(phase, op, len(some), seconds, *total, least, binds))
     return sorted(found, key=lambda line: -line.seconds)
+
+
+def measured_rates(device: torch.device, dtype: torch.dtype, best_of: int = 20) -> Rates:
+    """This machine's, each the best of a few: of a sum over 256 MB, of a product of 256 rows, and of the exponentials
+    in `tilt_sample` over logits that lie in a cache (torch's `exp` is slower)."""
+
+    def best(run: Callable[[], object]) -> float:
+        found = []
+        for _ in range(best_of):
+            began = time.perf_counter()
+            run()
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            found.append(time.perf_counter() - began)
+        return min(found)
+
+    large, logits = torch.ones(2**26, device=device), torch.zeros(2, 2**17, device=device)
+    few, square = (torch.ones(rows, 1024, device=device, dtype=dtype) for rows in (256, 1024))
+    with torch.inference_mode():
+        return Rates(
+            4 * large.numel() / best(large.sum),
+            2 * 256 * 1024**2 / best(lambda: product(few, square)),
+            logits.numel() / best(lambda: tilt_sample(logits)),
+        )
 
 
 def profile(decode: Callable[[], list[Result]], device: torch.device, out: Path) -> Profile:
