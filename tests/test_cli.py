@@ -10,6 +10,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
 import pyengine
 from pyengine import PrefixScorer, cli
@@ -338,3 +339,17 @@ def test_scores_that_are_not_finite_are_still_json():
 def test_help_does_not_load_the_model_libraries():
     program = "import sys, pyengine.cli; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0
+
+
+def test_processes_part_before_they_end(monkeypatch, capsys):
+    """A group that is left to the interpreter's exit has aborted runs that had done their work."""
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    monkeypatch.setattr(sys, "argv", ["pyengine", "info"])
+    try:
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        assert ended.value.code == 0
+        assert not torch.distributed.is_initialized()
+    finally:
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()

@@ -41,12 +41,21 @@ def fail(message: str) -> NoReturn:
 ClickException: Any = typer.BadParameter.__mro__[2]
 
 
+def _part() -> None:
+    """The processes of a training part before they end: a thread of their group that is still there at exit aborts the
+    process, and with it a run that has done its work."""
+    distributed = sys.modules.get("torch.distributed")
+    if distributed is not None and distributed.is_available() and distributed.is_initialized():
+        distributed.destroy_process_group()
+
+
 def main() -> None:
     """Entry point: bad input is one line on stderr and exit code 2."""
     if hasattr(sys.stdout, "reconfigure"):  # what a terminal's encoding lacks is escaped, as on stderr
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
         code = app(sys.argv[1:] or ["--help"], standalone_mode=False)
+        _part()
     except InputError as error:
         fail(str(error))
     except ClickException as error:
