@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import http.client
 import json
 import os
@@ -31,6 +32,13 @@ torch.set_num_threads(1)
 
 # By what they take; the others follow in the order of their names.
 LONGEST = ("claims", "triton_trees", "embedded", "tilt", "training_prefix", "triton", "readme", "packaging")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def collected():
+    """Engines that a file leaves behind give their caches back: Ray forks, which fails where those are still mapped."""
+    yield
+    gc.collect()
 
 
 def pytest_collection_modifyitems(items):
