@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -45,6 +44,7 @@ import claims_rewards  # noqa: E402
 import claims_trainers  # noqa: E402
 import claims_weights  # noqa: E402
 from claims_rig import SMALL, Row, Sizes  # noqa: E402
+from rig import output_of  # noqa: E402
 
 MODULES = (
     claims_decoding,
@@ -60,11 +60,8 @@ CLAIMS = {claim.__name__.upper(): claim for module in MODULES for claim in modul
 
 def machine() -> dict[str, Any]:
     """What the figures were made on, and the commit."""
-    git = subprocess.run(
-        ["git", "describe", "--always", "--dirty", "--abbrev=40"], capture_output=True, text=True, cwd=HERE, check=False
-    )
     versions = {name: metadata.version(name) for name in ("transformers", "numpy")}
-    return about() | versions | {"commit": git.stdout.strip() or None}
+    return about() | versions | {"commit": output_of("git", "describe", "--always", "--dirty", "--abbrev=40")}
 
 
 def run(sizes: Sizes, only: Sequence[str] = ()) -> Iterator[Row]:

@@ -13,7 +13,6 @@ import argparse
 import asyncio
 import json
 import os
-import platform
 import statistics
 import time
 from pathlib import Path
@@ -25,6 +24,7 @@ from transformers import DynamicCache
 
 from pyengine import Blockwise, Engine, SamplingParams
 from pyengine.integrations.driver import BlockwiseDriver
+from pyengine.machine import about
 
 OUT = Path(__file__).parent / "results" / "hosts.json"
 K, M, PROMPT, TOKENS, ROUNDS = 8, 16, 512, 64, 3
@@ -151,12 +151,10 @@ def main():
     report = {
         "model": Path(model).name,
         "sizes": {"k": K, "block_tokens": M, "prompt_tokens": PROMPT, "max_tokens": TOKENS, "rounds": ROUNDS},
-        "machine": {
+        "machine": about()
+        | {
             "commit": output_of("git", "describe", "--always", "--dirty", "--abbrev=40"),
-            "python": platform.python_version(),
             "packages": {name: version(name) for name in packages},
-            "cpus": os.cpu_count(),
-            "threads": torch.get_num_threads(),
         },
         "rows": [],
     }

