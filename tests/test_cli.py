@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import gc
 import io
 import json
 import os
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -342,14 +344,24 @@ def test_help_does_not_load_the_model_libraries():
 
 
 def test_processes_part_before_they_end(monkeypatch, capsys):
-    """A group that is left to the interpreter's exit has aborted runs that had done their work."""
+    """A thread of a group that is left to the interpreter's exit has aborted runs that had done their work."""
+
+    def group_s_threads():
+        return [task for task in Path("/proc/self/task").iterdir() if "gloo" in (task / "comm").read_text()]
+
     torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    model = torch.nn.parallel.DistributedDataParallel(torch.nn.Linear(2, 2))
+    model.itself, model = [model], None
+    assert group_s_threads()
+    gc.disable()  # else it may come by chance
     monkeypatch.setattr(sys, "argv", ["pyengine", "info"])
     try:
         with pytest.raises(SystemExit) as ended:
             cli.main()
         assert ended.value.code == 0
         assert not torch.distributed.is_initialized()
+        assert not group_s_threads()
     finally:
+        gc.enable()
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()

@@ -177,6 +177,7 @@ def test_another_trl_is_named(monkeypatch):
 
 
 SHARDED = """
+import os
 import sys
 
 import torch
@@ -214,7 +215,9 @@ for paired in (True, False):
         loss(model, dist.get_rank(), paired).backward()
         for (name, want), found in zip(whole.named_parameters(), model.parameters(), strict=True):
             torch.testing.assert_close(found.grad.full_tensor(), want.grad, msg=f"{paired} {own_group} {name}")
-dist.destroy_process_group()
+# Torch keeps the mesh, and with it the group's threads, of which one may let go of a tensor while the interpreter ends:
+# that aborts the process ("terminate called without an active exception"), two times in sixteen where they are slow.
+os._exit(0)
 """
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 from typing import Any, NoReturn
@@ -42,11 +43,13 @@ ClickException: Any = typer.BadParameter.__mro__[2]
 
 
 def _part() -> None:
-    """The processes of a training part before they end: a thread of their group that is still there at exit aborts the
-    process, and with it a run that has done its work."""
+    """The processes of a training part before they end, with whatever holds their group, so that its threads end, too.
+    One of them may let go of a tensor while the interpreter ends, which aborts the process, and with it a run that has
+    done its work."""
     distributed = sys.modules.get("torch.distributed")
     if distributed is not None and distributed.is_available() and distributed.is_initialized():
         distributed.destroy_process_group()
+        gc.collect()
 
 
 def main() -> None:

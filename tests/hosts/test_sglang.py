@@ -93,14 +93,11 @@ def logprobs(answer):
 ALL = {"return_logprob": True, "top_logprobs_num": 745}
 
 
-@pytest.mark.parametrize("name", ["first", "reader"])
-def test_greedy_tokens_are_the_engine_s(name, server, case, scorers):
-    expected = engine_tokens(case, scorers[name])
-    if name == "first":
-        assert expected == case.tokens
+def is_parity(server, case, scorer, expected):
+    """All prompts with all λ at once; they end at different times."""
     assert len({tuple(tokens) for tokens in expected.values()}) > 24
     before = server.state()["tilted_tokens"]
-    fields = [{"tilt_weight": weight, "tilt_scorer": name} for _, weight in KEYS]
+    fields = [{"tilt_weight": weight, "tilt_scorer": scorer} for _, weight in KEYS]
     answers = server.together(
         [
             {"ids": case.prompts[i], "tilt": tilt, "max_new_tokens": length(n)}
@@ -111,6 +108,26 @@ def test_greedy_tokens_are_the_engine_s(name, server, case, scorers):
         assert answer["output_ids"] == expected[key][: length(n)], key
     drawn = sum(length(n) for n, (_, weight) in enumerate(KEYS) if weight)
     assert drawn <= server.state()["tilted_tokens"] - before < 2 * drawn
+
+
+@pytest.mark.parametrize("name", ["first", "reader"])
+def test_greedy_tokens_are_the_engine_s(name, server, case, scorers):
+    expected = engine_tokens(case, scorers[name])
+    if name == "first":
+        assert expected == case.tokens
+    is_parity(server, case, name, expected)
+
+
+@pytest.mark.parametrize("name", ["qwen2", "embedded"])
+def test_greedy_tokens_of_another_model_are_too(name, cases, tmp_path):
+    case = cases[name]
+    expected = engine_tokens(case, case.scorer)
+    assert expected == case.tokens
+    server = Server(tmp_path / "log", case.model, {"own": case.scorer}, {}, {})
+    try:
+        is_parity(server, case, "own", expected)
+    finally:
+        server.stop()
 
 
 def test_the_law(server, case, reference):

@@ -160,9 +160,10 @@ def test_greedy_tokens_are_those_of_the_reference(cases, ran):
 
 
 def test_greedy_tokens_are_the_same_where_the_model_is_compiled(cases, tmp_path):
-    (one,), _ = run_vllm(tmp_path, [parity(cases["llama"], enforce_eager=False)])
-    assert one["compiled"]
-    is_parity(cases["llama"], one)
+    found, _ = run_vllm(tmp_path, [parity(case, enforce_eager=False) for case in cases.values()])
+    for case, one in zip(cases.values(), found, strict=True):
+        assert one["compiled"]
+        is_parity(case, one)
 
 
 @torch.inference_mode()

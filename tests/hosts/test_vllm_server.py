@@ -34,13 +34,16 @@ def program(code, folder):
 
 
 @contextmanager
-def serving(folder):
-    """The page's own command at a free port. The CPU's wheel has no metadata under the name that `vllm serve` wants."""
+def serving(folder, case=None):
+    """The page's own command at a free port, or the same for a case's model and scorer. The CPU's wheel has no metadata
+    under the name that `vllm serve` wants."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     started = f"exec '{sys.executable}' -m vllm.entrypoints.openai.api_server --model"
     command = SERVE.replace("vllm serve", started).replace("python -c", f"'{sys.executable}' -c").strip()
+    if case is not None:
+        command = re.sub(r'"\$\(.*?\)"', str(case.model), command).replace('"prefix"', f'"{case.scorer}"')
     log = folder / "server.log"
     with log.open("w") as said:
         process = subprocess.Popen(
@@ -77,10 +80,8 @@ def complete(client, prompt, fields, tokens=NEW, **more):
     return answer.choices[0].token_ids
 
 
-def test_greedy_tokens_over_http_are_those_of_the_reference(cases, server):
+def is_parity(case, client, log):
     """All at once; half of them with the fields beside the request's own, half in vLLM's place for them."""
-    client, log = server
-    case = cases["embedded"]
     asked = [(i, weight) for weight in WEIGHTS for i in range(len(case.prompts))]
 
     def one(j):
@@ -92,6 +93,16 @@ def test_greedy_tokens_over_http_are_those_of_the_reference(cases, server):
         found = list(pool.map(one, range(len(asked))))
     assert found == [case.tokens[key][: length(j)] for j, key in enumerate(asked)]
     assert "rows are tilted" in log.read_text()
+
+
+def test_greedy_tokens_over_http_are_those_of_the_reference(cases, server):
+    is_parity(cases["embedded"], *server)
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen2"])
+def test_greedy_tokens_of_another_model_are_too(cases, name, tmp_path):
+    with serving(tmp_path, cases[name]) as (client, log):
+        is_parity(cases[name], client, log)
 
 
 @pytest.mark.parametrize(
