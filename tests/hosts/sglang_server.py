@@ -13,7 +13,9 @@ from pathlib import Path
 
 SHELLS = Path(__file__).parent / "sglang_shells"
 MODELS = Path(importlib.util.find_spec("sglang").origin).parent / "srt" / "models"
-OTHERS = ",".join(sorted(path.stem for path in MODELS.glob("*.py") if path.stem not in ("llama", "qwen2")))  # 250, read in 15 seconds
+OTHERS = ",".join(  # 250, read in 15 seconds
+    sorted(path.stem for path in MODELS.glob("*.py") if path.stem not in ("llama", "qwen2"))
+)
 ARGUMENTS = {"device": "cpu", "attention_backend": "torch_native", "dtype": "float32", "max_total_tokens": 4096}
 
 
