@@ -65,11 +65,11 @@ def test_unknown_name():
 
 
 def test_retraining_gives_the_same_bits(tmp_path):
-    """The whole recipe at a two-hundredth of its size, twice: every loop still turns more than once."""
+    """The whole recipe at a fraction of its size, twice: every loop still turns more than once."""
     threads = torch.get_num_threads()
     try:
         for run in ("first", "second"):
-            embedded.main(tmp_path / run, scale=0.005)
+            embedded.main(tmp_path / run, scale=0.0042)
     finally:
         torch.set_num_threads(threads)
         torch.use_deterministic_algorithms(False)

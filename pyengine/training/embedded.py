@@ -261,11 +261,11 @@ def train_probe(data: Rollouts, held_out: Rollouts, out: Path) -> None:
     probe.save(out)
 
 
-def train_reward_model(policy: Path, out: Path, pairs: int, epochs: int = 2) -> None:
+def train_reward_model(policy: Path, out: Path, pairs: int, held_out: int, epochs: int = 2) -> None:
     """Bradley-Terry on pairs of reviews whose labels are drawn with P = sigmoid(4 * difference)."""
     tokenizer = AutoTokenizer.from_pretrained(policy)
     rng = random.Random(3)
-    texts = list(reviews.corpus(2 * pairs + 2000, seed=4))
+    texts = list(reviews.corpus(2 * (pairs + held_out), seed=4))
     ids = [tokenizer(p + c).input_ids for p, c in texts]
     rewards = [reviews.sentiment_of(c) for _, c in texts]
     couples = []
@@ -282,7 +282,7 @@ def train_reward_model(policy: Path, out: Path, pairs: int, epochs: int = 2) -> 
     fit(model, batches, lr=2e-3, trainer=PairTrainer)
     model.eval()
     with torch.inference_mode():
-        rest = range(2 * pairs, 2 * pairs + 2000)
+        rest = range(2 * pairs, 2 * (pairs + held_out))
         test = [ids[i] for i in rest]
         mask = padded([[1] * len(s) for s in test], 0)
         score = model(input_ids=padded(test, 0), attention_mask=mask).logits[:, 0]
@@ -302,7 +302,7 @@ def main(home: Path, scale: float = 1.0) -> None:
     vocab = AutoConfig.from_pretrained(home / "policy").vocab_size
     train_prefix(data, held_out, vocab, home / "prefix")
     train_probe(data, held_out, home / "probe")
-    train_reward_model(home / "policy", home / "reward-model", pairs=int(12_000 * scale))
+    train_reward_model(home / "policy", home / "reward-model", int(12_000 * scale), int(1000 * scale))
 
 
 if __name__ == "__main__":

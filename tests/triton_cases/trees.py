@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import math
 import sys
 from pathlib import Path
@@ -27,6 +28,7 @@ def _tree_problems():
 
 
 TREES = _tree_problems()
+LARGE = ("more rows than a unit", "width 256")
 # The interpreter pays for every 16 tokens of a tail, and seven such tiles show it what nineteen do.
 SHORTER = {"long tails": {"tail": 100}, "leaves that straddle tiles": {"tail": 100}} if DEVICE == "cpu" else {}
 
@@ -49,8 +51,17 @@ def run_tree(p, append=False, scale=None, window=None, softcap=None, sinks=None)
     return found.cpu()
 
 
-@pytest.mark.parametrize("options", TREES.OPTIONS)
-@pytest.mark.parametrize("shape", [s for s in TREES.SHAPES if s not in ("more rows than a unit", "width 256")])
+def cases():
+    """(shape, options): all pairs on a GPU; interpreted, which is slow, no option, all and one in turn."""
+    shapes = [s for s in TREES.SHAPES if s not in LARGE]
+    single = [name for name in TREES.OPTIONS if name not in ("plain", "all")]
+    for i, shape in enumerate(shapes):
+        few = ("all",) if shape == "a whole tail of new tokens" else ("plain", single[i % len(single)], "all")
+        for options in TREES.OPTIONS if DEVICE == "cuda" else few:
+            yield shape, options
+
+
+@pytest.mark.parametrize(("shape", "options"), cases())
 def test_tree_attention(shape, options):
     p = TREES.problem(**TREES.SHAPES[shape] | SHORTER.get(shape, {}), kernel=options != "plain")
     chosen = TREES.with_sinks(TREES.OPTIONS[options], p)
@@ -58,8 +69,10 @@ def test_tree_attention(shape, options):
     torch.testing.assert_close(found, p(reference.tree_attention, **chosen), atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("shape", ["more rows than a unit", "width 256"])
-@pytest.mark.parametrize("dtype", [BF16, FP16])
+@pytest.mark.parametrize(
+    ("shape", "dtype"),
+    itertools.product(LARGE, (BF16, FP16)) if DEVICE == "cuda" else zip(LARGE, (BF16, FP16), strict=True),
+)
 def test_tree_attention_in_half_precision(shape, dtype):
     p = TREES.problem(**TREES.SHAPES[shape], dtype=dtype)
     want = p(reference.tree_attention).float()
