@@ -168,7 +168,7 @@ def test_noise_and_filters_over_several_groups():
     """The best of all groups wins, be it in the first, a middle one or the last, with its own id."""
     torch.manual_seed(5)
     filters = [{"top_p": 0.99}, {"top_k": 8000}, {"min_p": 1e-3}]
-    out = check(torch.randn(6, 10_000), gumbel=True, rows=filters * 2, seed=torch.arange(6))
+    out = check(torch.randn(6, 10_000), gumbel=True, rows=filters * 2, seed=torch.arange(3, 9))
     assert set((out.token // 4096).tolist()) == {0, 1, 2}
 
 
