@@ -25,7 +25,7 @@ namespace pyengine {
 // result depends on that row alone.
 constexpr int kBlock = 1024;
 
-enum class DType : int { f32 = 0, bf16 = 1, f16 = 2 };
+enum class DType : int { f32 = 0, bf16 = 1, f16 = 2, i8 = 3 };  // i8: weights of linear alone
 
 constexpr float kLog2E = 1.44269504088896341f;
 constexpr double kLn2 = 0.693147180559945309417;

@@ -110,13 +110,14 @@ void logit_gradient(int64_t rows, int64_t cols, int64_t start, py::handle tile, 
                            by_logp.as<float>(), by_entropy.as<float>(), out.as<float>(), out.stride[0]);
 }
 
-// x, weight, bias (or None) and out fp32 and contiguous.
+// All contiguous, and fp32 but for the weight; scale and bias may be None.
 void linear(int64_t rows, int64_t outputs, int64_t width, py::handle x, py::handle weight, int type,
-            py::handle bias, py::handle out, int threads, const char* isa) {
+            py::handle scale, py::handle bias, py::handle out, int threads, const char* isa) {
   pyengine::LinearArgs args{};
   args.rows = rows, args.outputs = outputs, args.width = width;
   args.x = static_cast<const float*>(address(x));
   args.weight = address(weight), args.type = DType(type);
+  args.scale = scale.is_none() ? nullptr : static_cast<const float*>(address(scale));
   args.bias = bias.is_none() ? nullptr : static_cast<const float*>(address(bias));
   args.out = static_cast<float*>(address(out));
   const DotKernels& kernels = available(pyengine::dot_kernels, isa);

@@ -295,7 +295,12 @@ def _free_memory(device: torch.device) -> float:
     if device.type == "cuda":
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return GPU_SHARE * (torch.cuda.mem_get_info(device)[0] + unused)
-    return HOST_SHARE * min(_available(), _allowed())
+    return HOST_SHARE * host_memory()
+
+
+def host_memory() -> float:
+    """Bytes of the host's memory that are free for this process."""
+    return min(_available(), _allowed())
 
 
 def _available() -> float:

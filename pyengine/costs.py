@@ -15,28 +15,26 @@ from pyengine.timing import Cost
 
 
 class Weights(NamedTuple):
-    """Numbers that a pass multiplies with: of the layers, and of the output head; bytes of one."""
+    """Numbers that a pass multiplies with, and their bytes: of the layers, and of the output head."""
 
     body: int
     head: int
-    size: int
+    body_bytes: int
+    head_bytes: int
 
 
 def weights_of(model: Any) -> Weights:
     """Of a model of transformers'. An embedding table is looked up, not multiplied with, unless it is the head too."""
-    parameters = {id(p): p for p in model.parameters()}
-    embedding = model.get_input_embeddings().weight
-    output = model.get_output_embeddings()
-    head = 0 if output is None else output.weight.numel()
-    body = sum(p.numel() for p in parameters.values()) - embedding.numel()
-    if output is not None and output.weight is not embedding:
-        body -= head
-    return Weights(body, head, embedding.element_size())
+    embedding, output = model.get_input_embeddings().weight, model.get_output_embeddings()
+    heads = {} if output is None else {id(output.weight): output.weight}
+    body = {id(p): p for p in model.parameters() if p is not embedding and id(p) not in heads}
+    of = [(sum(p.numel() for p in some.values()), sum(p.nbytes for p in some.values())) for some in (body, heads)]
+    return Weights(of[0][0], of[1][0], of[0][1], of[1][1])
 
 
 def model_pass(weights: Weights, tokens: int, rows: int) -> Cost:
     """All layers for so many tokens and the head for so many rows, without attention over the cache."""
-    moved = weights.size * (weights.body + (weights.head if rows else 0))
+    moved = weights.body_bytes + (weights.head_bytes if rows else 0)
     return Cost(moved, 2.0 * (weights.body * tokens + weights.head * rows))
 
 

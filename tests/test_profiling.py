@@ -82,8 +82,8 @@ def test_costs_count_what_is_there(followed):
     model = followed.model
     body = sum(p.numel() for p in model.model.layers.parameters()) + model.model.norm.weight.numel()
     head = model.lm_head.weight.numel()
-    assert costs.weights_of(model) == (body, head, 4)
-    assert costs.model_pass(costs.Weights(10, 4, 2), 3, 1) == Cost(28.0, 2.0 * (30 + 4))
+    assert costs.weights_of(model) == (body, head, 4 * body, 4 * head)
+    assert costs.model_pass(costs.Weights(10, 4, 20, 4), 3, 1) == Cost(24.0, 2.0 * (30 + 4))
     assert costs.tilt_sample(torch.zeros(2, 5).half(), torch.zeros(3, 2, 5)) == Cost(20 + 120, 0.0, 20.0)
     # Prompts of 7 and 9 tokens with two rows and one; tails of 1, 2 and 3, the new token included; 4 heads, 2 of keys.
     tree = Tree(*(torch.tensor(x) for x in ([[0], [1]], [7, 9], [0, 2, 3], [[0], [1], [2]], [1, 2, 3])))

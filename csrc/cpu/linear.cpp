@@ -19,7 +19,7 @@ constexpr double kWorthwhile = 2e5;
 // level-2 cache, from which the others then read it.
 constexpr int64_t kTogether = 32, kPartBytes = 256 << 10;
 
-int64_t size_of(DType type) { return type == DType::f32 ? 4 : 2; }
+int64_t size_of(DType type) { return type == DType::f32 ? 4 : type == DType::i8 ? 1 : 2; }
 
 }  // namespace
 
@@ -41,9 +41,12 @@ void linear(const LinearArgs& a, const DotKernels& kernels, int threads) {
     for (int64_t m = 0; m < a.rows; m += kTogether)
       kernels.dots(weight, a.type, a.width, count, a.width, a.x + m * a.width,
                    int(std::min(kTogether, a.rows - m)), a.out + m * a.outputs + first, 1, a.outputs);
-    if (!a.bias) return;
+    if (!a.bias && !a.scale) return;
     for (int64_t m = 0; m < a.rows; ++m)
-      for (int64_t n = first; n < first + count; ++n) a.out[m * a.outputs + n] += a.bias[n];
+      for (int64_t n = first; n < first + count; ++n) {
+        float& out = a.out[m * a.outputs + n];
+        out = out * (a.scale ? a.scale[n] : 1) + (a.bias ? a.bias[n] : 0);
+      }
   });
 }
 

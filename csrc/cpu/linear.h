@@ -8,13 +8,14 @@
 
 namespace pyengine {
 
-// out[m][n] = x[m] . weight[n] + bias[n], summed in fp32: the bits of a row depend on that row and the
-// weights alone. All tensors contiguous, and fp32 but for the weight; borrowed for the call.
+// out[m][n] = x[m] . weight[n] * scale[n] + bias[n], summed in fp32: the bits of a row depend on that row
+// and the weights alone. All tensors contiguous, and fp32 but for the weight; borrowed for the call.
 struct LinearArgs {
   int64_t rows, outputs, width;
   const float* x;      // [rows, width]
   const void* weight;  // [outputs, width]
   DType type;          // of the weight
+  const float* scale;  // [outputs], or null
   const float* bias;   // [outputs], or null
   float* out;          // [rows, outputs]
 };

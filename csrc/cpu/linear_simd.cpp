@@ -71,6 +71,7 @@ void dots(const void* x, DType type, int64_t stride, int64_t rows, int64_t n, co
           float* out, int64_t out_row, int64_t out_head) {
   const auto kernel = type == DType::f32    ? all_dots<float>
                       : type == DType::bf16 ? all_dots<Bf16>
+                      : type == DType::i8   ? all_dots<int8_t>
                                             : all_dots<F16>;
   kernel(x, stride, rows, n, y, heads, out, out_row, out_head);
 }

@@ -83,6 +83,20 @@ inline Vec load(const F16* p) {
 #endif
 }
 
+inline float widen_one(int8_t x) { return x; }
+
+inline Vec load(const int8_t* p) {
+#if defined(__AVX512F__)
+  return (Vec)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
+#elif defined(__AVX2__)
+  return (Vec)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
+#else
+  Vec v;
+  for (int i = 0; i < kLanes; ++i) v[i] = p[i];
+  return v;
+#endif
+}
+
 // One bit a lane where the byte is true.
 inline uint32_t bits_of(const bool* p) {
 #if defined(__AVX512F__)

@@ -22,6 +22,8 @@ from pyengine.ops.common import DTYPE_CODE, TEAM, instruction_set, launched, thr
 
 OP = "linear"
 FEW = 32  # rows: at 48 oneDNN is as quick
+INT8 = 3  # csrc/algebra.h DType
+WIDENED = 2**20  # numbers of an int8 weight at a time: 4 MB
 SMALL = 2**15  # numbers that one thread normalises: as many as torch gives to one
 VECTORS = 64  # numbers that the longest of torch's vectorised loops takes at once: two vectors of 32 bf16
 MIXING = {"GLU", "LogSoftmax", "MultiheadAttention", "Softmax", "Softmax2d", "Softmin"}  # act on more than each number
@@ -52,12 +54,30 @@ def _describable(weight: Tensor) -> Tensor:
     return weight if apart else weight.contiguous()
 
 
-def _streamed(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def _streamed(x: Tensor, weight: Tensor, bias: Tensor | None, scale: Tensor | None = None) -> Tensor:
     outputs, width = weight.shape
     out = x.new_empty(*x.shape[:-1], outputs)
-    code, rows = DTYPE_CODE[weight.dtype], x.numel() // width
-    _C.linear(rows, outputs, width, x, weight, code, bias, out, threads(), instruction_set())
+    code, rows = INT8 if scale is not None else DTYPE_CODE[weight.dtype], x.numel() // width
+    _C.linear(rows, outputs, width, x, weight, code, scale, bias, out, threads(), instruction_set())
     return out
+
+
+def int8_linear(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None = None, steady: bool = False) -> Tensor:
+    """x (scale * W)^T + b, without a gradient: int8 weight [N, D] with a scale and a bias [N], fp32, for each output.
+
+    x [..., D], fp32, bf16 or fp16 on a CPU -> [..., N], summed in fp32 and rounded to the type of x. The weight streams
+    past up to FEW rows, or any number where `steady`, whose bits then depend on each row alone; for more it is widened
+    in pieces that stay in a cache.
+    """
+    if x.shape[-1] != weight.shape[1]:
+        raise RuntimeError(f"{OP}: x has a width of {x.shape[-1]}, the weight of {weight.shape[1]}")
+    wide = x.float().contiguous()
+    if steady or (0 < x.numel() <= FEW * weight.shape[1] and not traced(x)):
+        return _streamed(wide, weight, bias, scale).to(x.dtype)
+    step = max(1, WIDENED // weight.shape[1])
+    parts = [product(wide, part.float()) for part in weight.split(step)]
+    out = torch.cat(parts, -1) * scale
+    return (out if bias is None else out + bias).to(x.dtype)
 
 
 def steady_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -70,6 +90,26 @@ def steady_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tens
         raise RuntimeError(f"{OP}: x has a width of {x.shape[-1]}, the weight of {weight.shape[1]}")
     bias = None if bias is None else bias.float()
     return _streamed(x.float().contiguous(), weight.contiguous(), bias).to(x.dtype)
+
+
+class Int8Linear(torch.nn.Module):
+    """A linear layer whose weight [N, D] is int8 with an fp32 scale [N]: the largest number of each output is 127."""
+
+    scale: Tensor
+    bias: Tensor | None
+
+    def __init__(self, layer: torch.nn.Linear) -> None:
+        super().__init__()
+        weight = layer.weight.detach().float()
+        scale = weight.abs().amax(1).clamp(min=torch.finfo(torch.float32).tiny) / 127
+        rounded = (weight / scale[:, None]).round_().to(torch.int8)
+        self.weight = torch.nn.Parameter(rounded, requires_grad=False)
+        self.register_buffer("scale", scale)
+        self.register_buffer("bias", None if layer.bias is None else layer.bias.detach().float())
+        self.in_features, self.out_features = layer.in_features, layer.out_features
+
+    def forward(self, x: Tensor) -> Tensor:
+        return int8_linear(x, self.weight, self.scale, self.bias)
 
 
 def product(x: Tensor, weight: Tensor) -> Tensor:
@@ -120,8 +160,11 @@ def steady_forwards(model: Any) -> Forwards:
     found: Forwards = []
     for name, module in model.named_modules():
         forward = type(module).forward
+        types = DTYPE_CODE
         if forward is torch.nn.Linear.forward:
             ours: Callable[[Tensor], Tensor] = partial(_steady_product, module)
+        elif type(module) is Int8Linear:
+            ours, types = partial(_steady_int8, module), {torch.int8: INT8}
         elif forward is Conv1D.forward:
             ours = partial(_steady_transposed, module)
         elif _is_activation(module):
@@ -131,7 +174,7 @@ def steady_forwards(model: Any) -> Forwards:
         else:
             continue
         parameters = list(module.parameters(recurse=False))
-        if "forward" in vars(module) or any(x.dtype not in DTYPE_CODE or x.device.type != "cpu" for x in parameters):
+        if "forward" in vars(module) or any(x.dtype not in types or x.device.type != "cpu" for x in parameters):
             raise InputError(f"batch_invariant: {name} has a forward, dtype or device that ours cannot stand in for")
         found.append((module, ours))
     return found
@@ -139,6 +182,10 @@ def steady_forwards(model: Any) -> Forwards:
 
 def _steady_product(layer: torch.nn.Linear, x: Tensor) -> Tensor:
     return steady_linear(x, layer.weight, layer.bias)
+
+
+def _steady_int8(layer: Int8Linear, x: Tensor) -> Tensor:
+    return int8_linear(x, layer.weight, layer.scale, layer.bias, steady=True)
 
 
 def _steady_transposed(layer: Any, x: Tensor) -> Tensor:
