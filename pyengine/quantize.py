@@ -22,7 +22,8 @@ def quantize_int8(model: Any) -> int:
     """
     if model.device.type != "cpu":
         raise InputError(f"quantize: int8 weights are for a CPU, this model is on {model.device}")
-    layers = [(name, layer) for name, layer in model.named_modules() if type(layer) is nn.Linear]
+    named = model.named_modules(remove_duplicate=False)
+    layers = [(name, layer) for name, layer in named if type(layer) is nn.Linear]
     if not layers:
         raise InputError(f"quantize: a {type(model).__name__} has no linear layer of torch's own")
     done: dict[int, Int8Linear] = {}  # two names of one layer stay one

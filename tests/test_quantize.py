@@ -141,9 +141,18 @@ def test_what_is_not_there_is_refused(options, message):
         Engine.from_pretrained(pyengine.embedded("policy"), **options)
 
 
-def test_a_model_without_linear_layers_is_refused():
-    class Bare(torch.nn.Module):
-        device = torch.device("cpu")
+class Bare(torch.nn.Module):
+    device = torch.device("cpu")
 
+
+def test_a_layer_with_two_names_stays_one():
+    model = Bare()
+    model.one = model.other = torch.nn.Linear(3, 5)
+    assert quantize.quantize_int8(model) == 15
+    assert model.one is model.other
+    assert type(model.one) is Int8Linear
+
+
+def test_a_model_without_linear_layers_is_refused():
     with pytest.raises(InputError, match="a Bare has no linear layer"):
         quantize.quantize_int8(Bare())
