@@ -52,7 +52,7 @@ format: $(READY)
 
 # Timings with peers side by side, about half an hour on a quiet machine; writes bench/results/*.json and the plots.
 bench: $(READY)
-	$(PIP) -c constraints.txt --no-build-isolation -e '.[bench]'
+	$(PIP) -c constraints.txt --no-build-isolation -e '.[bench,peers]'
 	$(BIN)/pytest bench
 	$(BIN)/python bench/plots.py
 

@@ -282,20 +282,20 @@ def _names(tokens: list[int]) -> list[bytes]:
 
 def bytes_of(budget: float | None, device: torch.device) -> float:
     """The bytes of a cache; InputError for a budget that is not there."""
+    free = free_memory(device)
     if budget is None:
-        return _free_memory(device)
-    free = _free_memory(device) / (GPU_SHARE if device.type == "cuda" else HOST_SHARE)
+        return free * (GPU_SHARE if device.type == "cuda" else HOST_SHARE)
     if budget > free:
         raise InputError(f"a cache of {budget / 1e9:.3g} GB (cache_gb): {free / 1e9:.3g} GB of memory are free")
     return budget
 
 
-def _free_memory(device: torch.device) -> float:
-    """Bytes for a cache of which nobody said how large it may be."""
+def free_memory(device: torch.device) -> float:
+    """Bytes that can still be had on a device."""
     if device.type == "cuda":
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return GPU_SHARE * (torch.cuda.mem_get_info(device)[0] + unused)
-    return HOST_SHARE * host_memory()
+        return torch.cuda.mem_get_info(device)[0] + unused
+    return host_memory()
 
 
 def host_memory() -> float:

@@ -1,4 +1,5 @@
-"""The command line: `pyengine generate`, `profile`, `serve`, `label`, `pairs`, `train`, `curve`, `demo`, `info`."""
+"""The command line: `pyengine generate`, `profile`, `bench`, `serve`, `label`, `pairs`, `train`, `curve`, `demo`,
+`info`."""
 
 from __future__ import annotations
 
@@ -9,7 +10,7 @@ from typing import Any, NoReturn
 
 import typer
 
-from pyengine.cli import align, compare, data, generate, info, profile, serve, train
+from pyengine.cli import align, bench, compare, data, generate, info, profile, serve, train
 from pyengine.errors import InputError
 
 app = typer.Typer(
@@ -31,6 +32,7 @@ for command in (
 for policy in (align.preference, align.offline):
     train.app.command()(policy)
 app.add_typer(train.app, name="train")
+app.add_typer(bench.app, name="bench")
 
 
 def fail(message: str) -> NoReturn:
