@@ -14,6 +14,7 @@ from pyengine.errors import InputError
 
 Verdict = Literal["faster", "slower", "cannot tell"]
 LEVEL = 0.95
+ALARM = (1 - LEVEL) / 2  # one-sided: the interval's end lies beyond the limit
 RESAMPLES = 20_000
 # The widest interval of a median, from the smallest sample to the largest, covers it with probability 1 - 2^(1 - n).
 FEWEST = 6
@@ -42,23 +43,27 @@ def ratio(theirs: Sequence[float], ours: Sequence[float]) -> Ratio:
     the same width on a quiet machine and miss the truth in 8 of 100 runs where spikes fall on one of the two.
     """
     ratios = _ratios(theirs, ours)
-    n = len(ratios)
-    middle = float(np.median(ratios))
-    if n < FEWEST:
-        return Ratio(middle, 0.0, math.inf, n)
-    tail = ndtr(math.sqrt(n / (n - 1)) * stdtrit(n - 1, (1 - LEVEL) / 2))
-    low, high = np.quantile(_medians(ratios), [tail, 1 - tail])
-    return Ratio(middle, float(low), float(high), n)
+    return _told(float(np.median(ratios)), _medians(ratios), len(ratios))
 
 
 def exceeds(theirs: Sequence[float], ours: Sequence[float], limit: float) -> float:
     """p-value of "the ratio is at most `limit`", by the same bootstrap: below 0.025 the interval lies above it."""
     ratios = _ratios(theirs, ours)
-    n = len(ratios)
-    if n < FEWEST:
-        return 1.0
-    share = (np.count_nonzero(_medians(ratios) <= limit) + 1) / (RESAMPLES + 2)
-    return float(stdtr(n - 1, ndtri(share) / math.sqrt(n / (n - 1))))
+    return _beyond(_medians(ratios), len(ratios), limit)
+
+
+def change(new: Sequence[float], old: Sequence[float]) -> Ratio:
+    """Of two runs that did not meet the same machine: the median of `new` over that of `old`, whose samples are ratios
+    to an anchor of their own run. rounds: of the shorter."""
+    top, bottom = _alone(new), _alone(old)
+    middle = float(np.median(top) / np.median(bottom))
+    return _told(middle, _resampled(top, bottom), min(len(top), len(bottom)))
+
+
+def change_exceeds(new: Sequence[float], old: Sequence[float], limit: float) -> float:
+    """p-value of "the change is at most `limit`"."""
+    top, bottom = _alone(new), _alone(old)
+    return _beyond(_resampled(top, bottom), min(len(top), len(bottom)), limit)
 
 
 def holm(p: Sequence[float]) -> list[float]:
@@ -78,10 +83,29 @@ def mean_interval(values: Sequence[float]) -> tuple[float, float, float]:
     n = len(given)
     if n < FEWEST:
         return float(given.mean()), -math.inf, math.inf
-    means = given[_draws(n, RESAMPLES)].mean(1)
+    return float(given.mean()), *_interval(given[_draws(n, RESAMPLES)].mean(1), n)
+
+
+def _told(middle: float, resampled: np.ndarray, n: int) -> Ratio:
+    return Ratio(middle, *((0.0, math.inf) if n < FEWEST else _interval(resampled, n)), n)
+
+
+def _interval(resampled: np.ndarray, n: int) -> tuple[float, float]:
     tail = ndtr(math.sqrt(n / (n - 1)) * stdtrit(n - 1, (1 - LEVEL) / 2))
-    low, high = np.quantile(means, [tail, 1 - tail])
-    return float(given.mean()), float(low), float(high)
+    low, high = np.quantile(resampled, [tail, 1 - tail])
+    return float(low), float(high)
+
+
+def _beyond(resampled: np.ndarray, n: int, limit: float) -> float:
+    """The level whose interval would begin at the limit."""
+    if n < FEWEST:
+        return 1.0
+    share = (np.count_nonzero(resampled <= limit) + 1) / (len(resampled) + 2)
+    return float(stdtr(n - 1, ndtri(share) / math.sqrt(n / (n - 1))))
+
+
+def _alone(ratios: Sequence[float]) -> np.ndarray:
+    return _ratios(ratios, [1.0] * len(ratios))
 
 
 def _ratios(theirs: Sequence[float], ours: Sequence[float]) -> np.ndarray:
@@ -100,3 +124,8 @@ def _draws(n: int, resamples: int) -> np.ndarray:
 
 def _medians(ratios: np.ndarray) -> np.ndarray:
     return np.median(ratios[_draws(len(ratios), RESAMPLES)], 1)
+
+
+def _resampled(top: np.ndarray, bottom: np.ndarray) -> np.ndarray:
+    """Ratios of medians; those of one draw are told from those of the other, though both have the same seed."""
+    return _medians(top) / np.random.default_rng(1).permutation(_medians(bottom))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -78,3 +79,42 @@ def throughput(
         report.write(found, out, report.THROUGHPUT)
         pictures.throughput(found, out.with_suffix(".svg"))
         print(f"{out}, {out.with_suffix('.jsonl').name}, {out.with_suffix('.md').name}, {out.with_suffix('.svg').name}")
+
+
+@app.command()
+def compare(
+    records: Annotated[list[Path] | None, typer.Argument(help="Two records: NEW.json OLD.json.")] = None,
+    against: Annotated[str | None, typer.Option(help="A commit: both are built and run in turns.")] = None,
+    threshold: Annotated[str, typer.Option(help="By how much slower is a regression: 3% or 0.03.")] = "3%",
+    out: Annotated[Path | None, typer.Option(help="RUN.json; RUN.jsonl and RUN.md beside it.")] = None,
+) -> None:
+    """The working tree against a commit, or a record against another; exit code 1 where something became slower."""
+    needed()
+    from pyengine.bench import records as two
+    from pyengine.bench import report, versions
+
+    limit = share(threshold)
+    given = list(records or [])
+    if (against is None) == (not given) or len(given) not in (0, 2):
+        raise InputError("bench compare: give --against COMMIT, or two records: NEW.json OLD.json")
+    if out is not None:
+        report.writable(out)
+    found = versions.run(against, limit, say) if against is not None else two.compare(given[0], given[1], limit)
+    report.table(found, versions.COLUMNS)
+    if out is not None:
+        report.write(found, out, versions.COLUMNS)
+    for name in found.settings["regressions"]:
+        print(f"pyengine: {name} became slower by more than {threshold}", file=sys.stderr)
+    if found.settings["regressions"]:
+        raise typer.Exit(1)
+
+
+def share(text: str) -> float:
+    """3% or 0.03 as 0.03."""
+    try:
+        value = float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
+    except ValueError:
+        value = math.nan
+    if not 0 <= value < 1:
+        raise InputError(f"--threshold {text}: give a share from 0 to 1 or a percentage, 3% say")
+    return value
