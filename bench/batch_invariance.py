@@ -21,8 +21,8 @@ import torch
 import transformers
 
 import pyengine
-from bench.rig import output_of, version
 from pyengine import Blockwise, Engine, SamplingParams
+from pyengine.machine import about
 from pyengine.scorers import Probe
 
 OUT = Path(__file__).parent / "results" / "batch_invariance.json"
@@ -163,13 +163,7 @@ def main() -> None:
     logging.getLogger("pyengine").setLevel(logging.ERROR)
     parts = {"draws": draws, "large": large, "cost": cost}
     report = json.loads(OUT.read_text()) if OUT.is_file() else {}
-    report["machine"] = {
-        "commit": output_of("git", "describe", "--always", "--dirty", "--abbrev=40"),
-        "threads": torch.get_num_threads(),
-        "cpu": torch.backends.cpu.get_cpu_capability(),
-        "torch": version("torch"),
-        "transformers": version("transformers"),
-    }
+    report["machine"] = about("transformers")
     for name in sys.argv[1:] or parts:
         report[name] = []
         for row in parts[name]():

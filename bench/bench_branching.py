@@ -14,9 +14,11 @@ from unittest import mock
 import pytest
 import torch
 import transformers
-from transformers import DynamicCache
 
 from pyengine import ops
+from pyengine.bench import turns
+from pyengine.bench.contenders import Forked, Generated
+from pyengine.bench.workload import Ask
 from pyengine.cache import LEAF, PAGE
 from pyengine.decoder import BranchingDecoder
 from pyengine.group import Group
@@ -92,53 +94,9 @@ class Ours:
         return tokens * cache.token_bytes
 
 
-class Forked:
-    """Prefill once, copy the cache for each branch, keep the winner's copy."""
-
-    def __init__(self, model, prompt, k, tokens):
-        self.model, self.k, self.tokens = model, k, tokens
-        self.probe = probe_of(model)
-        self.cache = DynamicCache(config=model.config)
-        with torch.inference_mode():
-            output = model(prompt[None], past_key_values=self.cache, logits_to_keep=1)
-        self.logits = output.logits[:, -1]
-
-    @torch.inference_mode()
-    def block(self):
-        self.cache.batch_repeat_interleave(self.k)
-        logits, drawn = self.logits.expand(self.k, -1), []
-        for _ in range(self.tokens):
-            drawn.append(torch.multinomial(torch.softmax(logits, -1), 1))
-            output = self.model(drawn[-1], past_key_values=self.cache, output_hidden_states=True)
-            logits = output.logits[:, -1]
-        best = (output.hidden_states[-1][:, -1] @ self.probe.T).argmax(0)
-        self.cache.batch_select_indices(best)
-        self.logits = logits[best]
-        return torch.cat(drawn, 1)[best[0]]
-
-
-class Generated:
-    """generate() with K sequences for every block; the prompt is read K times again."""
-
-    def __init__(self, model, prompt, k, tokens):
-        self.model, self.ids, self.k, self.tokens = model, prompt[None], k, tokens
-        self.probe = probe_of(model)
-
-    @torch.inference_mode()
-    def block(self):
-        output = self.model.generate(
-            self.ids,
-            attention_mask=torch.ones_like(self.ids),
-            do_sample=True,
-            top_k=0,
-            num_return_sequences=self.k,
-            max_new_tokens=self.tokens,
-            output_hidden_states=True,
-            return_dict_in_generate=True,
-        )
-        best = (output.hidden_states[-1][-1][:, -1] @ self.probe.T).argmax(0)
-        self.ids = output.sequences[best]
-        return self.ids[0, -self.tokens :]
+def theirs(kind, model, prompt, k, tokens):
+    """A peer of `pyengine bench throughput`, block by block; its answer does not end here."""
+    return kind(model, probe_of(model), k, tokens, [Ask(prompt.tolist(), 10**6)], False)
 
 
 def linears(model, rows):
@@ -158,19 +116,6 @@ def quick_linears(model, rows):
             linears(model, rows)
 
 
-def medians(makers, rounds, extra):
-    """Median seconds of one block each, taking turns; `extra` is timed beside them."""
-    samples = {name: [] for name in (*makers, *extra)}
-    for maker in makers.values():
-        maker.block()
-    for _ in range(rounds):
-        for name, work in {**{n: m.block for n, m in makers.items()}, **extra}.items():
-            start = time.perf_counter()
-            work()
-            samples[name].append(time.perf_counter() - start)
-    return {name: sorted(times)[len(times) // 2] for name, times in samples.items()}
-
-
 @pytest.mark.parametrize(
     ("prefix", "branches"),
     [(1024, 8), (4096, 8), (256, 8), (2048, 8), (2048, 16), (1024, 1), (1024, 2), (1024, 4), (1024, 16)],
@@ -182,22 +127,18 @@ def test_peers(rows, models, prefix, branches):
     norms = [lending for lending in quick_forwards(third) if type(lending[0]) is not torch.nn.Linear]
     with mock.patch("pyengine.decoder.quick_forwards", return_value=norms):
         plain = Ours(third, prompt, branches, TOKENS)
-    peers = {
-        "pyengine": ours,
-        PLAIN: plain,
-        "DynamicCache, forked": Forked(peer, prompt, branches, TOKENS),
-    }
+    peers = {"pyengine": ours, PLAIN: plain, "DynamicCache, forked": theirs(Forked, peer, prompt, branches, TOKENS)}
     products = {
         BY_TORCH: lambda: [linears(peer, branches) for _ in range(TOKENS)],
         BY_ENGINE: lambda: quick_linears(peer, branches),
     }
-    times = medians(peers, 5, products)
+    runs = {**{name: one.block for name, one in peers.items()}, **products}
+    turns.race(runs, 1)  # warms up
+    times = turns.medians(turns.race(runs, 5))
     used = ours.cache_bytes
     ours.close()
     plain.close()
-    start = time.perf_counter()
-    Generated(peer, prompt, branches, TOKENS).block()
-    times["generate for each block"] = time.perf_counter() - start
+    times["generate for each block"] = turns.seconds_of(theirs(Generated, peer, prompt, branches, TOKENS).block)
     copied = branches * (prefix + TOKENS) * ours.decoder.cache.token_bytes
     rows.append(
         {
@@ -228,6 +169,9 @@ def test_smoke(benchmark):
     ours = Ours(small, prompt, 3, 4)
     tokens = benchmark.pedantic(ours.block, rounds=1)
     ours.close()
-    assert tokens.shape == Forked(small, prompt, 3, 4).block().shape == Generated(small, prompt, 3, 4).block().shape
     assert tokens.shape == (4,)
+    for kind in (Forked, Generated):
+        peer = theirs(kind, small, prompt, 3, 4)
+        peer.block()
+        assert len(peer.batch.tokens[0]) == 4
     assert linears(small, 3) > 0

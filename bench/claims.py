@@ -44,7 +44,6 @@ import claims_rewards  # noqa: E402
 import claims_trainers  # noqa: E402
 import claims_weights  # noqa: E402
 from claims_rig import SMALL, Row, Sizes  # noqa: E402
-from rig import output_of  # noqa: E402
 
 MODULES = (
     claims_decoding,
@@ -61,7 +60,7 @@ CLAIMS = {claim.__name__.upper(): claim for module in MODULES for claim in modul
 def machine() -> dict[str, Any]:
     """What the figures were made on, and the commit."""
     versions = {name: metadata.version(name) for name in ("transformers", "numpy")}
-    return about() | versions | {"commit": output_of("git", "describe", "--always", "--dirty", "--abbrev=40")}
+    return about() | versions
 
 
 def run(sizes: Sizes, only: Sequence[str] = ()) -> Iterator[Row]:

@@ -23,7 +23,6 @@ HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE))
 
 from label_rows import Run, disturb  # noqa: E402
-from rig import output_of, version  # noqa: E402
 
 from pyengine.generation import PARTS  # noqa: E402
 from pyengine.machine import about  # noqa: E402
@@ -71,7 +70,7 @@ def main() -> int:
             for ray, to in ((["--ray", "local", "--workers", 1], one), ([], alone))
         ]
         result = {
-            "machine": about() | {"ray": version("ray"), "commit": output_of("git", "rev-parse", "HEAD")},
+            "machine": about("ray"),
             "rows": count,
             "settings": " ".join(map(str, SETTINGS)),
             **disturbed,

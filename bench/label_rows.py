@@ -23,18 +23,13 @@ from typing import Any
 
 import psutil
 
+import pyengine
+from pyengine.machine import about
+from pyengine.scorers import Candidates, parts_of, score_texts
+from pyengine.training.labelling import SHARD_BYTES
+from pyengine.worlds import reviews
+
 HERE = Path(__file__).parent
-# The neighbours by their names, also under `python -m`, which has the repository root on the path instead.
-sys.path.insert(0, str(HERE))
-
-
-from rig import output_of, version  # noqa: E402
-
-import pyengine  # noqa: E402
-from pyengine.machine import about  # noqa: E402
-from pyengine.scorers import Candidates, parts_of, score_texts  # noqa: E402
-from pyengine.training.labelling import SHARD_BYTES  # noqa: E402
-from pyengine.worlds import reviews  # noqa: E402
 
 ROWS, SAMPLE = 100_000, 2_000
 TOLERANCE = 1e-5  # fp32, other neighbours in the batch
@@ -162,7 +157,7 @@ def main() -> int:
         command = ["label", rows, "--scorer", "reward-model", "--ray", "local"]
         run, disturbed = disturb(command, out, log, -(-rows.stat().st_size // SHARD_BYTES))
         result = {
-            "machine": about() | {"ray": version("ray"), "commit": output_of("git", "rev-parse", "HEAD")},
+            "machine": about("ray"),
             "rows": count,
             "megabytes": round(rows.stat().st_size / 1e6, 1),
             "scorer": "embedded reward model",

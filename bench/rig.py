@@ -6,22 +6,19 @@ import argparse
 import gc
 import json
 import os
-import platform
 import statistics
-import subprocess
 import sys
 import time
 from contextlib import ExitStack
-from importlib import metadata
 from pathlib import Path
 from unittest import mock
 
 import torch
 
-from pyengine import _C
+from pyengine.bench import turns
+from pyengine.machine import about
 from pyengine.ops.settings import settings
 
-HERE = Path(__file__).parent
 PACKAGES = ("torch", "triton", "trl", "liger-kernel", "cut-cross-entropy", "flashinfer-python", "flash-attn")
 
 
@@ -54,9 +51,7 @@ class Rig:
     def sample(self, run) -> float:
         """Milliseconds of one run."""
         if not self.gpu:
-            start = time.perf_counter()
-            run()
-            return (time.perf_counter() - start) * 1e3
+            return turns.seconds_of(run) * 1e3
         start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         self.scratch.fill_(1.0)
         self.scratch.sum()
@@ -68,10 +63,7 @@ class Rig:
 
     def extra_peak(self, run) -> int:
         """Megabytes by which the device's memory rises while `run` runs."""
-        before = torch.cuda.memory_allocated()
-        torch.cuda.reset_peak_memory_stats()
-        run()
-        return round((torch.cuda.max_memory_allocated() - before) / 1e6)
+        return round(turns.extra_peak(run, self.device)[1] / 1e6)
 
     def race(self, what: str, runs: dict, seconds: float = 1.5, compare=None, **sizes: int) -> dict:
         """A row of the report: samples of all runs, in turns, beside the first run's; what cannot run says why.
@@ -96,11 +88,8 @@ class Rig:
             else:
                 alive[name] = run
         rounds = 3 if self.small else max(7, min(200, int(seconds / max(cost, 1e-3))))
-        samples = {name: [] for name in alive}
-        for _ in range(rounds):
-            for name, run in alive.items():
-                samples[name].append(self.sample(run))
-        medians = {name: statistics.median(times) for name, times in samples.items()}
+        samples = turns.race(alive, rounds, sample=self.sample)
+        medians = turns.medians(samples)
         first = next(iter(medians.values()), None)
         return {
             "what": what,
@@ -171,39 +160,8 @@ def backends(rig: Rig, call, suffix: str = "") -> dict:
     return on_cpu | {f"pyengine {name}{suffix}": run for name, run in forced.items()}
 
 
-def output_of(*command: str) -> str | None:
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True, cwd=HERE).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return None
-
-
-def version(package: str) -> str | None:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None
-
-
 def machine(rig: Rig) -> dict:
-    out = {
-        "commit": output_of("git", "describe", "--always", "--dirty", "--abbrev=40"),
-        "python": platform.python_version(),
-        "packages": {name: version(name) for name in PACKAGES},
-        "cuda": torch.version.cuda,
-        "cuda_kernels": _C.cuda_architectures(),
-        "device": str(rig.device),
-    }
-    if rig.gpu:
-        properties = torch.cuda.get_device_properties(rig.device)
-        out |= {
-            "gpu": properties.name,
-            "multiprocessors": properties.multi_processor_count,
-            "l2_bytes": properties.L2_cache_size,
-            "memory_bytes": properties.total_memory,
-            "driver": output_of("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"),
-        }
-    return out
+    return about(*PACKAGES) | {"device": str(rig.device)}
 
 
 def brief(row: dict) -> str:

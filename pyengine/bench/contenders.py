@@ -30,6 +30,7 @@ class Run(NamedTuple):
     hits: int = 0
 
 
+SAMPLED = {"temperature": 1.0, "top_k": 0, "top_p": 1.0}  # as the engine's defaults: from the policy itself
 # (requests, seed, greedy) -> what came
 Contender = Callable[[list[Ask], int, bool], Run]
 
@@ -121,73 +122,92 @@ class _Ticks:
         pass
 
 
-def by_generate(model: Any, probe: Tensor, k: int, block: int | None) -> Contender:
+class Generated:
     """transformers' `generate(num_return_sequences=K)` for every block, which reads the prompt again each time.
 
     probe: [1, D]. With one branch it is called once, and its tokens count as they are drawn.
     """
 
+    def __init__(self, model: Any, probe: Tensor, k: int, block: int | None, asks: list[Ask], greedy: bool) -> None:
+        self.model, self.probe, self.k = model, probe, k
+        self.block_tokens, self.greedy = block if k > 1 else None, greedy
+        self.batch = _Padded(asks, model.device)
+
     @torch.inference_mode()
-    def run(asks: list[Ask], seed: int, greedy: bool) -> Run:
-        torch.manual_seed(seed)
-        batch = _Padded(asks, model.device)
-        sampling = {"do_sample": False} if greedy else {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
-        while batch.alive:
-            ids, mask = batch.batch()
-            rows, m = len(batch.alive), batch.step(block if k > 1 else None)
-            asked = {"input_ids": ids, "attention_mask": mask, "max_new_tokens": m, "min_new_tokens": m}
-            asked |= {"repetition_penalty": 1.0, "return_dict_in_generate": True, "output_hidden_states": k > 1}
-            batch.drawn += rows * k * m
-            if k == 1:
-                model.generate(**asked, **sampling, streamer=_Ticks(batch))
-                continue
-            if greedy:  # it returns no several of one and the same
-                asked |= {"input_ids": ids.repeat_interleave(k, 0), "attention_mask": mask.repeat_interleave(k, 0)}
-            else:
-                asked["num_return_sequences"] = k
-            output = model.generate(**asked, **sampling)
-            best = _best(output.hidden_states[-1][-1], probe, k)
-            batch.commit(output.sequences[best, -m:].tolist())
-        return batch.done()
-
-    return run
+    def block(self) -> None:
+        """Draws one and commits it."""
+        batch, k = self.batch, self.k
+        ids, mask = batch.batch()
+        rows, m = len(batch.alive), batch.step(self.block_tokens)
+        asked: dict[str, Any] = {"input_ids": ids, "attention_mask": mask, "max_new_tokens": m, "min_new_tokens": m}
+        asked |= {"repetition_penalty": 1.0, "return_dict_in_generate": True, "output_hidden_states": k > 1}
+        asked["do_sample"] = not self.greedy
+        asked |= {} if self.greedy else SAMPLED
+        batch.drawn += rows * k * m
+        if k == 1:
+            self.model.generate(**asked, streamer=_Ticks(batch))
+            return
+        if self.greedy:  # it returns no several of one and the same
+            asked |= {"input_ids": ids.repeat_interleave(k, 0), "attention_mask": mask.repeat_interleave(k, 0)}
+        else:
+            asked["num_return_sequences"] = k
+        output = self.model.generate(**asked)
+        best = _best(output.hidden_states[-1][-1], self.probe, k)
+        batch.commit(output.sequences[best, -m:].tolist())
 
 
-def by_forking(model: Any, probe: Tensor, k: int, block: int | None) -> Contender:
+class Forked:
     """The prompt is read once; for each block the cache is copied for every branch, and the winner's copy is kept."""
 
     @torch.inference_mode()
+    def __init__(self, model: Any, probe: Tensor, k: int, block: int | None, asks: list[Ask], greedy: bool) -> None:
+        self.model, self.probe, self.k = model, probe, k
+        self.block_tokens, self.greedy = block if k > 1 else 1, greedy
+        self.batch = _Padded(asks, model.device)
+        ids, self.mask = self.batch.batch()
+        self.at = self.mask.sum(1)
+        self.whole = bool(self.mask.all())  # without padding no mask is made, which is quicker
+        self.cache = DynamicCache(config=model.config)
+        given = self._given(self.mask, (self.mask.cumsum(1) - 1).clamp(min=0))
+        self.logits = model(ids, past_key_values=self.cache, logits_to_keep=1, use_cache=True, **given).logits[:, -1]
+
+    def _given(self, mask: Tensor, places: Tensor) -> dict[str, Tensor]:
+        return {} if self.whole else {"attention_mask": mask, "position_ids": places}
+
+    @torch.inference_mode()
+    def block(self) -> None:
+        """Draws one and commits it."""
+        k, m = self.k, self.batch.step(self.block_tokens)
+        logits, mask, at = self.logits, self.mask, self.at
+        if k > 1:
+            self.cache.batch_repeat_interleave(k)
+            logits, mask, at = (x.repeat_interleave(k, 0) for x in (logits, mask, at))
+        drawn, several = list[Tensor](), {"use_cache": True, "output_hidden_states": k > 1}
+        for _ in range(m):
+            drawn.append(_draw(logits, self.greedy))
+            mask = torch.cat([mask, mask.new_ones(len(mask), 1)], 1)
+            given = self._given(mask, at[:, None])
+            output = self.model(drawn[-1], past_key_values=self.cache, **several, **given)
+            logits, at = output.logits[:, -1], at + 1
+        self.batch.drawn += m * len(logits)
+        best = _best(output.hidden_states[-1], self.probe, k) if k > 1 else torch.arange(len(logits))
+        kept = self.batch.commit(torch.cat(drawn, 1)[best].tolist())
+        if k > 1 or len(kept) < len(best):
+            best = best[kept]
+            self.cache.batch_select_indices(best)
+            logits, mask, at = logits[best], mask[best], at[best]
+        self.logits, self.mask, self.at = logits, mask, at
+
+
+def by_blocks(kind: type[Generated] | type[Forked], model: Any, probe: Tensor, k: int, block: int | None) -> Contender:
+    """One of the above until all is committed."""
+
     def run(asks: list[Ask], seed: int, greedy: bool) -> Run:
         torch.manual_seed(seed)
-        batch = _Padded(asks, model.device)
-        ids, mask = batch.batch()
-        at = mask.sum(1)
-        whole = bool(mask.all())  # without padding no mask is made, which is quicker
-        cache = DynamicCache(config=model.config)
-        places = (mask.cumsum(1) - 1).clamp(min=0)
-        given = {} if whole else {"attention_mask": mask, "position_ids": places}
-        logits = model(ids, past_key_values=cache, logits_to_keep=1, use_cache=True, **given).logits[:, -1]
-        while batch.alive:
-            m = batch.step(block if k > 1 else 1)
-            if k > 1:
-                cache.batch_repeat_interleave(k)
-                logits, mask, at = (x.repeat_interleave(k, 0) for x in (logits, mask, at))
-            drawn: list[Tensor] = []
-            for _ in range(m):
-                drawn.append(_draw(logits, greedy))
-                mask = torch.cat([mask, mask.new_ones(len(mask), 1)], 1)
-                given = {} if whole else {"attention_mask": mask, "position_ids": at[:, None]}
-                output = model(drawn[-1], past_key_values=cache, use_cache=True, output_hidden_states=k > 1, **given)
-                logits, at = output.logits[:, -1], at + 1
-            batch.drawn += m * len(logits)
-            tokens = torch.cat(drawn, 1)
-            best = _best(output.hidden_states[-1], probe, k) if k > 1 else torch.arange(len(logits))
-            kept = batch.commit(tokens[best].tolist())
-            if k > 1 or len(kept) < len(best):
-                best = best[kept]
-                cache.batch_select_indices(best)
-                logits, mask, at = logits[best], mask[best], at[best]
-        return batch.done()
+        state = kind(model, probe, k, block, asks, greedy)
+        while state.batch.alive:
+            state.block()
+        return state.batch.done()
 
     return run
 

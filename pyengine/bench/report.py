@@ -77,6 +77,11 @@ def writable(out: Path) -> None:
 def write(report: Report, out: Path, columns: Sequence[Column]) -> None:
     """OUT.json, OUT.jsonl (a sample a line) and OUT.md."""
     out.write_text(json.dumps(report.document(), indent=1, allow_nan=False) + "\n")
+    write_beside(report, out, columns)
+
+
+def write_beside(report: Report, out: Path, columns: Sequence[Column]) -> None:
+    """What is made of a record that is there."""
     lines = [
         {
             "benchmark": one["fullname"],
@@ -105,16 +110,20 @@ def read(path: Path) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Column:
-    """A figure. head: its name and unit. text: of a benchmark's `extra_info`; "" where it was not measured."""
+    """A figure. head: its name and unit. text: of a benchmark (see `entry`); "" where it was not measured."""
 
     head: str
     text: Any
 
 
 def shown(report: Report, columns: Sequence[Column]) -> list[list[str]]:
-    """A row for each figure that somebody has, a column for each benchmark: there are more figures than contenders."""
-    rows = [[c.head, *(c.text(one["extra_info"]) for one in report.benchmarks)] for c in columns]
-    return [[report.kind, *(one["name"] for one in report.benchmarks)], *(row for row in rows if any(row[1:]))]
+    """Heads, then rows; a figure that nobody has is left out. Contenders of a throughput stand side by side, as there
+    are more figures than contenders; what else there is has a row for each benchmark."""
+    lines = [["", *(one["name"] for one in report.benchmarks)]]
+    lines += [[c.head, *(c.text(one) for one in report.benchmarks)] for c in columns]
+    kept = [line for i, line in enumerate(lines) if i == 0 or any(line[1:])]
+    kept[0][0] = report.kind
+    return kept if report.kind == "throughput" else [list(row) for row in zip(*kept, strict=True)]
 
 
 def table(report: Report, columns: Sequence[Column], console: Console | None = None) -> None:
@@ -150,27 +159,32 @@ def times(ratio: dict[str, float] | None) -> str:
     return f"{ratio['ratio']:.2f}×" if ratio else ""
 
 
-def interval(ratio: dict[str, float] | None) -> str:
-    return f"{ratio['low']:.2f} to {ratio['high']:.2f}" if ratio and math.isfinite(ratio["high"]) else ""
+def interval(ratio: dict[str, Any] | None, digits: int = 2) -> str:
+    """ "" where it is not finite, or was written as null."""
+    return (
+        f"{ratio['low']:.{digits}f} to {ratio['high']:.{digits}f}"
+        if ratio and math.isfinite(ratio["high"] or math.inf)
+        else ""
+    )
 
 
 def number(name: str, form: str, unit: float = 1.0) -> Any:
-    return lambda extra: format(extra[name] * unit, form) if name in extra else ""
+    return lambda one: format(one["extra_info"][name] * unit, form) if name in one["extra_info"] else ""
 
 
 THROUGHPUT = (
     Column("tokens/s", number("committed_tokens_per_s", ",.1f")),
     Column("drawn/s", number("drawn_tokens_per_s", ",.1f")),
-    Column("first token, ms", lambda extra: ms(extra.get("first_token_s"), "p50")),
-    Column("first block, ms", lambda extra: ms(extra.get("first_block_s"), "p50")),
-    Column("gap p50, ms", lambda extra: ms(extra.get("commit_gap_s"), "p50")),
-    Column("gap p90, ms", lambda extra: ms(extra.get("commit_gap_s"), "p90")),
-    Column("gap p99, ms", lambda extra: ms(extra.get("commit_gap_s"), "p99")),
+    Column("first token, ms", lambda one: ms(one["extra_info"].get("first_token_s"), "p50")),
+    Column("first block, ms", lambda one: ms(one["extra_info"].get("first_block_s"), "p50")),
+    Column("gap p50, ms", lambda one: ms(one["extra_info"].get("commit_gap_s"), "p50")),
+    Column("gap p90, ms", lambda one: ms(one["extra_info"].get("commit_gap_s"), "p90")),
+    Column("gap p99, ms", lambda one: ms(one["extra_info"].get("commit_gap_s"), "p99")),
     Column("peak, MB", number("extra_peak_bytes", ",.0f", 1e-6)),
     Column("of floor", number("fraction_of_floor", ".0%")),
     Column("J/token", number("joules_per_token", ".3g")),
     Column("prefix hits", number("prefix_hit_rate", ".0%")),
-    Column("takes", lambda extra: times(extra.get("times_as_long"))),
-    Column("95 % interval", lambda extra: interval(extra.get("times_as_long"))),
-    Column("pyengine is", lambda extra: extra.get("pyengine_is", "")),
+    Column("takes", lambda one: times(one["extra_info"].get("times_as_long"))),
+    Column("95 % interval", lambda one: interval(one["extra_info"].get("times_as_long"))),
+    Column("pyengine is", lambda one: one["extra_info"].get("pyengine_is", "")),
 )

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 import torch
 
 from pyengine.bench import hosted, measures, paired, workload
-from pyengine.bench.contenders import Contender, Run, by_engine, by_forking, by_generate
+from pyengine.bench.contenders import Contender, Forked, Generated, Run, by_blocks, by_engine
 from pyengine.bench.measures import Sample
 from pyengine.bench.report import Report, entry
 from pyengine.bench.sensors import Watch, joules
@@ -114,8 +114,8 @@ def contenders_of(task: Task, engine: Engine) -> dict[str, Contender]:
         weight = scorer.head.weight.detach()
     probe = weight.to(model.device, model.dtype)
     makers: Mapping[str, Callable[[], Contender]] = {
-        "generate": lambda: by_generate(model, probe, strategy.k, block),
-        "fork": lambda: by_forking(model, probe, strategy.k, block),
+        "generate": lambda: by_blocks(Generated, model, probe, strategy.k, block),
+        "fork": lambda: by_blocks(Forked, model, probe, strategy.k, block),
         "plain": lambda: by_engine(engine, BASE, None),
     }
     return found | {name: makers[name]() for name in task.baselines if name in makers}

@@ -6,9 +6,9 @@ import ctypes
 import random
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import NamedTuple, TypeVar
 
 import torch
 
@@ -31,7 +31,7 @@ def timed(run: Callable[[], T], device: torch.device) -> tuple[T, Took]:
     return result, Took(time.perf_counter() - wall, time.process_time() - cpu)
 
 
-def orders(names: list[str], seed: int) -> Any:
+def orders(names: Sequence[T], seed: int) -> Iterator[list[T]]:
     """An order for each round, endlessly: drawn at random, so that no contender always follows the same other."""
     draw = random.Random(seed)
     while True:

@@ -150,9 +150,9 @@ def run(ref: str, threshold: float, say: Callable[[str], object]) -> Report:
 
 
 COLUMNS = (
-    Column("takes", lambda extra: f"{extra['new_takes']['ratio']:.3f}×"),
-    Column("95 % interval", lambda extra: interval(extra["new_takes"])),
-    Column("verdict", lambda extra: extra["verdict"]),
+    Column("takes", lambda one: f"{one['extra_info']['new_takes']['ratio']:.3f}×"),
+    Column("95 % interval", lambda one: interval(one["extra_info"]["new_takes"], 3)),
+    Column("verdict", lambda one: one["extra_info"]["verdict"]),
 )
 
 

@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import math
 import sys
+import tempfile
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from pyengine.cli.generate import STRATEGIES, strategy_of
-from pyengine.cli.load import quiet_loading
-from pyengine.errors import InputError
+from pyengine.cli.load import load_engine, quiet_loading
+from pyengine.errors import InputError, whole
+from pyengine.named import SOURCES, scorer_named
+
+if TYPE_CHECKING:
+    from pyengine.engine import Engine
+    from pyengine.strategies import Strategy
 
 app = typer.Typer(help="Measure: contenders in turns, intervals of their ratios.", no_args_is_help=True)
 NEEDS = ("scipy", "matplotlib", "pytest_benchmark")
@@ -33,8 +39,9 @@ def say(line: str) -> None:
 @app.command()
 def throughput(
     model: Annotated[
-        str, typer.Option(help="A shape with random weights, SmolLM2-135M@random say, a directory or a hub id.")
-    ] = "SmolLM2-135M@random",
+        str | None,
+        typer.Option(help="A directory, a hub id, or a shape with random weights (default: SmolLM2-135M@random)."),
+    ] = None,
     strategy: Annotated[str, typer.Option(help=", ".join(STRATEGIES))] = "blockwise",
     k: Annotated[int | None, typer.Option(help="Branches (default: 8).")] = None,
     block: Annotated[int | None, typer.Option(help="Tokens in a block (default: 16).")] = None,
@@ -47,6 +54,9 @@ def throughput(
     baselines: Annotated[str, typer.Option(help="Of generate, fork, plain, vllm.")] = "generate,fork,plain",
     rounds: Annotated[int, typer.Option(help="In each, all have their turn.")] = 12,
     max_seconds: Annotated[float, typer.Option(help="No round is begun that would end later.")] = 300.0,
+    reward: Annotated[
+        str | None, typer.Option(help=f"Follow and measure it: what is won in equal seconds. {SOURCES}.")
+    ] = None,
     seed: Annotated[int, typer.Option(help="Of prompts, lengths and orders.")] = 0,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     cache_gb: Annotated[float | None, typer.Option(help="GB for the engine's keys and values.")] = None,
@@ -60,9 +70,18 @@ def throughput(
     quiet_loading()
     if out is not None:
         report.writable(out)
+    whole(prompts, "--prompts", 1)
+    if reward is not None:
+        if (lengths, prefix, prompt_tokens) != ("fixed", "unique", None):
+            raise InputError("--lengths, --prefix, --prompt-tokens: not used with --reward, whose prompts are texts")
+        if model is not None and model.endswith("@random"):
+            raise InputError(f"--model {model}: --reward needs a model that says something, not random weights")
+        plans = [strategy_of(strategy, reward, *scaled(strategy, k, block, weight, by), None) for by in (0.5, 1, 2)]
+        engine, tokens = load_engine(model, None, device, cache_gb, False), 64 if max_tokens is None else max_tokens
+        return won(engine, plans, reward, prompts, tokens, rounds, max_seconds, seed, out)
     sizes = workload.lengths(lengths, prompts, prompt_tokens, max_tokens, seed)
     task = Task(
-        model,
+        "SmolLM2-135M@random" if model is None else model,
         strategy_of(strategy, None, k, block, weight, None),
         sizes,
         workload.shared_tokens(sizes, prefix),
@@ -78,7 +97,49 @@ def throughput(
     if out is not None:
         report.write(found, out, report.THROUGHPUT)
         pictures.throughput(found, out.with_suffix(".svg"))
-        print(f"{out}, {out.with_suffix('.jsonl').name}, {out.with_suffix('.md').name}, {out.with_suffix('.svg').name}")
+        written(out)
+
+
+def won(
+    engine: Engine,
+    plans: list[Strategy],
+    reward: str,
+    prompts: int,
+    tokens: int,
+    rounds: int,
+    max_seconds: float,
+    seed: int,
+    out: Path | None,
+) -> None:
+    """Reward at fixed compute."""
+    from pyengine.bench import frontier, pictures, report
+    from pyengine.bench.sensors import Watch
+    from pyengine.worlds import reviews
+
+    watch = Watch(engine.model.device)
+    texts = reviews.prompts(prompts)
+    points = frontier.measure(engine, texts, plans, scorer_named(reward), tokens, rounds, max_seconds, seed, say)
+    settings = {"name": engine.name, "reward": reward, "prompts": prompts, "max_tokens": tokens, "seed": seed}
+    found = frontier.report(points, settings | {"strategies": list(map(repr, plans))}, watch)
+    report.table(found, frontier.COLUMNS)
+    if out is not None:
+        title = f"{engine.name}, {prompts} prompts, {tokens} tokens, following {reward}"
+        report.write(found, out, frontier.COLUMNS)
+        pictures.frontier(frontier.rows(points), out.with_suffix(".svg"), title, reward, found.machine)
+        written(out)
+
+
+def written(out: Path) -> None:
+    print(f"{out}, {', '.join(out.with_suffix(end).name for end in ('.jsonl', '.md', '.svg'))}")
+
+
+def scaled(
+    name: str, k: int | None, block: int | None, weight: float | None, by: float
+) -> tuple[int | None, int | None, float | None]:
+    """(k, block, weight) of a strategy that is so much stronger: more branches, or a larger weight."""
+    if name == "tokenwise":
+        return k, block, by * (1.0 if weight is None else weight)
+    return max(2, round(by * (8 if k is None else k))), block, weight
 
 
 @app.command()
@@ -107,6 +168,25 @@ def compare(
         print(f"pyengine: {name} became slower by more than {threshold}", file=sys.stderr)
     if found.settings["regressions"]:
         raise typer.Exit(1)
+
+
+@app.command()
+def kernels(
+    op: Annotated[str | None, typer.Argument(help="One op's bench, tilt say; default: all, half an hour.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder for OP.json, OP.jsonl and OP.md.")] = None,
+) -> None:
+    """The ops beside their peers, from a clone's bench/; of an op whose tests are red nothing is timed."""
+    needed()
+    from pyengine.bench import report
+    from pyengine.bench.kernels import COLUMNS, run
+
+    if out is not None and not out.is_dir():
+        raise InputError(f"--out {out}: no such folder")
+    with tempfile.TemporaryDirectory() as folder:
+        for found in run(op, (out or Path(folder)).absolute()):
+            report.table(found, COLUMNS)
+            if out is not None:
+                report.write_beside(found, out / f"{found.settings['op']}.json", COLUMNS)
 
 
 def share(text: str) -> float:
