@@ -21,20 +21,19 @@ from pyengine.bench.versions import Outcome
 from pyengine.cli.bench import share
 
 SLOWER = """
-import time as _time
-_quick = tilt_sample
+_quick, _owed = tilt_sample, 0.0
 def tilt_sample(*arguments, **options):
-    began = _time.process_time()
-    drawn = _quick(*arguments, **options)
-    ends = _time.process_time() + {part} * (_time.process_time() - began)
-    while _time.process_time() < ends:
-        pass
-    return drawn
+    global _owed
+    _owed += {part}
+    if _owed >= 1:
+        _owed -= 1
+        _quick(*arguments, **options)
+    return _quick(*arguments, **options)
 """
 
 
 def site(folder, part=0.0):
-    """The package as it is here, with a tilt_sample that takes so much longer."""
+    """The package as it is here, with a tilt_sample that does so much of its work twice."""
     shutil.copytree(Path(pyengine.__file__).parent, folder / "pyengine", ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copy(_C.__file__, folder / "pyengine")
     with (folder / "pyengine" / "ops" / "tilt.py").open("a") as file:
@@ -54,7 +53,7 @@ def test_versions_run_in_turns_and_the_slower_one_is_seen(tmp_path):
 
 
 def test_a_version_that_does_not_start_is_named(tmp_path):
-    with pytest.raises(InputError, match="empty does not start: ModuleNotFoundError: No module named 'pyengine'"):
+    with pytest.raises(InputError, match=r"empty does not start: pyengine came from .*, not from"):
         versions.compare(tmp_path / "empty", tmp_path / "empty", [], 1)
 
 

@@ -30,8 +30,8 @@ def test_plain_sampling_may_take_the_same_seconds():
     def peer(price):
         return frontier.at_equal_seconds(point("blockwise", "K=4", price, [0.0]), PLAINS).setting
 
-    found = {price: peer(price) for price in (0.5, 1.0, 1.8, 1.9, 3.99, 4.0, 60.0)}
-    assert found == {0.5: "n=1", 1.0: "n=1", 1.8: "n=1", 1.9: "n=2", 3.99: "n=2", 4.0: "n=4", 60.0: "n=4"}
+    found = {price: peer(price) for price in (0.5, 1.0, 1.72, 1.74, 3.6, 3.65, 60.0)}
+    assert found == {0.5: "n=1", 1.0: "n=1", 1.72: "n=1", 1.74: "n=2", 3.6: "n=2", 3.65: "n=4", 60.0: "n=4"}
 
 
 def test_the_gain_is_over_what_the_same_seconds_buy():

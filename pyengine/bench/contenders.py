@@ -131,6 +131,7 @@ class Generated:
     def __init__(self, model: Any, probe: Tensor, k: int, block: int | None, asks: list[Ask], greedy: bool) -> None:
         self.model, self.probe, self.k = model, probe, k
         self.block_tokens, self.greedy = block if k > 1 else None, greedy
+        self.never = model.get_input_embeddings().weight.shape[0]  # no token: nothing ends an answer, nor is masked
         self.batch = _Padded(asks, model.device)
 
     @torch.inference_mode()
@@ -139,8 +140,18 @@ class Generated:
         batch, k = self.batch, self.k
         ids, mask = batch.batch()
         rows, m = len(batch.alive), batch.step(self.block_tokens)
-        asked: dict[str, Any] = {"input_ids": ids, "attention_mask": mask, "max_new_tokens": m, "min_new_tokens": m}
-        asked |= {"repetition_penalty": 1.0, "return_dict_in_generate": True, "output_hidden_states": k > 1}
+        asked: dict[str, Any] = {
+            "input_ids": ids,
+            "attention_mask": mask,
+            "max_new_tokens": m,
+            "eos_token_id": self.never,
+        }
+        asked |= {
+            "eos_token_id": self.never,
+            "repetition_penalty": 1.0,
+            "return_dict_in_generate": True,
+            "output_hidden_states": k > 1,
+        }
         asked["do_sample"] = not self.greedy
         asked |= {} if self.greedy else SAMPLED
         batch.drawn += rows * k * m

@@ -84,7 +84,7 @@ def serve(site: Path) -> None:
     import pyengine
 
     torch.set_num_threads(1)
-    found = Path(pyengine.__file__).resolve()
+    found = Path(pyengine.__file__ or next(iter(pyengine.__path__))).resolve()
     if site.resolve() not in found.parents:
         raise SystemExit(f"pyengine came from {found}, not from {site}")
     runs: dict[str, Callable[[], Any]] = {}

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+import pyengine
 from pyengine.cli.generate import STRATEGIES, strategy_of
 from pyengine.cli.load import load_engine, quiet_loading
 from pyengine.errors import InputError, whole
@@ -40,7 +41,7 @@ def say(line: str) -> None:
 def throughput(
     model: Annotated[
         str | None,
-        typer.Option(help="A directory, a hub id, or a shape with random weights (default: SmolLM2-135M@random)."),
+        typer.Option(help="A directory, a hub id, or SHAPE@random, Llama-3.2-1B say; default: the embedded model."),
     ] = None,
     strategy: Annotated[str, typer.Option(help=", ".join(STRATEGIES))] = "blockwise",
     k: Annotated[int | None, typer.Option(help="Branches (default: 8).")] = None,
@@ -81,7 +82,7 @@ def throughput(
         return won(engine, plans, reward, prompts, tokens, rounds, max_seconds, seed, out)
     sizes = workload.lengths(lengths, prompts, prompt_tokens, max_tokens, seed)
     task = Task(
-        "SmolLM2-135M@random" if model is None else model,
+        str(pyengine.embedded("policy")) if model is None else model,
         strategy_of(strategy, None, k, block, weight, None),
         sizes,
         workload.shared_tokens(sizes, prefix),
