@@ -140,18 +140,9 @@ class Generated:
         batch, k = self.batch, self.k
         ids, mask = batch.batch()
         rows, m = len(batch.alive), batch.step(self.block_tokens)
-        asked: dict[str, Any] = {
-            "input_ids": ids,
-            "attention_mask": mask,
-            "max_new_tokens": m,
-            "eos_token_id": self.never,
-        }
-        asked |= {
-            "eos_token_id": self.never,
-            "repetition_penalty": 1.0,
-            "return_dict_in_generate": True,
-            "output_hidden_states": k > 1,
-        }
+        asked: dict[str, Any] = {"input_ids": ids, "attention_mask": mask, "max_new_tokens": m}
+        asked |= {"eos_token_id": self.never, "repetition_penalty": 1.0}
+        asked |= {"return_dict_in_generate": True, "output_hidden_states": k > 1}
         asked["do_sample"] = not self.greedy
         asked |= {} if self.greedy else SAMPLED
         batch.drawn += rows * k * m
