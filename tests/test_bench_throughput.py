@@ -149,7 +149,7 @@ def test_the_floor_reads_a_prompt_once_for_all_its_branches(engine):
     """Only bytes count at these rates: weights once a pass, keys and values of a layer as they lie there."""
     rates = costs.Rates(1.0, 1e30, 1e30)
     weights = costs.weights_of(engine.model)
-    step = weights.size * (weights.body + weights.head)
+    step = weights.body_bytes + weights.head_bytes
 
     def attention(rows, keys):
         keys_and_values, queries_and_outputs = 2.0 * keys * 2 * 16 * 4, 2.0 * 6 * rows * 16 * 4
