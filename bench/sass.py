@@ -41,7 +41,7 @@ LAUNCH = 1e-6  # seconds between two kernels of a stream that do not overlap
 OPCODES = {
     "alu": "BMSK CREDUX CS2R FMNMX FMNMX3 FSEL FSET FSETP HMNMX2 HSET2 HSETP2 I2FP IABS IADD IADD3 ISETP LEA LOP3 MOV "
     "P2R PLOP3 PRMT R2P SEL SGXT SHF VABSDIFF VIADD VIADDMNMX VIMNMX VIMNMX3 F2FP VOTE FADD3 REDUX NOP",
-    "fma": "FADD FADD2 FFMA FFMA2 FMUL FMUL2 FSWZADD HADD2 HFMA2 HMUL2",
+    "fma": "FADD FADD2 FFMA FFMA2 FHADD FMUL FMUL2 FSWZADD HADD2 HFMA2 HMUL2",
     "imad": "IMAD",
     "mufu": "F2F F2I FCHK FLO FRND I2F MUFU POPC",
     "fp64": "DADD DFMA DMUL DSETP",
@@ -67,7 +67,7 @@ TURNS = {
     "tilt_blocks_kernel": Turn(128, 4, 4),  # a logit and a value
     "tilt bf16 gumbel, tilt_blocks_kernel": Turn(64, 4, 4),
     "tilt_draw_kernel": NO_VECTORS,
-    "fold_kernel": Turn(32, 2, 2),
+    "fold_kernel": Turn(256, 2, 2),  # all that a program folds, what comes before and behind its loop included
     "grad_kernel": Turn(32, 2, 4),  # read and written
     "finish_kernel": NO_VECTORS,
     "head_kernel": Turn(128, 2, 0),  # the products' loads, from L2 for the most part
