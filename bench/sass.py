@@ -40,7 +40,7 @@ LAUNCH = 1e-6  # seconds between two kernels of a stream that do not overlap
 
 OPCODES = {
     "alu": "BMSK CREDUX CS2R FMNMX FMNMX3 FSEL FSET FSETP HMNMX2 HSET2 HSETP2 I2FP IABS IADD IADD3 ISETP LEA LOP3 MOV "
-    "P2R PLOP3 PRMT R2P SEL SGXT SHF VABSDIFF VIADD VIADDMNMX VIMNMX VIMNMX3 F2FP VOTE FADD3 REDUX NOP",
+    "P2R PLOP3 PRMT R2P SEL SGXT SHF VABSDIFF VIADD VIADDMNMX VIMNMX VIMNMX3 F2FP VOTE VOTEU FADD3 REDUX NOP",
     "fma": "FADD FADD2 FFMA FFMA2 FHADD FMUL FMUL2 FSWZADD HADD2 HFMA2 HMUL2",
     "imad": "IMAD",
     "mufu": "F2F F2I FCHK FLO FRND I2F MUFU POPC",
@@ -54,8 +54,8 @@ PIPE = {name: pipe for pipe, names in OPCODES.items() for name in names.split()}
 
 
 class Turn(NamedTuple):
-    """What a lane does in one turn: the bytes that it reads in loads of 16 bytes and more, in elements of `element`
-    bytes, for each of which `moved` bytes cross the memory's pins."""
+    """What a lane does in one turn, or all of a program: the bytes that are read in loads of 16 bytes and more, in elements
+    of `element` bytes, for each of which `moved` bytes cross the memory's pins."""
 
     read: int
     element: int
@@ -63,20 +63,19 @@ class Turn(NamedTuple):
 
 
 NO_VECTORS = Turn(0, 0, 0)  # no wide load is on its way: the shortest way through, and no share
-TURNS = {
-    "tilt_blocks_kernel": Turn(128, 4, 4),  # a logit and a value
-    "tilt bf16 gumbel, tilt_blocks_kernel": Turn(64, 4, 4),
+TURNS = {  # of a program
+    "tilt_blocks_kernel": Turn(4096, 4, 4),  # 1,024 logits and values
     "tilt_draw_kernel": NO_VECTORS,
-    "fold_kernel": Turn(256, 2, 2),  # all that a program folds, what comes before and behind its loop included
-    "grad_kernel": Turn(32, 2, 4),  # read and written
+    "fold_kernel": Turn(8192, 2, 2),  # all its 4,096 logits: what comes before and behind its loop is counted, too
+    "grad_kernel": Turn(8192, 2, 4),  # read and written
     "finish_kernel": NO_VECTORS,
-    "head_kernel": Turn(128, 2, 0),  # the products' loads, from L2 for the most part
-    "head tilt bf16 16 rows, head_tilt_kernel": Turn(144, 2, 0),
-    "head_tilt_kernel": Turn(192, 2, 0),
+    "head_kernel": Turn(32768, 2, 0),  # hidden states and weights, which for the most part come from L2
+    "head tilt bf16 16 rows, head_tilt_kernel": Turn(36864, 2, 0),
+    "head_tilt_kernel": Turn(49152, 2, 0),
     "head_merge_kernel": NO_VECTORS,
     "append_kernel": NO_VECTORS,
-    "tree_attention_kernel": Turn(64, 2, 2),  # of keys and values
-    "merge_kernel": Turn(16, 16, 0),
+    "tree_attention_kernel": Turn(16384, 2, 2),  # 32 keys and values of 128 numbers
+    "merge_kernel": Turn(512, 16, 0),
     "select_block_kernel": NO_VECTORS,
 }
 
@@ -215,8 +214,10 @@ def shortest(code: list[Instruction], start: int, inside: set[int], around: bool
 def hot_path(code: list[Instruction], turn: Turn) -> tuple[list[Instruction], bool]:
     """The hot path and whether it is a loop; ValueError where no way loads what a turn does. A loop that was unrolled
     takes up to eight turns."""
+    found = [(head, body) for head, body in loops(code) if any(code[i].loads for i in body)]  # no waits for a barrier
+    innermost = [(head, body) for head, body in found if not any(other in body - {head} for other, _ in found)]
     for many in (1, 2, 4, 8):
-        for head, body in loops(code):
+        for head, body in innermost:
             if turn.read and (path := shortest(code, head, body, True, many * turn.read)):
                 return path, True
     if path := shortest(code, 0, set(range(len(code))), False, turn.read):
@@ -286,8 +287,9 @@ def counts(code: list[Instruction], turn: Turn, registers: int, shared: int, war
     return out
 
 
-def turn_of(launch: str, kernel: str) -> Turn:
-    return TURNS.get(f"{launch}, {kernel}") or TURNS[kernel]
+def turn_of(launch: str, kernel: str, warps: int) -> Turn:
+    turn = TURNS.get(f"{launch}, {kernel}") or TURNS[kernel]
+    return turn._replace(read=turn.read // (32 * warps))
 
 
 def record(compiler: str, version: str, found: dict[str, dict]) -> None:

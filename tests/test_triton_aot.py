@@ -114,8 +114,8 @@ HOPPER_LAUNCHES = {
 }
 
 
-def recorded(launch):
-    """The launches of a wrapper as [(kernel, arguments by name, options)]; nothing runs."""
+def recorded(launch, arch):
+    """The launches of a wrapper on sm_`arch` as [(kernel, arguments by name, options)]; nothing runs."""
     calls = []
 
     def record(self, *args, grid, warmup, **options):
@@ -125,6 +125,7 @@ def recorded(launch):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(JITFunction, "run", record)
+        patch.setattr(torch.cuda, "get_device_capability", lambda device: divmod(arch, 10))
         launch()
     return calls
 
@@ -172,7 +173,7 @@ def resources(job, sass):
         "shared": shared,
     }
     counted = name in LAUNCHES and arch >= 90
-    turn = sass.turn_of(name, kernel.__name__)
+    turn = sass.turn_of(name, kernel.__name__, warps)
     return row, sass.counts(code, turn, registers, shared, warps) if counted else None
 
 
@@ -180,7 +181,7 @@ def test_no_kernel_spills_or_grows(sass):
     jobs = []
     for name, launch in (LAUNCHES | HOPPER_LAUNCHES).items():
         architectures = SHARED_LIMIT if name in LAUNCHES else [90]
-        jobs += [(name, arch, *call) for call in recorded(launch) for arch in architectures]
+        jobs += [(name, arch, *call) for arch in architectures for call in recorded(launch, arch)]
     with ThreadPoolExecutor(2) as pool:
         compiled = list(pool.map(partial(resources, sass=sass), jobs))
     table, counts = [row for row, _ in compiled], {}
