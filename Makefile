@@ -60,12 +60,12 @@ bench: $(READY)
 claims: $(READY)
 	$(BIN)/python -m bench.claims
 
-# Record what each CUDA kernel takes of a GPU; needs nvcc, no GPU.
+# Record what each CUDA kernel takes of a GPU, and how many instructions; needs nvcc, no GPU.
 cuda-resources: $(READY)
 	PYENGINE_RECORD=1 $(BIN)/pytest tests/test_cuda_build.py
 
-# Record how many instructions each Triton kernel takes and what they allow on an H200; needs no GPU.
-sass: $(READY)
+# The same of the Triton kernels, and what all of them allow on an H200.
+sass: cuda-resources
 	PYENGINE_RECORD=1 $(BIN)/pytest tests/test_triton_aot.py
 	$(BIN)/python bench/sass.py
 

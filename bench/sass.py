@@ -36,7 +36,6 @@ PIPES = {"alu": 0.5, "fma": 0.25, "imad": 0.5, "mufu": 2.0, "fp64": 0.5, "memory
 LATENCY = {"alu": 4, "fma": 4, "imad": 4, "mufu": 20, "fp64": 16, "uniform": 8, "tensor": 40, "control": 1}
 LATENCY |= {"memory": 30, "SHFL": 24, "BAR": 30, "S2R": 20}
 L2, DRAM = 270, 700
-LAUNCH = 1e-6  # seconds between two kernels of a stream that do not overlap
 
 OPCODES = {
     "alu": "BMSK CREDUX CS2R FMNMX FMNMX3 FSEL FSET FSETP HMNMX2 HSET2 HSETP2 I2FP IABS IADD IADD3 ISETP LEA LOP3 MOV "
@@ -54,12 +53,13 @@ PIPE = {name: pipe for pipe, names in OPCODES.items() for name in names.split()}
 
 
 class Turn(NamedTuple):
-    """What a lane does in one turn, or all of a program: the bytes that are read in loads of 16 bytes and more, in elements
-    of `element` bytes, for each of which `moved` bytes cross the memory's pins."""
+    """What a lane does in one turn, or all of a program: the bytes that are read in loads of 16 bytes and more, in
+    elements of `element` bytes, for each of which `moved` bytes cross the memory's pins."""
 
     read: int
     element: int
     moved: int
+    turns: int = 1  # of a loop that is not followed to its end: what is outside it is shared among them
 
 
 NO_VECTORS = Turn(0, 0, 0)  # no wide load is on its way: the shortest way through, and no share
@@ -69,13 +69,17 @@ TURNS = {  # of a program
     "fold_kernel": Turn(8192, 2, 2),  # all its 4,096 logits: what comes before and behind its loop is counted, too
     "grad_kernel": Turn(8192, 2, 4),  # read and written
     "finish_kernel": NO_VECTORS,
+    "tilt_sums<true, true, 1>": Turn(4096, 4, 4, 2),  # bf16, in two turns of 2 blocks of 512 logits and values
+    "tilt_sums<false, true, 1>": Turn(4096, 2, 2),
+    "tilt_draw": NO_VECTORS,
+    "choose": NO_VECTORS,
     "head_kernel": Turn(32768, 2, 0),  # hidden states and weights, which for the most part come from L2
     "head tilt bf16 16 rows, head_tilt_kernel": Turn(36864, 2, 0),
     "head_tilt_kernel": Turn(49152, 2, 0),
     "head_merge_kernel": NO_VECTORS,
     "append_kernel": NO_VECTORS,
     "tree_attention_kernel": Turn(16384, 2, 2),  # 32 keys and values of 128 numbers
-    "merge_kernel": Turn(512, 16, 0),
+    "merge_kernel": Turn(4096, 16, 0),  # eight parts of 128 sums
     "select_block_kernel": NO_VECTORS,
 }
 
@@ -137,9 +141,16 @@ def parse(text: str) -> list[Instruction]:
     return found
 
 
-def kernels(cubin: Path, tool: Path) -> dict[str, list[Instruction]]:
+def cuobjdump() -> Path:
+    """Triton's wheel has one."""
+    import triton
+
+    return Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+
+
+def kernels(cubin: Path) -> dict[str, list[Instruction]]:
     """The instructions of each kernel of a cubin, by its mangled name."""
-    text = subprocess.run([tool, "-sass", cubin], capture_output=True, text=True, check=True).stdout
+    text = subprocess.run([cuobjdump(), "-sass", cubin], capture_output=True, text=True, check=True).stdout
     parts = re.split(r"^\s+Function : (\S+)$", text, flags=re.MULTILINE)[1:]
     return {name: parse(body) for name, body in zip(parts[::2], parts[1::2], strict=True)}
 
@@ -216,10 +227,11 @@ def hot_path(code: list[Instruction], turn: Turn) -> tuple[list[Instruction], bo
     takes up to eight turns."""
     found = [(head, body) for head, body in loops(code) if any(code[i].loads for i in body)]  # no waits for a barrier
     innermost = [(head, body) for head, body in found if not any(other in body - {head} for other, _ in found)]
-    for many in (1, 2, 4, 8):
-        for head, body in innermost:
-            if turn.read and (path := shortest(code, head, body, True, many * turn.read)):
-                return path, True
+    for candidates in (innermost, found):
+        for many in (1, 2, 4, 8):
+            for head, body in candidates:
+                if turn.read and (path := shortest(code, head, body, True, many * turn.read)):
+                    return path, True
     if path := shortest(code, 0, set(range(len(code))), False, turn.read):
         return path, False
     raise ValueError(f"no way through this kernel loads {turn.read} bytes a lane")
@@ -258,10 +270,14 @@ def resident(registers: int, shared: int, warps: int) -> int:
 def counts(code: list[Instruction], turn: Turn, registers: int, shared: int, warps: int) -> dict:
     """What sass.json has of a kernel: instructions an element, by pipe, and the share of the bandwidth they allow."""
     path, loop = hot_path(code, turn)
+    outside = 0
+    if loop and turn.turns > 1:
+        once = shortest(code, 0, set(range(len(code))), False, sum(i.loads for i in path))
+        outside = (len(once) - len(path)) / turn.turns
     read = sum(instruction.loads for instruction in path)
     elements = read // turn.element if turn.read else 1
     used = {pipe: sum(i.pipe == pipe for i in path) for pipe in (*PIPES, "tensor", "control")}
-    clocks = {"issue": len(path) / 4} | {pipe: used[pipe] * rate for pipe, rate in PIPES.items()}
+    clocks = {"issue": (len(path) + outside) / 4} | {pipe: used[pipe] * rate for pipe, rate in PIPES.items()}
     clocks["fma"] += used["imad"] * PIPES["fma"]  # the half of that pipe which multiplies integers adds floats too
     clocks["memory"] += sum(max(0, i.loads / 4 - 1) for i in path)  # 128 bytes a clock
     ctas, wait = resident(registers, shared, warps), chain(path)
@@ -269,7 +285,7 @@ def counts(code: list[Instruction], turn: Turn, registers: int, shared: int, war
     out = {
         "path": "loop" if loop else "kernel",
         "elements": elements,
-        "instructions": round(len(path) / elements, 2),
+        "instructions": round((len(path) + outside) / elements, 2),
         "pipes": {pipe: round(n / elements, 2) for pipe, n in used.items() if n},
         "barriers": sum(i.name == "BAR" for i in path),
         "shuffles": sum(i.name == "SHFL" for i in path),
@@ -288,7 +304,7 @@ def counts(code: list[Instruction], turn: Turn, registers: int, shared: int, war
 
 
 def turn_of(launch: str, kernel: str, warps: int) -> Turn:
-    turn = TURNS.get(f"{launch}, {kernel}") or TURNS[kernel]
+    turn = TURNS.get(f"{launch}, {kernel}") or TURNS[kernel]  # KeyError: a new kernel needs its line there
     return turn._replace(read=turn.read // (32 * warps))
 
 

@@ -23,6 +23,7 @@ WIDEST = 1024
 TILE = 32  # of them at a time; divides a page
 COLUMNS = 16  # tokens of a tail at a time: the least that tensor cores take
 MOST_ROWS = 64  # at a time
+TOGETHER = tl.constexpr(8)  # parts whose sums are read at once where they are merged
 
 
 @triton.jit
@@ -138,8 +139,9 @@ def tree_attention_kernel(
     CAPPED: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
-    split, kv_head, prompt = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    splits, heads = tl.num_programs(0) - 1, tl.num_programs(1) * GROUP
+    # Part 0 is the tail, wherever the longest prefix of a batch ends.
+    split, kv_head, prompt = tl.program_id(0) - 1, tl.program_id(1), tl.program_id(2)
+    heads = tl.num_programs(1) * GROUP
     length = tl.load(prefix_len + prompt)
     first, last = tl.load(first_row + prompt), tl.load(first_row + prompt + 1)
     each: tl.constexpr = TOKENS * GROUP
@@ -159,7 +161,7 @@ def tree_attention_kernel(
         top = tl.full([ROWS], float("-inf"), tl.float32)
         total = tl.zeros([ROWS], tl.float32)
         mixed = tl.zeros([ROWS, WIDTH], tl.float32)
-        if split < splits:
+        if split >= 0:
             tile = tl.arange(0, TILE)
             key_cell = tile[None, :] * key_token + d[:, None] * key_inner  # in 32 bits, and the same for every tile
             value_cell = tile[:, None] * value_token + d[None, :] * value_inner
@@ -198,7 +200,7 @@ def tree_attention_kernel(
                     if WINDOWED:
                         seen &= at[None, :] > (place - window)[:, None]
                     top, total, mixed = attend(q, k, v, seen, factor, softcap, top, total, mixed, CAPPED, UPCAST)
-        to = split.to(tl.int64) * rows_in_all + (branch.to(tl.int64) * TOKENS + token) * heads + head
+        to = tl.program_id(0).to(tl.int64) * rows_in_all + (branch.to(tl.int64) * TOKENS + token) * heads + head
         tl.store(tops + to, top, mask=there)
         tl.store(totals + to, total, mask=there)
         used = there & (top > float("-inf"))  # merge_kernel reads no others
@@ -236,11 +238,13 @@ def merge_kernel(
     if SINKS:
         whole += tl.exp2(sink - most)
     mixed = tl.zeros([WIDTH], tl.float32)
-    for p in range(parts):
-        here = tl.load(tops + p * rows_in_all + row)
-        if here > float("-inf"):  # a split that saw nothing wrote no sums worth reading
-            x = tl.load(sums + (p * rows_in_all + row) * width + d, mask=d < width, other=0.0)
-            mixed += tl.exp2(here - most) * x
+    for first in range(0, parts, TOGETHER):
+        # A part that saw nothing wrote no sums.
+        p = first + tl.arange(0, TOGETHER)
+        here = tl.load(tops + p.to(tl.int64) * rows_in_all + row, mask=p < parts, other=float("-inf"))
+        used = (here > float("-inf"))[:, None] & (d < width)[None, :]
+        x = tl.load(sums + (p.to(tl.int64) * rows_in_all + row)[:, None] * width + d[None, :], mask=used, other=0.0)
+        mixed += tl.sum(tl.where(used, tl.exp2(here - most)[:, None] * x, 0.0), 0)
     mixed = tl.where(tl.load(tail_len + row // each) == 0, 0.0, mixed / whole)
     tl.store(out + row * width + d, mixed.to(out.dtype.element_ty), mask=d < width)
 

@@ -157,10 +157,9 @@ def resources(job, sass):
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(binary.asm["cubin"])
         file.flush()
-        tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-        command = [tool, "--dump-resource-usage", file.name]
+        command = [sass.cuobjdump(), "--dump-resource-usage", file.name]
         printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-        ((_, code),) = sass.kernels(Path(file.name), tool).items()
+        ((_, code),) = sass.kernels(Path(file.name)).items()
     registers, stack, local = map(int, re.search(r"REG:(\d+) STACK:(\d+) .*LOCAL:(\d+)", printed).groups())
     warps, shared = options["num_warps"], binary.metadata.shared
     row = {
