@@ -75,10 +75,11 @@ def fractions(row: dict) -> dict[str, float]:
 
 
 def beside(section: Callable) -> Callable:
-    """A section of bench/gpu.py whose rows have what was foreseen beside what was measured."""
+    """A section of bench/gpu.py with what was foreseen beside what was measured; small sizes have nothing."""
 
     def rows(rig):
         for row in section(rig):
-            yield row | ({"predicted_fraction_of_floor": found} if (found := fractions(row)) else {})
+            found = {} if rig.small else fractions(row)
+            yield row | ({"predicted_fraction_of_floor": found} if found else {})
 
     return rows

@@ -69,8 +69,8 @@ TURNS = {  # of a program
     "fold_kernel": Turn(8192, 2, 2),  # all its 4,096 logits: what comes before and behind its loop is counted, too
     "grad_kernel": Turn(8192, 2, 4),  # read and written
     "finish_kernel": NO_VECTORS,
-    "tilt_sums<true, true, 1>": Turn(4096, 4, 4, 2),  # bf16, in two turns of 2 blocks of 512 logits and values
-    "tilt_sums<false, true, 1>": Turn(4096, 2, 2),
+    "tilt_sums<true, true, 1>": Turn(4096, 4, 4, 2),  # bf16; a block of each warp in two turns
+    "tilt_sums<false, true, 1>": Turn(2048, 2, 2, 2),
     "tilt_draw": NO_VECTORS,
     "choose": NO_VECTORS,
     "head_kernel": Turn(32768, 2, 0),  # hidden states and weights, which for the most part come from L2

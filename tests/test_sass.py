@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
 import pytest
 
 # A lane of two warps reads 16 bytes of bf16 a turn; rare rows take nine more instructions, and so does a first turn.
@@ -76,10 +81,35 @@ def test_counts_and_what_they_allow(sass):
 
 @pytest.mark.parametrize(
     ("registers", "shared", "warps", "ctas"),
-    [(32, 0, 1, 32), (168, 0, 1, 12), (172, 49152, 8, 1), (128, 49152, 8, 2), (32, 98304, 4, 2), (32, 0, 16, 4)],
+    [
+        (32, 0, 1, 32),
+        (168, 0, 1, 12),
+        (172, 49152, 8, 1),
+        (128, 49152, 8, 2),
+        (32, 0, 16, 4),
+        (32, 113 << 10, 4, 1),  # the system takes 1 KB of each
+        (169, 0, 4, 2),  # registers come in steps of 8
+    ],
 )
 def test_blocks_that_a_multiprocessor_holds(sass, registers, shared, warps, ctas):
     assert sass.resident(registers, shared, warps) == ctas
+
+
+def test_what_is_outside_a_loop_is_shared_among_its_turns(sass):
+    """The kernel around one turn: S2R, LDC, IMAD and BRA before it, STG and EXIT behind it."""
+    found = sass.counts(sass.parse(LISTING), sass.Turn(16, 2, 2, 4), 32, 0, 2)
+    assert found["instructions"] == round((9 + (4 + 2) / 4) / 8, 2)
+
+
+def test_a_loop_around_the_one_that_loads_is_not_the_hot_path(sass):
+    """The store's line, turned into a branch back to the kernel's second instruction, makes an outer loop."""
+    outer = LISTING.replace("STG.E desc[UR4][R2.64], R11 ;   ", "@P2 BRA 0x10 ;").replace(
+        "                   @P2 BRA", "              @P2 BRA"
+    )
+    code = sass.parse(outer)
+    assert [head for head, _ in sass.loops(code)] == [5, 1]
+    path, loop = sass.hot_path(code, sass.Turn(16, 2, 2))
+    assert (names(path), loop) == (A_TURN, True)
 
 
 def test_growth_is_named(sass, monkeypatch, tmp_path):
@@ -92,3 +122,36 @@ def test_growth_is_named(sass, monkeypatch, tmp_path):
     assert not sass.grown("nvcc", "13.1", more)
     assert sass.grown("nvcc", "13.0", {}) == ["other kernels: ['fold']"]
     assert "| fold | sm_90 | 1.12 |" in sass.markdown()
+
+
+@pytest.fixture
+def predicted(monkeypatch):
+    monkeypatch.syspath_prepend(str(Path(__file__).parent.parent / "bench"))
+    return importlib.import_module("predicted")
+
+
+def test_what_is_foreseen_of_an_op(predicted, monkeypatch, tmp_path):
+    """Half of 4.3 TB/s for the bytes, 1.98e6 clocks are 1 ms, and a launch where kernels do not overlap."""
+    row = {"share": 0.5, "chain": 1980}
+    names = [name for _, op in predicted.OPS.values() for name in (op.streams, op.ends)]
+    (tmp_path / "sass.json").write_text(json.dumps({"triton": {"kernels": {name: {"sm_90": row} for name in names}}}))
+    monkeypatch.setattr(predicted.sass, "TABLE", tmp_path / "sass.json")
+    assert predicted.fractions({"what": "tilt_sample", "batch": 43, "vocab": 10**5}) == {
+        "pyengine triton": round(4e-6 / (8e-6 + 1e-6), 3)
+    }
+    found = predicted.fractions({"what": "logits_logprob, forward", "tokens": 86, "vocab": 10**5})
+    assert found == {"pyengine": round(4e-6 / (8e-6 + 1e-6 + 1e-6), 3)}
+    tree = {"what": "tree_attention", "prompts": 8, "prefix": 8192, "branches": 16}
+    assert (
+        predicted.sums_bytes(tree) == 9 / 8 * 0.125 * 4 * 8 * 8192 * 8 * 128
+    )  # of keys and values, and the tail's part
+    (share,) = predicted.fractions(tree).values()
+    assert 0.43 < share < 0.45
+    assert predicted.fractions({"what": "select_block"}) == {}
+
+    def section(rig):
+        yield {"what": "tilt_sample", "batch": 43, "vocab": 10**5}
+
+    for small in (False, True):
+        (out,) = predicted.beside(section)(SimpleNamespace(small=small))
+        assert ("predicted_fraction_of_floor" in out) != small
