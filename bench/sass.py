@@ -60,6 +60,7 @@ class Turn(NamedTuple):
     element: int
     moved: int
     turns: int = 1  # of a loop that is not followed to its end: what is outside it is shared among them
+    through: str = ""  # an opcode of its loop, where another loop loads as much
 
 
 NO_VECTORS = Turn(0, 0, 0)  # no wide load is on its way: the shortest way through, and no share
@@ -69,8 +70,8 @@ TURNS = {  # of a program
     "fold_kernel": Turn(8192, 2, 2),  # all its 4,096 logits: what comes before and behind its loop is counted, too
     "grad_kernel": Turn(8192, 2, 4),  # read and written
     "finish_kernel": NO_VECTORS,
-    "tilt_sums<true, true, 1>": Turn(4096, 4, 4, 2),  # bf16; a block of each warp in two turns
-    "tilt_sums<false, true, 1>": Turn(2048, 2, 2, 2),
+    "tilt_sums<true, true, 1>": Turn(4096, 4, 4, 2, "MUFU.EX2"),  # bf16; a block of each warp in two turns
+    "tilt_sums<false, true, 1>": Turn(2048, 2, 2, 2, "MUFU.EX2"),
     "tilt_draw": NO_VECTORS,
     "choose": NO_VECTORS,
     "head_kernel": Turn(32768, 2, 0),  # hidden states and weights, which for the most part come from L2
@@ -111,7 +112,7 @@ class Instruction(NamedTuple):
     @property
     def loads(self) -> int:
         """Bytes that a lane asks memory for, in loads of 16 bytes and more."""
-        return self.bytes if self.name in ("LDG", "LDGSTS") and self.bytes >= 16 else 0
+        return self.bytes if self.opcode.startswith(("LDG.", "LDGSTS.")) and self.bytes >= 16 else 0
 
     def registers(self) -> tuple[list[str], list[str]]:
         """Those that it writes and those that it reads; of a wide source the first, which stands for all."""
@@ -176,7 +177,7 @@ def successors(code: list[Instruction]) -> list[list[int]]:
 
 
 def loops(code: list[Instruction]) -> list[tuple[int, set[int]]]:
-    """(first instruction, body) of each natural loop, the smallest first. Loops with one head are one."""
+    """(first instruction, body) of each natural loop, in the order of the code. Loops with one head are one."""
     after = successors(code)
     before: list[list[int]] = [[] for _ in code]
     for i, follows in enumerate(after):
@@ -195,14 +196,14 @@ def loops(code: list[Instruction]) -> list[tuple[int, set[int]]]:
                     pending += before[at]
             if 0 not in body or head == 0:  # else it can be entered past its head
                 found[head] = found.get(head, set()) | body
-    return sorted(found.items(), key=lambda loop: len(loop[1]))
+    return sorted(found.items())
 
 
 def shortest(code: list[Instruction], start: int, inside: set[int], around: bool, loads: int) -> list[Instruction]:
     """The shortest way that loads exactly so much, from `start` back to it (around) or to an end of the kernel behind a
     store; [] where there is none."""
-    after, seen = successors(code), set()
-    queue: list[tuple[int, int, int, bool, tuple]] = [(1, start, code[start].loads, False, (start, ()))]
+    after, seen, loading = successors(code), set(), [instruction.loads for instruction in code]
+    queue: list[tuple[int, int, int, bool, tuple]] = [(1, start, loading[start], False, (start, ()))]
     while queue:
         steps, at, loaded, stored, way = heappop(queue)
         if (at, loaded, stored) in seen:
@@ -217,20 +218,22 @@ def shortest(code: list[Instruction], start: int, inside: set[int], around: bool
                 way = way[1]
             return path[::-1]
         for i in after[at]:
-            if i in inside and not (around and i == start) and loaded + code[i].loads <= loads:
-                heappush(queue, (steps + 1, i, loaded + code[i].loads, stored, (i, way)))
+            if i in inside and not (around and i == start) and loaded + loading[i] <= loads:
+                heappush(queue, (steps + 1, i, loaded + loading[i], stored, (i, way)))
     return []
 
 
 def hot_path(code: list[Instruction], turn: Turn) -> tuple[list[Instruction], bool]:
     """The hot path and whether it is a loop; ValueError where no way loads what a turn does. A loop that was unrolled
     takes up to eight turns."""
-    found = [(head, body) for head, body in loops(code) if any(code[i].loads for i in body)]  # no waits for a barrier
+    loading = {i for i, instruction in enumerate(code) if instruction.loads}
+    found = [(head, body) for head, body in loops(code) if body & loading] if turn.read else []
     innermost = [(head, body) for head, body in found if not any(other in body - {head} for other, _ in found)]
     for candidates in (innermost, found):
         for many in (1, 2, 4, 8):
             for head, body in candidates:
-                if turn.read and (path := shortest(code, head, body, True, many * turn.read)):
+                path = shortest(code, head, body, True, many * turn.read)
+                if path and any(instruction.opcode.startswith(turn.through) for instruction in path):
                     return path, True
     if path := shortest(code, 0, set(range(len(code))), False, turn.read):
         return path, False

@@ -107,9 +107,11 @@ def test_a_loop_around_the_one_that_loads_is_not_the_hot_path(sass):
         "                   @P2 BRA", "              @P2 BRA"
     )
     code = sass.parse(outer)
-    assert [head for head, _ in sass.loops(code)] == [5, 1]
+    assert [head for head, _ in sass.loops(code)] == [1, 5]
     path, loop = sass.hot_path(code, sass.Turn(16, 2, 2))
     assert (names(path), loop) == (A_TURN, True)
+    with pytest.raises(ValueError, match="no way through this kernel"):  # the shortest turn passes no FMUL, none ends
+        sass.hot_path(code, sass.Turn(16, 2, 2, through="FMUL"))
 
 
 def test_growth_is_named(sass, monkeypatch, tmp_path):
