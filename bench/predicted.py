@@ -1,8 +1,8 @@
 """What bench/results/sass.json foresees of a timed row: the share of the bandwidth's floor that it reaches on an H200.
 
-An op takes as long as its bytes at the share that its streaming kernel allows, and then as long as one warp of the
-kernel that ends a row, with what a launch costs where the two do not overlap. The first run on a GPU judges these
-numbers, too.
+An op takes as long as its bytes at the share that its streaming kernel allows, at least as long as one program of that
+kernel, and then as long as one warp of the kernel that ends a row, with what a launch costs where the two do not
+overlap. The first run on a GPU judges these numbers, too.
 """
 
 from __future__ import annotations
@@ -30,6 +30,14 @@ def tree_bytes(row: dict) -> int:
     return 4 * row["prompts"] * (row["prefix"] + 16 * row["branches"]) * KEY_HEADS * WIDTH
 
 
+def tree_turns(row: dict) -> int:
+    """Tiles of 32 tokens that one program of tree_attention reads."""
+    span = SPAN
+    while span < WIDEST and span * SPLITS < row["prefix"]:
+        span *= 2
+    return span // 32
+
+
 def sums_bytes(row: dict) -> int:
     """What the splits of tree_attention write and read again."""
     splits = max(min(-(-row["prefix"] // SPAN), SPLITS), -(-row["prefix"] // WIDEST)) + 1
@@ -44,6 +52,7 @@ class Op(NamedTuple):
     gap: float
     bytes: Callable[[dict], int]
     besides: Callable[[dict], int] = lambda row: 0
+    turns: Callable[[dict], int] = lambda row: 1
 
 
 TILT, LOGITS, TREE = "tilt bf16, ", "logits bf16, ", "tree bf16, "
@@ -56,7 +65,7 @@ OPS = {
     "logits_logprob, forward": ("pyengine", Op(LOGITS + "fold_kernel", LOGITS + "finish_kernel", LAUNCH, logits_bytes)),
     "tree_attention": (
         "pyengine",
-        Op(TREE + "tree_attention_kernel", TREE + "merge_kernel", LAUNCH, tree_bytes, sums_bytes),
+        Op(TREE + "tree_attention_kernel", TREE + "merge_kernel", LAUNCH, tree_bytes, sums_bytes, tree_turns),
     ),
 }
 
@@ -71,6 +80,7 @@ def fractions(row: dict) -> dict[str, float]:
     run, op = OPS[row["what"]]
     floor = op.bytes(row) / sass.BANDWIDTH
     streaming = (floor + op.besides(row) / sass.BANDWIDTH) / kernels[op.streams]["share"]
+    streaming = max(streaming, op.turns(row) * kernels[op.streams]["chain"] / sass.CLOCK)
     return {run: round(floor / (streaming + op.gap + kernels[op.ends]["chain"] / sass.CLOCK), 3)}
 
 

@@ -26,13 +26,13 @@ from typing import NamedTuple
 
 TABLE = Path(__file__).parent / "results" / "sass.json"
 
-# An H200. Bandwidth as measured by a copy; the rest is the programming guide's, for compute capability 9.0.
+# An H200. Bandwidth as measured by a copy; the rest is what NVIDIA states for compute capability 9.0.
 PROCESSORS, CLOCK, BANDWIDTH = 132, 1.98e9, 4.3e12
 BYTES_A_CLOCK = BANDWIDTH / PROCESSORS / CLOCK  # of one multiprocessor: 16.5
 REGISTERS, SHARED, WARPS, CTAS = 65536, 227 << 10, 64, 32  # of one multiprocessor
 # Clocks that an instruction of one warp keeps its pipe; all pipes together take four instructions a clock.
 PIPES = {"alu": 0.5, "fma": 0.25, "imad": 0.5, "mufu": 2.0, "fp64": 0.5, "memory": 1.0, "uniform": 0.5}
-# Clocks until a result may be used: Luo et al., Dissecting the NVIDIA Hopper Architecture (2024), rounded.
+# Clocks until a result may be used: assumed, of the order that is usual on Hopper, and measured nowhere here.
 LATENCY = {"alu": 4, "fma": 4, "imad": 4, "mufu": 20, "fp64": 16, "uniform": 8, "tensor": 40, "control": 1}
 LATENCY |= {"memory": 30, "SHFL": 24, "BAR": 30, "S2R": 20}
 L2, DRAM = 270, 700

@@ -141,6 +141,9 @@ def test_what_is_foreseen_of_an_op(predicted, monkeypatch, tmp_path):
     assert predicted.fractions({"what": "tilt_sample", "batch": 43, "vocab": 10**5}) == {
         "pyengine triton": round(4e-6 / (8e-6 + 1e-6), 3)
     }
+    one_program = predicted.fractions({"what": "tilt_sample", "batch": 1, "vocab": 43 * 1000})["pyengine triton"]
+    assert one_program == round(40e-9 / (1e-6 + 1e-6), 3)
+    assert [predicted.tree_turns({"prefix": n}) for n in (100, 2048, 2049, 4097, 10**6)] == [8, 8, 16, 32, 32]
     found = predicted.fractions({"what": "logits_logprob, forward", "tokens": 86, "vocab": 10**5})
     assert found == {"pyengine": round(4e-6 / (8e-6 + 1e-6 + 1e-6), 3)}
     tree = {"what": "tree_attention", "prompts": 8, "prefix": 8192, "branches": 16}
