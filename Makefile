@@ -9,7 +9,7 @@ INPUTS := constraints.txt pyproject.toml CMakeLists.txt $(shell find csrc kernel
 
 CXX_SOURCES = $(shell find csrc tests/cuda_shim -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: demo test hosts versions lint format bench claims cuda-resources embedded clean
+.PHONY: demo test hosts versions lint format bench claims cuda-resources sass embedded clean
 
 demo: $(READY)
 	@$(BIN)/pyengine demo
@@ -60,9 +60,14 @@ bench: $(READY)
 claims: $(READY)
 	$(BIN)/python -m bench.claims
 
-# Record what each CUDA kernel takes of a GPU; needs nvcc, no GPU.
+# Record what each CUDA kernel takes of a GPU, and how many instructions; needs nvcc, no GPU.
 cuda-resources: $(READY)
 	PYENGINE_RECORD=1 $(BIN)/pytest tests/test_cuda_build.py
+
+# The same of the Triton kernels, and what all of them allow on an H200.
+sass: cuda-resources
+	PYENGINE_RECORD=1 $(BIN)/pytest tests/test_triton_aot.py
+	$(BIN)/python bench/sass.py
 
 # Retrain every embedded model, in place.
 embedded: $(READY)

@@ -19,6 +19,7 @@ import bench_branching
 import bench_linear_preference
 import bench_tilt
 import bench_tree_attention as bench_tree
+import predicted
 import rig as harness
 import roofline
 import torch
@@ -426,4 +427,4 @@ SECTIONS = {
 
 
 if __name__ == "__main__":
-    harness.main(__doc__, SECTIONS)
+    harness.main(__doc__, {name: predicted.beside(section) for name, section in SECTIONS.items()})

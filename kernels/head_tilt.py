@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from pyengine.kernels.algebra import LN2, LOG2E, NEVER, block_sums, finite, gumbel, kl_nats, log2_unit, merged
-from pyengine.kernels.linear_logprob import capped
+from pyengine.kernels.moments import capped
 from pyengine.kernels.product import product, upcast
 
 # What a tile leaves for each row, fp32: the sums of algebra.block_sums, and the best token's key, base and tilt.

@@ -1,8 +1,6 @@
 """Token log-probabilities, their moments and entropy from logits [N, V], from tiles of them, or from a fused head.
 
-All three share one state, fp32 [FIELDS, N, splits]: per row and split the maximum m of the log2-unit
-logits x, the sums s = sum e, s2 = sum e^2 and sx = sum e (x - m) with e = 2^(x - m), and the target's x.
-One exp an element yields LSE(l), LSE(2 l) and the entropy.
+All three share one state, that of `moments.py`.
 """
 
 from __future__ import annotations
@@ -12,71 +10,72 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from pyengine.kernels.algebra import LN2, LOG2E, NEVER, rescale
+from pyengine.kernels.algebra import LN2, LOG2E, NEVER
+from pyengine.kernels.moments import (
+    LANES,
+    capped,
+    finish,
+    lanes_merged,
+    load_state,
+    merge,
+    new_state,
+    store_state,
+    tile_sums,
+)
 from pyengine.kernels.product import product, upcast
 
-FIELDS = tl.constexpr(5)
-TILE = tl.constexpr(4096)  # logits that a program reads at once: 16 a thread at 8 warps
-SPLIT = 32768  # logits of a row that one program folds; fixed, so that a row's bits do not depend on N
+SLICES = tl.constexpr(4)  # loads of 16 bytes that a lane has under way
+SPLIT = 4096  # logits of a row that one program folds; fixed, so that a row's bits do not depend on N
+TILE = tl.constexpr(4096)  # logits of a program of the gradient: 16 a thread at 8 warps
 HEAD_SPLIT = 2048  # vocabulary that one program of the fused head goes through
-FINISH_ROWS = 16
 
 
 @triton.jit
-def capped(z, softcap, CAPPED: tl.constexpr):
-    """softcap * tanh(z / softcap) and its derivative by z; z and 1 without a softcap."""
-    if CAPPED:
-        a = tl.exp2(tl.abs(z / softcap) * (-2.0 * LOG2E))
-        tanh = tl.where(z < 0, a - 1, 1 - a) / (1 + a)
-        return softcap * tanh, 4 * a / ((1 + a) * (1 + a))  # 1 - tanh^2, without its cancellation
-    return z, tl.full(z.shape, 1.0, tl.float32)
+def fold_turn(
+    logits,
+    bias,
+    first,
+    columns,
+    softcap,
+    scale,
+    m,
+    s,
+    s2,
+    sx,
+    BIASED: tl.constexpr,
+    CAPPED: tl.constexpr,
+    TAIL: tl.constexpr,
+    VECTOR: tl.constexpr,
+):
+    """The sums of each lane after SLICES * LANES * VECTOR more logits; a lane's are reduced where they lie.
 
-
-@triton.jit
-def opened():
-    """The state of a row before its first logit: m, s, s2, sx and the target's x."""
-    zero = tl.zeros([1], tl.float32)
-    return zero + NEVER, zero, zero, zero, zero
-
-
-@triton.jit
-def tile_sums(x, axis: tl.constexpr):
-    """m, s, s2 and sx of a tile [ROWS, TOKENS] along its last dimension; sums of a row of -inf are 0."""
-    m = tl.max(x, axis)
-    shifted = x - tl.where(m == NEVER, 0.0, m)[:, None]
-    e = tl.exp2(shifted)
-    return m, tl.sum(e, axis), tl.sum(e * e, axis), tl.sum(tl.where(x == NEVER, 0.0, e * shifted), axis)
-
-
-@triton.jit
-def merge(m, s, s2, sx, other_m, other_s, other_s2, other_sx):
-    """The sums of two disjoint sets of tokens as those of their union. NaN in any sum survives."""
-    top = tl.maximum(m, other_m)
-    keep, add = rescale(m, top), rescale(other_m, top)
+    m is in the logits' own units: their difference is scaled, as scaled ones, contracted into one instruction with the
+    subtraction, would differ by the rounding of m, which at 1e10 makes the largest e 0 or infinite.
+    """
+    vector = tl.arange(0, SLICES)[:, None, None] * LANES + tl.arange(0, LANES)[None, :, None]
+    column = first + vector * VECTOR + tl.arange(0, VECTOR)[None, None, :]
+    if TAIL:
+        inside = column < columns
+        z = tl.load(logits + column, mask=inside, other=NEVER).to(tl.float32)
+    else:
+        z = tl.load(logits + column).to(tl.float32)
+    if BIASED:
+        z += tl.load(bias + column, mask=column < columns, other=0.0).to(tl.float32)
+    z, _ = capped(z, softcap, CAPPED)
+    if TAIL:
+        z = tl.where(inside, z, NEVER)
+    top = tl.maximum(m, tl.max(tl.max(z, 2), 0))
+    shift = tl.where(top == NEVER, 0.0, top)
+    by = (m - shift) * scale
+    keep = tl.exp2(by)
     # sum e (x - top) = 2^(m - top) (sum e (x - m) + (m - top) sum e); an empty sum moves by nothing.
-    moved = tl.where(s == 0, 0.0, (sx + s * (m - top)) * keep)
-    moved += tl.where(other_s == 0, 0.0, (other_sx + other_s * (other_m - top)) * add)
-    return top, s * keep + other_s * add, s2 * keep * keep + other_s2 * add * add, moved
-
-
-@triton.jit
-def load_state(state, at, step, inside):
-    return (
-        tl.load(state + at, mask=inside, other=NEVER),
-        tl.load(state + at + step, mask=inside, other=0.0),
-        tl.load(state + at + 2 * step, mask=inside, other=0.0),
-        tl.load(state + at + 3 * step, mask=inside, other=0.0),
-        tl.load(state + at + 4 * step, mask=inside, other=0.0),
-    )
-
-
-@triton.jit
-def store_state(state, at, step, inside, m, s, s2, sx, target_x):
-    tl.store(state + at, m, mask=inside)
-    tl.store(state + at + step, s, mask=inside)
-    tl.store(state + at + 2 * step, s2, mask=inside)
-    tl.store(state + at + 3 * step, sx, mask=inside)
-    tl.store(state + at + 4 * step, target_x, mask=inside)
+    sx = tl.where(s == 0, 0.0, (sx + s * by) * keep)
+    x = (z - shift[None, :, None]) * scale
+    e = tl.exp2(x)
+    s = s * keep + tl.sum(tl.sum(e, 2), 0)
+    s2 = s2 * keep * keep + tl.sum(tl.sum(e * e, 2), 0)
+    sx += tl.sum(tl.sum(e * tl.maximum(x, -1e38), 2), 0)  # 0 * -inf must be 0
+    return top, s, s2, sx
 
 
 @triton.jit(do_not_specialize=["start", "rows", "splits"])
@@ -96,71 +95,45 @@ def fold_kernel(
     ignore_index,
     BIASED: tl.constexpr,
     CAPPED: tl.constexpr,
+    VECTOR: tl.constexpr,
 ):
-    """One program a (row, split): one pass over its logits, online, into its own slot of the state."""
+    """One warp a (row, split): one pass over its logits, online, into its own slot of the state."""
     row = (tl.program_id(0) // splits).to(tl.int64)
     split = tl.program_id(0) % splits
     wanted = tl.load(target + row)
     if wanted == ignore_index:
         return
+    logits += row * logits_row
+    bias += start
+    turn: tl.constexpr = SLICES * LANES * VECTOR
+    first, last = split * span, tl.minimum((split + 1) * span, columns)
+    m = tl.full([LANES], NEVER, tl.float32)
+    s, s2, sx = tl.zeros([LANES], tl.float32), tl.zeros([LANES], tl.float32), tl.zeros([LANES], tl.float32)
+    whole = first + tl.maximum(last - first, 0) // turn * turn
+    for begin in range(first, whole, turn):
+        m, s, s2, sx = fold_turn(
+            logits, bias, begin, columns, softcap, scale, m, s, s2, sx, BIASED, CAPPED, False, VECTOR
+        )
+    if whole < last:
+        m, s, s2, sx = fold_turn(
+            logits, bias, whole, columns, softcap, scale, m, s, s2, sx, BIASED, CAPPED, True, VECTOR
+        )
     one = tl.arange(0, 1)
+    m, s, s2, sx = lanes_merged(m * scale, s, s2, sx)
+    m, s, s2, sx = m + one, s + one, s2 + one, sx + one
     at, step = row * splits + split + one, rows.to(tl.int64) * splits
-    m, s, s2, sx, target_x = opened()
+    column = wanted - start + one
+    here = (column >= first) & (column < last)
+    z = tl.load(logits + column, mask=here, other=0.0).to(tl.float32)
+    if BIASED:
+        z += tl.load(bias + column, mask=here, other=0.0).to(tl.float32)
+    x, _ = capped(z, softcap, CAPPED)
+    target_x = tl.where(here, x * scale, 0.0)
     if start > 0:
-        m, s, s2, sx, target_x = load_state(state, at, step, one == 0)
-    for first in range(split * span, tl.minimum((split + 1) * span, columns), TILE):
-        column = first + tl.arange(0, TILE)[None, :]
-        inside = column < columns
-        z = tl.load(logits + row * logits_row + column, mask=inside, other=NEVER).to(tl.float32)
-        if BIASED:
-            z += tl.load(bias + start + column, mask=inside, other=0.0).to(tl.float32)
-        x, _ = capped(z, softcap, CAPPED)
-        x = tl.where(inside, x * scale, NEVER)
-        tile_m, tile_s, tile_s2, tile_sx = tile_sums(x, 1)
-        m, s, s2, sx = merge(m, s, s2, sx, tile_m, tile_s, tile_s2, tile_sx)
-        target_x += tl.sum(tl.where(inside & (start + column == wanted), x, 0.0), 1)
+        known_m, known_s, known_s2, known_sx, known_x = load_state(state, at, step, one == 0)
+        m, s, s2, sx = merge(known_m, known_s, known_s2, known_sx, m, s, s2, sx)
+        target_x += known_x
     store_state(state, at, step, one == 0, m, s, s2, sx, target_x)
-
-
-@triton.jit(do_not_specialize=["rows", "splits"])
-def finish_kernel(
-    state,
-    target,
-    logp_out,
-    lse_out,
-    lse2_out,
-    max_out,
-    entropy_out,
-    rows,
-    splits,
-    ignore_index,
-    ROWS: tl.constexpr,
-    SPLITS: tl.constexpr,
-):
-    """Merge the splits of ROWS rows, in their order, and turn the sums into the outputs, in nats."""
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    split = tl.arange(0, SPLITS)[None, :]
-    kept = tl.load(target + row, mask=row < rows, other=ignore_index) != ignore_index
-    inside = kept[:, None] & (split < splits)
-    at = row[:, None].to(tl.int64) * splits + split
-    m, s, s2, sx, target_x = load_state(state, at, rows.to(tl.int64) * splits, inside)
-    top = tl.max(m, 1)
-    factor = rescale(m, top[:, None])
-    moved = tl.where(s == 0, 0.0, (sx + s * (m - top[:, None])) * factor)
-    total = tl.sum((s * factor).to(tl.float64), 1)
-    total2 = tl.sum((s2 * factor * factor).to(tl.float64), 1)
-    mean = tl.sum(moved.to(tl.float64), 1) / tl.where(total == 0, 1.0, total)  # E[x] - m
-    log_s = tl.log2(total)
-    lse = top + log_s
-    bad = total != total
-    top = tl.where(bad, float("nan"), top)
-    logp = tl.sum(target_x, 1) - lse
-    entropy = tl.where(total == 0, 0.0, log_s - mean)
-    tl.store(logp_out + row, tl.where(kept, logp * LN2, 0.0).to(tl.float32), mask=row < rows)
-    tl.store(lse_out + row, tl.where(kept, lse * LN2, 0.0).to(tl.float32), mask=row < rows)
-    tl.store(lse2_out + row, tl.where(kept, (2 * top + tl.log2(total2)) * LN2, 0.0).to(tl.float32), mask=row < rows)
-    tl.store(max_out + row, tl.where(kept, top * LN2, 0.0).to(tl.float32), mask=row < rows)
-    tl.store(entropy_out + row, tl.where(kept, entropy * LN2, 0.0).to(tl.float32), mask=row < rows)
 
 
 @triton.jit(do_not_specialize=["start"])
@@ -186,7 +159,8 @@ def grad_kernel(
     """d loss / d z of TILE logits of a row; grad may be logits itself, each element being read before it is written."""
     tiles = tl.cdiv(columns, TILE)
     row = (tl.program_id(0) // tiles).to(tl.int64)
-    column = (tl.program_id(0) % tiles) * TILE + tl.arange(0, TILE)
+    column_of_tile = (tl.program_id(0) % tiles) * TILE
+    column = column_of_tile + tl.arange(0, TILE)
     inside = column < columns
     wanted = tl.load(target + row)
     d = tl.zeros([TILE], tl.float32)
@@ -194,14 +168,17 @@ def grad_kernel(
         z = tl.load(logits + row * logits_row + column, mask=inside, other=NEVER).to(tl.float32)
         if BIASED:
             z += tl.load(bias + start + column, mask=inside, other=0.0).to(tl.float32)
-        x, slope = capped(z, softcap, CAPPED)
-        log_p = x / temperature - tl.load(lse + row)
-        p = tl.exp2(log_p * LOG2E)
-        c, c_entropy = tl.load(coef_logp + row), tl.load(coef_entropy + row)
-        d = c * (tl.where(start + column == wanted, 1.0, 0.0) - p)
-        # d H / d x = -p (log p + H); at p = 0 that is 0, not 0 * inf.
-        d -= tl.where(p == 0, 0.0, c_entropy * p * (log_p + tl.load(entropy + row)))
-        d = d * slope / temperature
+        z, slope = capped(z, softcap, CAPPED)
+        log2_p = (z - tl.load(lse + row) * temperature) * (LOG2E / temperature)
+        c, c_entropy = tl.load(coef_logp + row) / temperature, tl.load(coef_entropy + row) / temperature
+        # c (1 at the target - p) - c_entropy p (log p + H), d H / d l being -p (log p + H); that is 0 at p = 0, where
+        # log p is not: every p under 2^-149 is 0.
+        by_p = (c + c_entropy * tl.load(entropy + row)) + (c_entropy * LN2) * tl.maximum(log2_p, -200.0)
+        d = -(tl.exp2(log2_p) * by_p)
+        hit = (wanted - start - column_of_tile).to(tl.int32)
+        if (hit >= 0) & (hit < TILE):  # one tile of a row: the others compare nothing
+            d += tl.where(tl.arange(0, TILE) == hit, c, 0.0)
+        d *= slope
     tl.store(grad + row * grad_row + column, d.to(grad.dtype.element_ty), mask=inside)
 
 
@@ -263,11 +240,6 @@ def head_kernel(
     store_state(state, at, step, row < rows, m, s, s2, sx, target_x)
 
 
-def new_state(target: Tensor, splits: int = 1) -> Tensor:
-    """Room for the sums of len(target) rows, to be opened by `fold` at start = 0; more splits suit few rows."""
-    return target.new_empty((FIELDS.value, len(target), splits), dtype=torch.float32)
-
-
 def fold(
     logits: Tensor,
     start: int,
@@ -290,7 +262,8 @@ def fold(
     rows, columns = logits.shape
     if rows == 0:
         return
-    splits = state.shape[2]
+    splits, vector = state.shape[2], 16 // logits.element_size()
+    turn = SLICES.value * LANES.value * vector
     fold_kernel[(rows * splits,)](
         logits,
         logits.stride(0),
@@ -299,7 +272,7 @@ def fold(
         state,
         start,
         columns,
-        triton.cdiv(triton.cdiv(columns, splits), TILE.value) * TILE.value,
+        triton.cdiv(triton.cdiv(columns, splits), turn) * turn,
         rows,
         splits,
         softcap or 1.0,
@@ -307,27 +280,9 @@ def fold(
         ignore_index,
         BIASED=bias is not None,
         CAPPED=softcap is not None,
-        num_warps=8,
+        VECTOR=vector,
+        num_warps=1,
     )
-
-
-def finish(state: Tensor, target: Tensor, *, ignore_index: int = -100) -> tuple[Tensor, ...]:
-    """logp, lse, lse2, max_logit and entropy, fp32 [N] each, in nats; all 0 where target is ignore_index."""
-    _, rows, splits = state.shape
-    outputs = tuple(state.new_empty(rows) for _ in range(5))
-    if rows:
-        finish_kernel[(triton.cdiv(rows, FINISH_ROWS),)](
-            state,
-            target,
-            *outputs,
-            rows,
-            splits,
-            ignore_index,
-            ROWS=FINISH_ROWS,
-            SPLITS=triton.next_power_of_2(splits),
-            num_warps=4,
-        )
-    return outputs
 
 
 def grad_tile(

@@ -10,6 +10,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_wait
 
 from pyengine.kernels.algebra import (
     BLOCK,
@@ -145,18 +146,33 @@ def tilt_draw_kernel(
     MASKED: tl.constexpr,
     GUMBEL: tl.constexpr,
     BLOCKS: tl.constexpr,
+    OVERLAPPED: tl.constexpr,
 ):
     """One program a row: merge the blocks in their order, apply the filters, draw a block, then a token in it."""
     row = tl.program_id(0).to(tl.int64)
     index = tl.arange(0, BLOCKS)
     there = index < blocks
+    t = tl.load(temperature + row * temperature_stride)
+    greedy = t == 0
+    unit = log2_unit(t)
+    k = tl.load(top_k + row * top_k_stride)
+    k = tl.where(k < vocab, k, 0)
+    mass_kept, least_p = tl.load(top_p + row * top_p_stride), tl.load(min_p + row * min_p_stride)
+    s, p = tl.load(seed + row * seed_stride), tl.load(position + row * position_stride)
+    u_block, u_token = uniforms(s, p, TOKEN_STREAM)
+    if OVERLAPPED:
+        gdc_wait()  # for the sums: what is above needs none
     row_sums = sums + row * FIELDS * blocks
     block = row_sums + index
     top_base = tl.load(block + M_BASE * blocks, mask=there, other=NEVER)
     top_tilt = tl.load(block + M_TILT * blocks, mask=there, other=NEVER)
-    m_base, w_base = merged(top_base, tl.load(block + S_BASE * blocks, mask=there, other=0.0))
-    m_tilt, w_tilt = merged(top_tilt, tl.load(block + S_TILT * blocks, mask=there, other=0.0))
-    _, w_delta = merged(top_tilt, tl.load(block + E_DELTA * blocks, mask=there, other=0.0))
+    # All five before the first maximum, whose barriers no load passes.
+    sum_base = tl.load(block + S_BASE * blocks, mask=there, other=0.0)
+    sum_tilt = tl.load(block + S_TILT * blocks, mask=there, other=0.0)
+    sum_delta = tl.load(block + E_DELTA * blocks, mask=there, other=0.0)
+    m_base, w_base = merged(top_base, sum_base)
+    m_tilt, w_tilt = merged(top_tilt, sum_tilt)
+    _, w_delta = merged(top_tilt, sum_delta)
     s_base, s_tilt, e_delta = tl.sum(w_base, 0), tl.sum(w_tilt, 0), tl.sum(w_delta, 0)
 
     fallback = (s_tilt == 0) & (s_base > 0)  # the scorer forbids all: the base policy decides
@@ -166,9 +182,6 @@ def tilt_draw_kernel(
     e_delta = tl.where(fallback, 0.0, e_delta)
     valid = (s_base > 0) & finite(s_base) & finite(s_tilt) & finite(e_delta)
 
-    t = tl.load(temperature + row * temperature_stride)
-    greedy = t == 0
-    unit = log2_unit(t)
     source = (
         logits + row * logits_row,
         mask + row * mask_row,
@@ -180,22 +193,18 @@ def tilt_draw_kernel(
         unit,
         tl.where(fallback, 0.0, 1.0),
     )
-    s, p = tl.load(seed + row * seed_stride), tl.load(position + row * position_stride)
-    u_block, u_token = uniforms(s, p, TOKEN_STREAM)
+    tops = row_sums + tl.where(fallback, M_BASE, M_TILT) * blocks
     token = tl.zeros([], tl.int32)
     if GUMBEL or greedy:
         keys = tl.load(block + KEY * blocks, mask=there & (top > NEVER), other=NEVER)
         _, winner = tl.max(keys, 0, return_indices=True)
         token = tl.load(best + row * blocks + winner, mask=valid, other=0)
 
-    k = tl.load(top_k + row * top_k_stride)
-    k = tl.where(k < vocab, k, 0)
-    mass_kept, least_p = tl.load(top_p + row * top_p_stride), tl.load(min_p + row * min_p_stride)
     filtered = ((k > 0) | (mass_kept < 1) | (least_p > 0)) & (t != 0) & valid
     threshold, least = tl.full([], NEVER, tl.float32), tl.full([], NEVER, tl.float32)
     last_tie = tl.full([], -1, tl.int32)
+    drawn, before = tl.zeros([], tl.int32), tl.zeros([], tl.float64)
     if filtered:
-        tops = row_sums + tl.where(fallback, M_BASE, M_TILT) * blocks
         list_row = survivors + row * CAPACITY
         threshold, ties, least = kept_prefix(
             source, tops, list_row, top, highest, s_tilt, k, mass_kept, least_p, HEADS, MASKED
@@ -203,27 +212,28 @@ def tilt_draw_kernel(
         kept_weight, e_delta, last_tie, winner = kept_sums(
             source, tops, threshold, ties, least, highest, blocks, s, p, HEADS, MASKED, GUMBEL, BLOCKS
         )
-        weight = kept_weight.to(tl.float64)
-        s_tilt = tl.sum(weight, 0)
+        s_tilt = tl.sum(kept_weight.to(tl.float64), 0)
+        drawn, before = first_above(kept_weight.to(tl.float64), u_block * s_tilt)
         if GUMBEL:
             token = winner
+    elif not GUMBEL:
+        drawn = first_above(weight, u_block * s_tilt)[0]
 
-    drawn, before = first_above(weight, u_block * s_tilt)
-    if GUMBEL or greedy:
-        drawn = token // BLOCK
-    tokens = tl.where(valid, drawn, 0) * BLOCK + tl.arange(0, BLOCK)
-    logit, _, tilt = read(source, tokens, tokens < vocab, HEADS, MASKED)
-    kept = ((tilt > threshold) | ((tilt == threshold) & (tokens <= last_tie))) & (tilt >= least) & (tilt > NEVER)
-    m_block = tl.max(tl.where(kept, tilt, NEVER), 0)
-    e = tl.where(kept, tl.exp2(tilt - m_block), 0.0).to(tl.float64)
-    # A filtered row spends one uniform on all its kept tokens, another row a second one within the block.
-    rest = (u_block * s_tilt - before) * tl.exp2(highest - m_block)
-    in_block, _ = first_above(e, tl.where(filtered, rest, u_token * tl.sum(e, 0)))
-    if (GUMBEL or greedy) == 0:
-        token = drawn * BLOCK + in_block
+    if not GUMBEL:
+        drawn = tl.where(valid, drawn, 0)
+        m_block = tl.load(tops + drawn)
+        s_block = tl.load(tops + blocks + drawn).to(tl.float64)  # a block's sum lies behind its maximum
+        tokens = drawn * BLOCK + tl.arange(0, BLOCK)
+        _, _, tilt = read(source, tokens, tokens < vocab, HEADS, MASKED)
+        kept = ((tilt > threshold) | ((tilt == threshold) & (tokens <= last_tie))) & (tilt >= least) & (tilt > NEVER)
+        e = tl.where(kept, tl.exp2(tilt - m_block), 0.0).to(tl.float64)
+        # A filtered row spends one uniform on all its kept tokens, another row a second one within the block.
+        rest = (u_block * s_tilt - before) * tl.exp2(highest - m_block)
+        in_block = first_above(e, tl.where(filtered, rest, u_token * s_block))[0]
+        token = tl.where(greedy, token, drawn * BLOCK + in_block)
 
-    base_at = tl.sum(tl.where(tokens == token, logit * unit, 0.0), 0)
-    tilt_at = tl.sum(tl.where(tokens == token, tilt, 0.0), 0)
+    logit, _, tilt_at = read(source, token, valid, HEADS, MASKED)
+    base_at = logit * unit
     lse_base, lse_tilt = m_base + tl.log2(s_base), highest + tl.log2(s_tilt)
     logp_base = (base_at - lse_base) * LN2
     logp_policy = tl.where(greedy, 0.0, (tilt_at - lse_tilt) * LN2)
@@ -286,6 +296,8 @@ def tilt_sample(
     tilt_blocks_kernel[(batch * blocks,)](
         *source, *scale, *draws, sums, best, vocab, blocks, **counts, num_warps=1 + gumbel
     )
+    # Launched while the kernel before it ends: 1 us of latency is hidden. The interpreter knows no such option.
+    overlapped = logits.device.type != "cpu" and torch.cuda.get_device_capability(logits.device)[0] >= 9
     tilt_draw_kernel[(batch,)](
         *source,
         *scale,
@@ -299,6 +311,8 @@ def tilt_sample(
         blocks,
         **counts,
         BLOCKS=max(GROUP.value, triton.next_power_of_2(blocks)),
+        OVERLAPPED=overlapped,
         num_warps=8,
+        **({"launch_pdl": True} if overlapped else {}),
     )
     return outputs

@@ -15,10 +15,15 @@ from torch import Tensor
 from pyengine.kernels.product import upcast
 
 LOG2E = 1.4426950408889634
-SPLIT = 256  # tokens of a prefix that one program reads
+SPLIT = 256  # tokens of a prefix that one program reads, at least
+SPLITS = (
+    8  # programs of a prefix, until each reads WIDEST: what they write and read again is an eighth of what they read
+)
+WIDEST = 1024
 TILE = 32  # of them at a time; divides a page
 COLUMNS = 16  # tokens of a tail at a time: the least that tensor cores take
 MOST_ROWS = 64  # at a time
+TOGETHER = tl.constexpr(8)  # parts whose sums are read at once where they are merged
 
 
 @triton.jit
@@ -35,7 +40,7 @@ def append_kernel(
     leaves,
     leaves_row,
     tail_len,
-    width,
+    width: tl.constexpr,
     TOKENS: tl.constexpr,
     WIDTH: tl.constexpr,
     LEAF: tl.constexpr,
@@ -67,6 +72,15 @@ def attend(query, key, value, seen, factor, softcap, top, total, mixed, CAPPED: 
     scale = tl.exp2(top - shift)
     added = tl.dot(weight.to(value.dtype), value, input_precision="tf32x3")
     return now, total * scale + tl.sum(weight, 1), mixed * scale[:, None] + added
+
+
+@triton.jit
+def span_of(length, SPLIT: tl.constexpr, SPLITS: tl.constexpr, WIDEST: tl.constexpr):
+    """Tokens of a prefix that one program reads: by its length alone, so that no batch changes a row's sums."""
+    span = tl.full([], SPLIT, tl.int32)
+    while (span < WIDEST) & (span * SPLITS < length):
+        span *= 2
+    return span
 
 
 @triton.jit
@@ -105,7 +119,7 @@ def tree_attention_kernel(
     factor,
     softcap,
     window,
-    width,
+    width: tl.constexpr,
     rows_in_all,
     sums,
     tops,
@@ -117,18 +131,22 @@ def tree_attention_kernel(
     PAGE: tl.constexpr,
     LEAF: tl.constexpr,
     SPLIT: tl.constexpr,
+    SPLITS: tl.constexpr,
+    WIDEST: tl.constexpr,
     TILE: tl.constexpr,
     COLUMNS: tl.constexpr,
     WINDOWED: tl.constexpr,
     CAPPED: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
-    split, kv_head, prompt = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    splits, heads = tl.num_programs(0) - 1, tl.num_programs(1) * GROUP
+    # Part 0 is the tail, wherever the longest prefix of a batch ends.
+    split, kv_head, prompt = tl.program_id(0) - 1, tl.program_id(1), tl.program_id(2)
+    heads = tl.num_programs(1) * GROUP
     length = tl.load(prefix_len + prompt)
     first, last = tl.load(first_row + prompt), tl.load(first_row + prompt + 1)
     each: tl.constexpr = TOKENS * GROUP
     count = (last - first) * each
+    span = span_of(length, SPLIT, SPLITS, WIDEST)
     d = tl.arange(0, WIDTH)
     inside = d < width
     for start_row in range(0, count, ROWS):
@@ -143,23 +161,18 @@ def tree_attention_kernel(
         top = tl.full([ROWS], float("-inf"), tl.float32)
         total = tl.zeros([ROWS], tl.float32)
         mixed = tl.zeros([ROWS, WIDTH], tl.float32)
-        if split < splits:
-            for start in range(split * SPLIT, tl.minimum(length, split * SPLIT + SPLIT), TILE):
+        if split >= 0:
+            tile = tl.arange(0, TILE)
+            key_cell = tile[None, :] * key_token + d[:, None] * key_inner  # in 32 bits, and the same for every tile
+            value_cell = tile[:, None] * value_token + d[None, :] * value_inner
+            for start in range(split * span, tl.minimum(length, split * span + span), TILE):
                 page = tl.load(pages + prompt * pages_row + start // PAGE).to(tl.int64)
-                at = start + tl.arange(0, TILE)
-                kept, held = at < length, start % PAGE + tl.arange(0, TILE)
-                keys = prefix_key + page * key_page + kv_head * key_head
-                k = tl.load(
-                    keys + held[None, :] * key_token + d[:, None] * key_inner,
-                    mask=kept[None, :] & inside[:, None],
-                    other=0.0,
-                )
-                values = prefix_value + page * value_page + kv_head * value_head
-                v = tl.load(
-                    values + held[:, None] * value_token + d[None, :] * value_inner,
-                    mask=kept[:, None] & inside[None, :],
-                    other=0.0,
-                )
+                at = start + tile
+                kept = at < length
+                keys = prefix_key + (page * key_page + kv_head * key_head + start % PAGE * key_token)
+                k = tl.load(keys + key_cell, mask=kept[None, :] & inside[:, None], other=0.0)
+                values = prefix_value + (page * value_page + kv_head * value_head + start % PAGE * value_token)
+                v = tl.load(values + value_cell, mask=kept[:, None] & inside[None, :], other=0.0)
                 seen = kept[None, :] & busy[:, None]
                 if WINDOWED:
                     seen &= at[None, :] > (length + place - window)[:, None]
@@ -187,10 +200,11 @@ def tree_attention_kernel(
                     if WINDOWED:
                         seen &= at[None, :] > (place - window)[:, None]
                     top, total, mixed = attend(q, k, v, seen, factor, softcap, top, total, mixed, CAPPED, UPCAST)
-        to = split.to(tl.int64) * rows_in_all + (branch.to(tl.int64) * TOKENS + token) * heads + head
+        to = tl.program_id(0).to(tl.int64) * rows_in_all + (branch.to(tl.int64) * TOKENS + token) * heads + head
         tl.store(tops + to, top, mask=there)
         tl.store(totals + to, total, mask=there)
-        tl.store(sums + to[:, None] * width + d[None, :], mixed, mask=there[:, None] & inside[None, :])
+        used = there & (top > float("-inf"))  # merge_kernel reads no others
+        tl.store(sums + to[:, None] * width + d[None, :], mixed, mask=used[:, None] & inside[None, :])
 
 
 @triton.jit
@@ -204,7 +218,7 @@ def merge_kernel(
     rows_in_all,
     heads,
     each,
-    width,
+    width: tl.constexpr,
     parts,
     PARTS: tl.constexpr,
     WIDTH: tl.constexpr,
@@ -224,13 +238,21 @@ def merge_kernel(
     if SINKS:
         whole += tl.exp2(sink - most)
     mixed = tl.zeros([WIDTH], tl.float32)
-    for p in range(parts):
-        here = tl.load(tops + p * rows_in_all + row)
-        if here > float("-inf"):  # a split that saw nothing wrote no sums worth reading
-            x = tl.load(sums + (p * rows_in_all + row) * width + d, mask=d < width, other=0.0)
-            mixed += tl.exp2(here - most) * x
+    for first in range(0, parts, TOGETHER):
+        # A part that saw nothing wrote no sums.
+        p = first + tl.arange(0, TOGETHER)
+        here = tl.load(tops + p.to(tl.int64) * rows_in_all + row, mask=p < parts, other=float("-inf"))
+        used = (here > float("-inf"))[:, None] & (d < width)[None, :]
+        x = tl.load(sums + (p.to(tl.int64) * rows_in_all + row)[:, None] * width + d[None, :], mask=used, other=0.0)
+        mixed += tl.sum(tl.where(used, tl.exp2(here - most)[:, None] * x, 0.0), 0)
     mixed = tl.where(tl.load(tail_len + row // each) == 0, 0.0, mixed / whole)
     tl.store(out + row * width + d, mixed.to(out.dtype.element_ty), mask=d < width)
+
+
+def warps(query: Tensor, padded: int) -> int:
+    """4 where the sums of 64 rows fit their registers: a multiprocessor then holds two programs, with 8 warps one."""
+    newest = query.device.type != "cpu" and torch.cuda.get_device_capability(query.device)[0] >= 10
+    return 8 if newest or padded > 128 or query.dtype == torch.float32 else 4
 
 
 def tree_attention(
@@ -278,7 +300,8 @@ def tree_attention(
                 num_warps=1,
             )
     group = heads // kv_heads
-    parts = triton.cdiv(pages.shape[1] * prefix_key.shape[2], SPLIT) + 1
+    longest = pages.shape[1] * prefix_key.shape[2]
+    parts = max(min(triton.cdiv(longest, SPLIT), SPLITS), triton.cdiv(longest, WIDEST)) + 1
     in_all = rows * tokens * heads
     sums = query.new_empty((parts, in_all, width), dtype=torch.float32)
     tops, totals = (query.new_empty((parts, in_all), dtype=torch.float32) for _ in range(2))
@@ -317,12 +340,14 @@ def tree_attention(
         PAGE=prefix_key.shape[2],
         LEAF=tail_key.shape[2],
         SPLIT=SPLIT,
+        SPLITS=SPLITS,
+        WIDEST=WIDEST,
         TILE=TILE,
         COLUMNS=COLUMNS,
         WINDOWED=window > 0,
         CAPPED=softcap > 0,
         UPCAST=upcast(query),
-        num_warps=8,  # with 4 the sums and addresses of 64 rows spill
+        num_warps=warps(query, padded),
         num_stages=2,
     )
     merge_kernel[(in_all,)](

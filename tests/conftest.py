@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import http.client
+import importlib.util
 import json
 import os
 import re
@@ -250,6 +251,16 @@ def isa(request, monkeypatch):
     """Runs the test with each instruction set of this machine."""
     monkeypatch.setattr(ops.settings.settings, "cpu_isa", request.param)
     return request.param
+
+
+@pytest.fixture(scope="session")
+def sass():
+    """bench/sass.py, from a folder that is not on this process's path."""
+    path = Path(__file__).parent.parent / "bench" / "sass.py"
+    spec = importlib.util.spec_from_file_location("sass", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 @pytest.fixture

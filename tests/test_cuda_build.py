@@ -1,6 +1,7 @@
-"""The CUDA sources through nvcc for each architecture: they compile, and what their kernels take of a GPU.
+"""The CUDA sources through nvcc for each architecture: they compile, what their kernels take of a GPU, and no more
+instructions than bench/results/sass.json says.
 
-`make cuda-resources` rewrites bench/results/cuda_resources.json from what this test parses.
+`make cuda-resources` rewrites bench/results/cuda_resources.json from what this test parses, and those counts.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "bench" / "results" / "cuda_resources.json"
 ARCHITECTURES = ("sm_80", "sm_90a", "sm_100")
-KERNELS = {"tilt.cu": 5, "select_block.cu": 1}  # and how many kernels each holds, template instances included
+KERNELS = {"tilt.cu": 11, "select_block.cu": 1}  # and how many kernels each holds, template instances included
 
 pytestmark = pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc here")
 
@@ -31,6 +32,9 @@ def demangled(name):
     )
     assert kernel, done.stdout
     return kernel[1]
+
+
+WARPS = {"tilt_sums": 2, "tilt_draw": 8, "choose": 4}
 
 
 def resources(source, architecture, out):
@@ -59,7 +63,20 @@ def resources(source, architecture, out):
     return found
 
 
-def test_kernels_compile_without_spills(tmp_path):
+def counted(sass, cubin, used):
+    """{kernel: its counts} of one file, of the kernels that have a turn in bench/sass.py."""
+    by_name = {demangled(name): code for name, code in sass.kernels(cubin).items()}
+    assert by_name.keys() == used.keys()
+    out = {}
+    for kernel in by_name.keys() & sass.TURNS.keys():
+        warps = WARPS[kernel.split("<")[0]]
+        own = used[kernel]
+        turn = sass.turn_of("", kernel, warps)
+        out[kernel] = sass.counts(by_name[kernel], turn, own["registers"], own["shared"], warps)
+    return out
+
+
+def test_kernels_compile_without_spills_or_growth(tmp_path, sass):
     jobs = [(source, architecture) for architecture in ARCHITECTURES for source in KERNELS]
     with ThreadPoolExecutor(2) as pool:
         found = list(pool.map(lambda job: resources(*job, tmp_path), jobs))
@@ -72,9 +89,16 @@ def test_kernels_compile_without_spills(tmp_path):
             assert used["spill_stores"] == used["spill_loads"] == 0, where
             assert used["registers"] <= 255, where
             assert used["shared"] <= 48 << 10, where
+    counts = {}
+    for (source, architecture), kernels in zip(jobs, found, strict=True):
+        if architecture != "sm_80":
+            for kernel, row in counted(sass, tmp_path / f"{source}.{architecture}", kernels).items():
+                counts.setdefault(kernel, {})[architecture.rstrip("a")] = row
+    version = re.search(r"release ([\d.]+)", subprocess.check_output(["nvcc", "--version"], text=True))
+    assert version
     if os.environ.get("PYENGINE_RECORD"):
-        version = re.search(r"release ([\d.]+)", subprocess.check_output(["nvcc", "--version"], text=True))
-        assert version
+        sass.record("nvcc", version[1], counts)
         RESULTS.write_text(json.dumps({"nvcc": version[1], "kernels": table}, indent=2, sort_keys=True) + "\n")
     recorded = json.loads(RESULTS.read_text())["kernels"]
     assert recorded.keys() == table.keys()
+    assert not sass.grown("nvcc", version[1], counts)

@@ -65,7 +65,7 @@ __device__ Best best_held(const Row& row, int block, int turn, const float (&til
   return best;
 }
 
-template <bool kHeads, bool kAligned>
+template <bool kHeads, bool kAligned, int kType>
 __global__ void __launch_bounds__(kSumThreads, sum_blocks(kHeads, kAligned))
     tilt_sums(const __grid_constant__ TiltArgs a, const __grid_constant__ Workspace w) {
   // 32 bits: a 64-bit division costs as much as a seventh of the block.
@@ -77,7 +77,7 @@ __global__ void __launch_bounds__(kSumThreads, sum_blocks(kHeads, kAligned))
   LaneSum base, tilt;
 #pragma unroll 1
   for (int turn = 0; turn < kTurns; ++turn) {
-    row.read<kHeads, kAligned>(block, turn, true, held, delta);
+    row.read<kHeads, kAligned, kType>(block, turn, true, held, delta);
     const float top_base = maximum(held);
     base.raise(top_base);
 #pragma unroll
@@ -119,7 +119,7 @@ __global__ void __launch_bounds__(kSumThreads, sum_blocks(kHeads, kAligned))
   Best best;
 #pragma unroll 1
   for (int turn = 0; turn < kTurns; ++turn) {
-    row.read<kHeads, kAligned>(block, turn, true, held, delta);
+    row.read<kHeads, kAligned, kType>(block, turn, true, held, delta);
 #pragma unroll
     for (int i = 0; i < kHeld; ++i) held[i] += delta[i];
     lane_max = fmaxf(lane_max, maximum(held));
@@ -286,6 +286,17 @@ bool rows_aligned(const TiltArgs& a) {
   return all % 16 == 0;
 }
 
+using SumsKernel = void (*)(TiltArgs, Workspace);
+
+template <bool kHeads>
+SumsKernel sums_kernel(const TiltArgs& a) {
+  if (!rows_aligned(a)) return tilt_sums<kHeads, false, kAnyType>;
+  if (kHeads && a.values_type != a.logits_type) return tilt_sums<kHeads, true, kAnyType>;
+  if (a.logits_type == DType::f32) return tilt_sums<kHeads, true, int(DType::f32)>;
+  if (a.logits_type == DType::bf16) return tilt_sums<kHeads, true, int(DType::bf16)>;
+  return tilt_sums<kHeads, true, int(DType::f16)>;
+}
+
 // Carves the workspace, or measures it when `at` is null: the end of the last part.
 char* carve(Workspace& w, int64_t batch, int64_t vocab, char* at) {
   const auto take = [&](auto*& part, int64_t count) {
@@ -324,9 +335,7 @@ const char* tilt_sample(const TiltArgs& args, void* workspace, void* stream) {
   cudaLaunchConfig_t launch{};
   launch.stream = static_cast<cudaStream_t>(stream);
   launch.gridDim = dim3(unsigned(blocks)), launch.blockDim = dim3(kSumThreads);
-  const bool aligned = rows_aligned(args);
-  const auto sums = args.heads > 0 ? (aligned ? tilt_sums<true, true> : tilt_sums<true, false>)
-                                   : (aligned ? tilt_sums<false, true> : tilt_sums<false, false>);
+  const SumsKernel sums = args.heads > 0 ? sums_kernel<true>(args) : sums_kernel<false>(args);
   error = cudaLaunchKernelEx(&launch, sums, args, w);
   if (error != cudaSuccess) return cudaGetErrorString(error);
 

@@ -104,10 +104,15 @@ struct HeldBits {
   }
 };
 
-// Calls do_with(HeldBits<type>{}).
-template <class Do>
+constexpr int kAnyType = -1;
+
+// Calls do_with(HeldBits<type>{}). kType promises what `type` is: to look costs a seventh of a block's
+// instructions.
+template <int kType, class Do>
 __device__ void with_type(DType type, Do do_with) {
-  if (type == DType::f32)
+  if constexpr (kType != kAnyType)
+    do_with(HeldBits<DType(kType)>{});
+  else if (type == DType::f32)
     do_with(HeldBits<DType::f32>{});
   else if (type == DType::bf16)
     do_with(HeldBits<DType::bf16>{});
@@ -154,8 +159,9 @@ struct Row {
 
   // What the calling lane holds of block b in a turn, -inf beyond the row. No value revives a forbidden
   // token: its delta is 0. A head of weight 0 is skipped: 0 * inf must not poison the row. Lanes that are
-  // not `active` read nothing and get -inf. kAligned promises what rows_aligned() says.
-  template <bool kHeads, bool kAligned>
+  // not `active` read nothing and get -inf. kAligned promises what rows_aligned() says, kType the type of
+  // both.
+  template <bool kHeads, bool kAligned, int kType = kAnyType>
   __device__ void read(int b, int turn, bool active, float (&base)[kHeld], float (&delta)[kHeld]) const {
     const int64_t start = int64_t(b) * kBlock;
     const int n = active ? int(min(int64_t(kBlock), args.vocab - start)) : 0;
@@ -166,13 +172,13 @@ struct Row {
         const float w = weight(r);
         if (w == 0.0f) continue;
         const int64_t at = r * args.values_stride_head + index * args.values_stride_row + start;
-        with_type(args.values_type, [&](auto values) {
+        with_type<kType>(args.values_type, [&](auto values) {
           values.template load<kAligned>(args.values, at, turn, n);
           values.each([&](int i, float x) { delta[i] = fmaf(w, x, delta[i]); });
         });
       }
     };
-    with_type(args.logits_type, [&](auto logits) {
+    with_type<kType>(args.logits_type, [&](auto logits) {
       logits.template load<kAligned>(args.logits, index * args.logits_stride + start, turn, n);
       // The values' loads start before the logits' are waited for. It takes registers that the other
       // kind of rows needs for its shifts.

@@ -93,3 +93,13 @@ def test_a_branch_of_tree_attention_depends_on_nothing_but_itself():
             others[row] = tails[row]
             p.tree = p.tree._replace(tail_len=others)
             assert torch.equal(run_tree(p, window=60)[row], want[row])
+
+
+def test_long_prefixes_are_split_by_their_own_length():
+    """Eight splits of 256 tokens, then of 512 and of 1,024; a batch changes no bit of a shorter prefix."""
+    p = TREES.problem(lengths=(4200, 2100, 2000), branches=(1, 2, 1), tail=5, heads=(2, 1), width=16, kernel=False)
+    found = run_tree(p)
+    torch.testing.assert_close(found, p(reference.tree_attention), atol=1e-5, rtol=1e-5)
+    for b in (1, 2):
+        alone, rows = TREES.only(p, b)
+        assert torch.equal(run_tree(alone), found[rows])
