@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import io
 import json
@@ -16,6 +17,7 @@ import torch
 
 import pyengine
 from pyengine import PrefixScorer, cli
+from pyengine.evaluation import rejection
 from pyengine.named import EXACT, SCORERS
 from pyengine.rewards.conditioning import Conditioning
 from pyengine.worlds import reviews
@@ -90,8 +92,9 @@ def test_a_policy_that_is_asked_for_a_reward(run, tmp_path):
 
 
 def test_every_strategy_and_scorer_by_name(run):
-    for strategy in cli.generate.STRATEGIES:
-        assert run("generate", PROMPT, "--scorer", "prefix", "--strategy", strategy, "--max-tokens", 4)[0] == 0
+    for strategy, used in cli.generate.STRATEGIES.items():
+        needs = ("--bound", 2, "--beta", 1) if "bound" in used else ()
+        assert run("generate", PROMPT, "--scorer", "prefix", "--strategy", strategy, "--max-tokens", 4, *needs)[0] == 0
     for scorer in SCORERS:
         assert run("generate", PROMPT, "--scorer", scorer, "--k", 2, "--block", 4, "--max-tokens", 4)[0] == 0
 
@@ -107,6 +110,44 @@ def test_json_lines_from_arguments_stdin_and_file(run, tmp_path):
     records = [json.loads(line) for line in by_file[1].splitlines()]
     assert [r["prompt"] for r in records] == reviews.prompts(3)
     assert all(len(r["tokens"]) <= 6 for r in records)
+
+
+def test_a_budget_is_spent_at_every_token_or_on_average(run, engine):
+    options = ("--scorer", "prefix", "--strategy", "tokenwise", "--max-tokens", 12, "--json", "--temperature", 1)
+    for per, prompts in (("token", [PROMPT]), ("sequence", reviews.prompts(4))):
+        budget = ("--kl-budget", 0.4, *(() if per == "token" else ("--per", per)))
+        code, out, err = run("generate", *prompts, *options, "--seed", 3, *budget)
+        assert (code, err) == (0, "")
+        found = sorted((json.loads(line) for line in out.splitlines()), key=lambda r: prompts.index(r["prompt"]))
+        with engine.following(pyengine.embedded("prefix")):
+            plan = pyengine.Tokenwise(kl_budget=0.4, per=per)
+            wanted = engine.generate(prompts, plan, pyengine.SamplingParams(12, seed=3))
+        assert [r["tokens"] for r in found] == [r.tokens for r in wanted]
+        assert [r["kl"] for r in found] == pytest.approx([r.kl for r in wanted], abs=1e-4)
+
+
+def test_exact_draws_by_rejection_say_what_they_took(run, engine, monkeypatch):
+    options = ("--scorer", "sentiment", "--strategy", "rejection", "--bound", 1, "--beta", 0.5, "--seed", 0)
+    code, out, err = run("generate", *reviews.prompts(2), *options, "--max-tokens", 24, "--json")
+    assert (code, err) == (0, "")
+    with engine.following(reviews.sentiment):
+        sampling = pyengine.SamplingParams(24, seed=0)
+        wanted = pyengine.rejection_sample(engine, reviews.prompts(2), 1.0, 0.5, sampling=sampling)
+    for line, accepted in zip(map(json.loads, out.splitlines()), wanted, strict=True):
+        assert (line["tokens"], line["draws"], line["exact"]) == (accepted.result.tokens, accepted.draws, True)
+    monkeypatch.setattr(rejection, "rejection_sample", functools.partial(rejection.rejection_sample, max_draws=8))
+    code, out, err = run("generate", PROMPT, *options, "--bound", 500, "--max-tokens", 2)
+    assert (code, out) == (1, "")
+    assert err.startswith("pyengine: prompt 1: prompt 0: none of 8 draws was accepted")
+
+
+def test_a_sum_on_the_command_line(run):
+    code, out, err = run(
+        "generate", PROMPT, "--scorer", "2*prefix - 0.1*length", "--block", 4, "--max-tokens", 8, "--json"
+    )
+    assert (code, err) == (0, "")
+    found = json.loads(out)
+    assert found["reward"] == pytest.approx(2 * found["rewards"]["prefix"] - 0.1 * found["rewards"]["length"], abs=1e-5)
 
 
 def test_stream(run):
@@ -186,6 +227,35 @@ def test_what_is_finished_is_printed_before_an_interrupt(run, monkeypatch):
             "finite number, got nan",
         ),
         (["generate", PROMPT, "--strategy", "blockwise"], "needs a scorer"),
+        (
+            ["generate", PROMPT, "--scorer", "a", "--scorer", "b"],
+            '--scorer is there 2 times: give one sum, --scorer "a + b"',
+        ),
+        (["pairs", "--scorer", "a", "--scorer", "b", "--out", "/tmp/no.jsonl"], "--scorer is there 2 times"),
+        (["label", "x.jsonl", "--scorer", "a", "--scorer", "b", "--out", "/tmp/no.jsonl"], "--scorer is there 2 times"),
+        (["curve", "--reward", "a", "--reward", "b"], "--reward is there 2 times"),
+        (["profile", PROMPT, "--scorer", "a", "--scorer", "b"], "--scorer is there 2 times"),
+        (
+            ["train", "scorer", "--rollouts", "2", "--reward", "a", "--reward", "b", "--out", "/tmp/no"],
+            "--reward is there 2 times",
+        ),
+        (["generate", PROMPT, "--scorer", "sentiment +"], "expected a scorer, found 'the end' at character 12"),
+        (["generate", PROMPT, "--kl-budget", "1"], "--kl-budget is not used by strategy 'base' (it is by tokenwise)"),
+        (["generate", PROMPT, "--strategy", "tokenwise", "--per", "token"], "give that too"),
+        (
+            ["generate", PROMPT, "--strategy", "tokenwise", "--weight", "2", "--kl-budget", "1"],
+            "give weight or kl_budget, not both",
+        ),
+        (["generate", PROMPT, "--strategy", "rejection", "--beta", "1"], "strategy 'rejection' needs --bound"),
+        (
+            ["generate", PROMPT, "--strategy", "rejection", "--bound", "1", "--beta", "1", "--stream"],
+            "not with --stream",
+        ),
+        (["profile", PROMPT, "--strategy", "rejection", "--bound", "1", "--beta", "1"], "not with profile"),
+        (
+            "generate . --strategy tokenwise --scorer prefix --kl-budget 1 --per sequence --stream".split(),
+            "--per sequence is an average over all prompts",
+        ),
         (["generate", PROMPT, "--scorer", "probe", "--strategy", "tokenwise"], "'probe' scores whole prefixes"),
         (
             ["generate", PROMPT, "--k", "4"],

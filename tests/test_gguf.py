@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from gguf import quants
+from transformers import Trainer, TrainingArguments
 
 import pyengine
 from pyengine import Engine, InputError, RewardModel, checkpoint, cli, models
@@ -115,6 +116,7 @@ def test_a_file_is_the_model_that_it_was_made_of(stored, embedded_engine, tmp_pa
         assert torch.equal(loaded[name], weight), name
     assert engine.encode(PROMPT) == embedded_engine.encode(PROMPT)
     assert (engine.eos, engine.context, engine.codec.templated) == (embedded_engine.eos, 512, True)
+    Trainer(engine.model, TrainingArguments(str(tmp_path / "run"), use_cpu=True, report_to=[]))  # refuses packed ones
     engine.model.save_pretrained(tmp_path)
     engine.tokenizer.save_pretrained(tmp_path)
     again = Engine.from_pretrained(tmp_path)

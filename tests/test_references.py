@@ -144,7 +144,7 @@ class TestReferences:
             (lambda: References.gaussian(REWARDS, ddof=-1), "ddof must be a whole number"),
             (lambda: References({7: math.nan}), "the reference of 7 must be"),
             (lambda: References({"a": math.nan}), "the reference of 'a' must be a finite number"),
-            (lambda: References.canned(reviews.length, [], ["no"]), "at least one prompt and one response"),
+            (lambda: References.canned(reviews.politeness, [], ["no"]), "at least one prompt and one response"),
             (
                 lambda: References.canned(pyengine.embedded("probe"), ["a"], ["no"]),
                 "'probe' reads hidden states or tokens",

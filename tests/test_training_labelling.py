@@ -150,11 +150,11 @@ def test_scorers_that_cannot_score_these_rows(tmp_path):
     source = jsonl(tmp_path / "rows.jsonl", [*rows(3), {"prompt": PROMPT, "response": " very" * 3000}])
     for scorer, message in (
         (pyengine.embedded("reward-model"), r"rows from .*rows.jsonl:1: reward model 'reward-model' reads \d+ tokens"),
-        (pyengine.embedded("probe"), "reads hidden states or tokens"),
-        (pyengine.rewards.length(), "counts tokens"),
+        (pyengine.embedded("probe"), "reads hidden states or tokens of a language model: give the model"),
+        (pyengine.rewards.length(), "'length' reads hidden states or tokens"),
         ([], "needs a scorer"),
         ([("x", reviews.sentiment)], "its weight must be a finite number, got 'x'"),
-        ([reviews.sentiment, reviews.length], r"holds \(weight, scorer\) pairs"),
+        ([reviews.sentiment, reviews.politeness], r"holds \(weight, scorer\) pairs"),
         ("/no/such/scorer", "scorer /no/such/scorer: no such directory"),
     ):
         with pytest.raises(InputError, match=message):

@@ -86,7 +86,7 @@ def test_an_output_that_cannot_be_is_told_first(run, tmp_path, monkeypatch, comm
     monkeypatch.setattr(Engine, "from_pretrained", late)
     monkeypatch.setattr("pyengine.integrations.trl.reward_model._start", late)
     monkeypatch.setattr("pyengine.integrations.trl.run.load_checkpoint", late)
-    monkeypatch.setattr("pyengine.training.labelling.score_texts", late)
+    monkeypatch.setattr("pyengine.training.labelling.score_examples", late)
     data, taken = tmp_path / "data.jsonl", tmp_path / "taken"
     row = {"prompt": "a", "response": "b", "reward": 1.0}
     if command in ("reward-model", "preference"):

@@ -327,7 +327,7 @@ def test_roll_outs_on_the_command_line(run, tmp_path):
     assert (code, err) == (0, "")
     lines = [json.loads(line) for line in (out / "rollouts.jsonl").read_text().splitlines()]
     assert [line["prompt"] for line in lines] == reviews.prompts(5) * 4
-    assert all(line["reward"] == pytest.approx(reviews.length_of(line["response"]), abs=1e-6) for line in lines)
+    assert all(line["reward"] == pytest.approx(math.log(len(line["tokens"]) / 1024), abs=1e-6) for line in lines)
     assert max(len(line["tokens"]) for line in lines) == 12
     code, printed, _ = run("generate", PROMPT, "--scorer", out, "--strategy", "tokenwise", "--max-tokens", 9)
     assert code == 0

@@ -13,8 +13,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 import pyengine
+from pyengine.cli.load import SCORERS, quiet_loading, said
 from pyengine.errors import InputError, real, whole
-from pyengine.named import SOURCES, scorer_named
+from pyengine.expression import scorer_of
+from pyengine.named import SOURCES
 
 if TYPE_CHECKING:
     from pyengine.engine import Engine
@@ -45,7 +47,7 @@ def scorer(
         Path | None, typer.Option(help='JSONL file, {"prompt", "response", "reward"} a line; or --rollouts.')
     ] = None,
     rollouts: Annotated[int | None, typer.Option(help="Responses that the model draws and --reward scores.")] = None,
-    reward: Annotated[str | None, typer.Option(help=f"What scores them: {SOURCES}.")] = None,
+    reward: Annotated[list[str] | None, typer.Option(help=f"What scores them: {SCORERS}.")] = None,
     prompts: Annotated[
         Path | None, typer.Option(help='JSONL file, {"prompt"} a line, for --rollouts; default: the embedded reviews.')
     ] = None,
@@ -78,10 +80,8 @@ def scorer(
     with packages():
         from pyengine.training.checkpoints import fresh
         from pyengine.training.prefix import PrefixTraining, train_prefix_scorer
-    if not sys.stderr.isatty():
-        from transformers.utils import logging
-
-        logging.disable_progress_bar()
+    quiet_loading()
+    scored = said("--reward", reward)
     settings = PrefixTraining(
         method=method,  # type: ignore[arg-type]
         layer=layer,
@@ -102,12 +102,12 @@ def scorer(
         raise InputError("--trunk-lr is for --trunk copy or another checkpoint; a frozen trunk does not learn")
     if (data is None) == (rollouts is None):
         raise InputError("give --data FILE.jsonl, or --rollouts N with --reward")
-    for option, value in (("--reward", reward), ("--prompts", prompts), ("--max-tokens", max_tokens)):
+    for option, value in (("--reward", scored), ("--prompts", prompts), ("--max-tokens", max_tokens)):
         if data is not None and value is not None:
             raise InputError(f"{option} is for --rollouts; the responses of --data are there already")
     if max_tokens is not None:
         whole(max_tokens, "--max-tokens", 1)
-    if rollouts is not None and reward is None:
+    if rollouts is not None and scored is None:
         raise InputError(f"--rollouts needs --reward: {SOURCES}")
     if model is not None and rollouts is not None and prompts is None:
         raise InputError("--rollouts of another model need --prompts FILE.jsonl")
@@ -124,8 +124,8 @@ def scorer(
         examples = read_examples(data, engine)
     else:
         assert rollouts is not None
-        assert reward is not None
-        examples = _rollouts(engine, out, rollouts, reward, prompts, max_tokens or 160, seed, resume, model)
+        assert scored is not None
+        examples = _rollouts(engine, out, rollouts, scored, prompts, max_tokens or 160, seed, resume, model)
     report = train_prefix_scorer(engine, examples, out, settings, resume)
     if main:
         _show(report, out)
@@ -168,9 +168,7 @@ def _rollouts(
     if resume and file.is_file():
         _same_rollouts(about, wanted)
         return read_examples(file, engine)
-    examples = roll_out(
-        engine, list(islice(cycle(texts), count)), scorer_named(reward), max_tokens=max_tokens, seed=seed
-    )
+    examples = roll_out(engine, list(islice(cycle(texts), count)), scorer_of(reward), max_tokens=max_tokens, seed=seed)
     if int(os.environ.get("RANK", "0")) == 0:
         out.mkdir(parents=True, exist_ok=True)
         file.unlink(missing_ok=True)  # if the process is killed here, no roll-outs lie beside another run's description

@@ -23,10 +23,10 @@ from pyengine.engine import Engine
 from pyengine.errors import InputError, real, whole
 from pyengine.jsonl import json_object, numbered_prompts, raise_all, read_file, record_of
 from pyengine.results import SamplingParams
-from pyengine.scorers import Candidates, ScorerLike, score_texts
-from pyengine.scorers.base import as_given
-from pyengine.training.data import encode, example_of
+from pyengine.scorers import ScorerLike
+from pyengine.training.data import Example, encode, example_of
 from pyengine.training.identity import identity
+from pyengine.training.scoring import score_examples
 from pyengine.training.shards import Job, begun, digest_of, held, lines, merged, missing, vacant, written
 
 ROUNDING = 2.0**-23  # of a difference of two fp32 scores, relative to the larger: half a unit in the last place each
@@ -114,13 +114,12 @@ def build_pairs(
 
     A line is {"prompt", "chosen", "rejected", "score_chosen", "score_rejected"}, in the order of the prompts: TRL's
     preference format (the conversational one where the prompt is a conversation), which `read_preferences` reads.
-    prompts: as for `Engine.generate`, or the Path of a JSONL file of them. samples:
-    responses of the base policy to each prompt, at least two where there are no `candidates`, the j-th drawn with seed
-    sampling.seed + j, whatever else is in the batch. scorer: anything that the engine follows; it must read text where
-    `candidates` come without a reward. candidates: JSONL lines {"prompt", "response"} of another model, with a "reward"
-    where they were scored already, by the same scorer. margin: the hybrid rule (see `choose`), drawn by seed and
-    prompt. resume: take up a run that was cut short; nothing is sampled again but the shard in hand. progress: a bar on
-    stderr after two seconds; None shows it on a terminal only.
+    prompts: as for `Engine.generate`, or the Path of a JSONL file of them. samples: responses of the base policy to
+    each prompt, at least two where there are no `candidates`, the j-th drawn with seed sampling.seed + j, whatever else
+    is in the batch. scorer: anything that the engine follows. candidates: JSONL lines {"prompt", "response"} of another
+    model, with a "reward" where they were scored already, by the same scorer. margin: the hybrid rule (see `choose`),
+    drawn by seed and prompt. resume: take up a run that was cut short; nothing is sampled again but the shard in hand.
+    progress: a bar on stderr after two seconds; None shows it on a terminal only.
 
     No candidate are responses that were cut off, which have no reward yet and which a trainer would end with an EOS,
     and empty ones. The report counts: prompts, repeated (prompts that came again, which are taken once), pairs, dropped
@@ -157,7 +156,8 @@ def build_pairs(
         report = begun(job, resume)
         if report is not None:
             return report
-        _check_scorer(engine, given)
+        if not engine.parts:
+            raise InputError("build_pairs needs a scorer")
         todo = missing(job, shards)
         hide = None if progress is None else not progress
         done = len(unique) - sum(shard.rows for shard in todo)
@@ -201,19 +201,6 @@ def _readable(engine: Engine, prompts: PromptLike | Sequence[PromptLike] | Path)
     if not named:
         raise InputError("build_pairs needs prompts")
     return [key_of(prompt) for _, prompt in named]
-
-
-def _check_scorer(engine: Engine, given: Mapping[str, Sequence[Given]]) -> None:
-    """InputError unless there is a scorer, and one of text where responses are given that have no reward."""
-    if not engine.parts:
-        raise InputError("build_pairs needs a scorer")
-    bare = next((one for found in given.values() for one in found if one.reward is None), None)
-    for part in engine.parts:
-        if bare is not None and (part.scorer.layers or part.scorer.scores_tokens):
-            raise InputError(
-                f"{bare.where} has no reward, and scorer {part.name!r} reads hidden states or tokens, not text: give "
-                "candidates with their rewards, or use a reward model or a function"
-            )
 
 
 def parse_candidates(data: bytes, path: str, engine: Engine, prompts: Sequence[str]) -> dict[str, list[Given]]:
@@ -299,19 +286,11 @@ def _scored(engine: Engine, prompts: Sequence[str], given: Mapping[str, Sequence
     bare = [(prompt, one) for prompt in prompts for one in given.get(prompt, ()) if one.reward is None]
     rewards = {one.where: one.reward for found in given.values() for one in found if one.reward is not None}
     if bare:
-        texts = [one.response for _, one in bare]
-        candidates = Candidates(
-            [prompt for prompt, _ in bare],
-            [one.tokens for _, one in bare],
-            {},
-            {},
-            as_given(texts),
-            [engine.encode(prompt) for prompt, _ in bare],
-        )
-        for (_, one), reward in zip(bare, score_texts(engine.parts, candidates).tolist(), strict=True):
-            if not math.isfinite(reward):
-                raise InputError(f"{one.where}: its score is {reward}, it must be finite")
-            rewards[one.where] = reward
+        examples = [Example(prompt, one.response, 0.0, one.tokens, where=one.where) for prompt, one in bare]
+        for (_, one), score in zip(bare, score_examples(engine, engine.parts, examples), strict=True):
+            if not math.isfinite(score.reward):
+                raise InputError(f"{one.where}: its score is {score.reward}, it must be finite")
+            rewards[one.where] = score.reward
     return {
         prompt: [Answer(one.response, rewards[one.where], len(one.tokens), True) for one in given.get(prompt, ())]
         for prompt in prompts
