@@ -61,7 +61,6 @@ def load_checkpoint(auto: Any, kind: str, path: str | Path, trust_remote_code: b
             f"{missing[0]!r} among them"
         )
     if file is not None:
-        _plain(model)
         log.warning("%s %s: %s is dequantised to %s", kind, path, file, str(model.dtype).removeprefix("torch."))
     return model, tokenizer
 
@@ -90,16 +89,6 @@ def _dequantised(file: str) -> dict[str, Any]:
     """What tells transformers to unpack every weight; the older ones know no other way."""
     config: Any = getattr(transformers, "GgufConfig", None)
     return {} if config is None else {"quantization_config": config(gguf_file=file, dequantize=True)}
-
-
-def _plain(model: Any) -> None:
-    """A model whose weights were all unpacked is like any other; transformers would refuse to store or train it."""
-    for thing, names in (
-        (model, ("hf_quantizer", "quantization_method", "is_quantized")),
-        (model.config, ("quantization_config", "_is_quantized")),
-    ):
-        for name in names:
-            vars(thing).pop(name, None)
 
 
 def context_of(config: Any) -> int | None:

@@ -253,7 +253,7 @@ def test_what_is_finished_is_printed_before_an_interrupt(run, monkeypatch):
         ),
         (["profile", PROMPT, "--strategy", "rejection", "--bound", "1", "--beta", "1"], "not with profile"),
         (
-            "generate . --strategy tokenwise --scorer prefix --kl-budget 1 --per sequence --stream".split(),
+            ["generate", ".", "--strategy", "tokenwise", "--kl-budget", "1", "--per", "sequence", "--stream"],
             "--per sequence is an average over all prompts",
         ),
         (["generate", PROMPT, "--scorer", "probe", "--strategy", "tokenwise"], "'probe' scores whole prefixes"),

@@ -60,8 +60,8 @@ def test_padding_and_company_change_no_loss(small):
 
     def loss_of(chosen, method, reduction):
         batch = Batch(**collate(chosen))
-        p = read_prefixes(engine.model, batch, -1, logits=True)
-        target = targets(method, student, p, batch.reward, batch.ended)
+        p = read_prefixes(engine.model, batch, -1, method)
+        target = targets(method, student, p, batch.reward)
         return regression_loss(student(p.before, p.token), target, p.response, batch.length, reduction).item()
 
     for method in ("fudge", "cd-q"):
@@ -234,8 +234,8 @@ def test_two_processes_give_what_one_gives(small, model_dirs, tmp_path, in_two_p
     data = tmp_path / "data.jsonl"
     write_examples(data, words_examples(37))
     options = ["--data", data, "--model", model_dirs["llama"], "--epochs", 2, "--batch", 8, "--width", 16]
-    in_two_processes("train", "scorer", "--method", "cd-q", *options, "--held-out", 0, "--out", tmp_path / "two")
-    settings = PrefixTraining("cd-q", epochs=2, batch=8, width=16, held_out=0.0)
+    in_two_processes("train", "scorer", *options, "--held-out", 0, "--out", tmp_path / "two")
+    settings = PrefixTraining(epochs=2, batch=8, width=16, held_out=0.0)
     report = train_prefix_scorer(small[0], read_examples(data, small[0]), tmp_path / "one", settings)
     both = json.loads((tmp_path / "two" / "report.json").read_text())
     assert (both["processes"], both["steps"], both["data"]) == (2, report["steps"], report["data"])

@@ -65,6 +65,12 @@ def scorer(
     accumulate: Annotated[int, typer.Option(help="Parts that a step is computed in.")] = 1,
     reduction: Annotated[str, typer.Option(help="Tokens of a response: sum or token_mean.")] = "sum",
     held_out: Annotated[float, typer.Option(help="Share of the prompts that only the report uses.")] = 0.05,
+    fixed_horizon: Annotated[
+        bool, typer.Option("--fixed-horizon", help="The reward of a response that was cut off counts as it stands.")
+    ] = False,
+    patience: Annotated[
+        int | None, typer.Option(help="End after so many epochs without a lower held-out loss; --epochs is the most.")
+    ] = None,
     bf16: Annotated[bool, typer.Option("--bf16", help="Mixed precision.")] = False,
     seed: Annotated[int, typer.Option(help="Of the roll-outs, the split, the weights and the order.")] = 0,
     checkpoint_every: Annotated[int | None, typer.Option(help="Steps (default: an epoch).")] = None,
@@ -94,6 +100,8 @@ def scorer(
         bf16=bf16,
         seed=seed,
         held_out=held_out,
+        fixed_horizon=fixed_horizon,
+        patience=patience,
         checkpoint_every=checkpoint_every,
         trunk=trunk,
         trunk_lr=1e-5 if trunk_lr is None else trunk_lr,

@@ -88,7 +88,7 @@ def _read_along(engine: Engine, part: Part, items: Sequence[Encoded]) -> Tensor:
     if isinstance(scorer, PrefixModel):  # it would read each prefix anew
         return torch.cat([_of_prefix_model(scorer, item) for item in items])
     batch = Batch(**{name: value.to(engine.model.device) for name, value in collate(items).items()})
-    read = {layer: read_prefixes(engine.model, batch, layer, logits=False) for layer in scorer.layers}
+    read = {layer: read_prefixes(engine.model, batch, layer) for layer in scorer.layers}
     ends = [(item, end) for item in items for end in range(item.start + 1, len(item.ids) + 1)]
     heads = [item.ids[: item.start] for item, _ in ends]
     return scorer.score(
