@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 import pyengine
-from pyengine.cli.load import SCORERS, quiet_loading, said
+from pyengine.cli.load import SCORERS, followed, quiet_loading, said
 from pyengine.errors import InputError, real, whole
 from pyengine.expression import scorer_of
 from pyengine.named import SOURCES
@@ -235,14 +235,19 @@ def probe(
     ],
     out: Annotated[Path, typer.Option(help="Directory of the probe.")],
     loss: Annotated[str, typer.Option(help="q, ce or pg on rewards, qp on pairs.")],
+    reward: Annotated[
+        list[str] | None, typer.Option(help=f"Scores responses that come without a reward: {SCORERS}.")
+    ] = None,
     model: Annotated[str | None, typer.Option(help="Reads JSONL; directory or hub id, default: embedded.")] = None,
     layer: Annotated[
         int | None, typer.Option(help="Hidden state that the probe reads (default: -1, the last; or that embedded).")
     ] = None,
     hidden: Annotated[list[int] | None, typer.Option(help="Width of a hidden layer, may be repeated.")] = None,
-    lr: Annotated[float, typer.Option(help="Adam's learning rate.")] = 5e-5,
+    lr: Annotated[float | None, typer.Option(help="Adam's learning rate (default: 5e-5, more for fewer rows).")] = None,
     epochs: Annotated[int, typer.Option(help="Passes over the data.")] = 150,
-    batch: Annotated[int | None, typer.Option(help="Rows, groups (pg) or pairs (qp) in a step.")] = None,
+    batch: Annotated[
+        int | None, typer.Option(help="Rows, groups (pg) or pairs (qp) in a step (default: the paper's, or a ninth).")
+    ] = None,
     beta: Annotated[float | None, typer.Option(help="Of the softmax in loss pg (default: 1).")] = None,
     group: Annotated[int | None, typer.Option(help="Samples in a group of loss pg (default: all of a prompt).")] = None,
     held_out: Annotated[float, typer.Option(help="Share of the prompts that is not trained on.")] = 0.1,
@@ -251,10 +256,12 @@ def probe(
     seed: Annotated[int, typer.Option(help="Of the split, the first weights and the order.")] = 0,
 ) -> None:
     """Train a probe on hidden states (Q-Probe)."""
+    from pyengine.scorers import parts_of
     from pyengine.training.data import read_examples
     from pyengine.training.embeddings import embed_examples, load_embeddings
     from pyengine.training.examples import Pair, read_preferences
     from pyengine.training.probe import probe_settings, train_probe
+    from pyengine.training.scoring import rewarded
     from pyengine.training.shards import unused
 
     settings: dict[str, Any] = {
@@ -268,6 +275,9 @@ def probe(
         "seed": seed,
     }
     probe_settings(loss, loss == "qp", **settings)  # type: ignore[arg-type]
+    scored: Any = followed("--reward", reward)
+    if scored is not None and (loss == "qp" or data.suffix == ".safetensors"):
+        raise InputError("--reward scores responses of JSONL lines; pairs and embeddings have their labels")
     for width in hidden or ():
         whole(width, "--hidden", 1)
     unused(out)
@@ -279,9 +289,14 @@ def probe(
             raise InputError(f"{data}: --loss qp needs pairs, lines {{'prompt', 'chosen', 'rejected'}}")
         path: Any = pyengine.embedded("policy") if model is None else model
         engine = pyengine.Engine.from_pretrained(path, device=device)
-        found = embed_examples(engine, examples or read_examples(data, engine), -1 if layer is None else layer)
+        examples = examples or read_examples(data, engine, rewarded=scored is None)
+        if scored is not None:
+            examples = rewarded(engine, parts_of(scored), examples)
+        found = embed_examples(engine, examples, -1 if layer is None else layer)
     fit = train_probe(found, loss, hidden=hidden or (), layer=layer, **settings)  # type: ignore[arg-type]
     fit.save(out)
+    for doubt in fit.warnings:
+        print(f"pyengine: {doubt}", file=sys.stderr)
     print(json.dumps({"epoch": fit.epoch, "train_loss": fit.train_loss[-1], "held_out": fit.held_out}))
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -10,6 +12,7 @@ from torch import Tensor
 
 from pyengine.engine import Engine
 from pyengine.errors import InputError
+from pyengine.jsonl import raise_all
 from pyengine.scorers import Candidates, Part, PrefixModel
 from pyengine.scorers.base import as_given
 from pyengine.training.data import Encoded, Example, encode_all
@@ -67,6 +70,16 @@ def score_examples(engine: Engine | None, parts: Sequence[Part], examples: Seque
             along = along and [total + part.weight * values for total, values in zip(along, found, strict=True)]
     values = [None] * len(examples) if along is None else [each.tolist() for each in along]
     return [Scored(*both) for both in zip(ends.tolist(), values, strict=True)]
+
+
+def rewarded(engine: Engine, parts: Sequence[Part], examples: Sequence[Example]) -> list[Example]:
+    """The examples with the rewards that `score_examples` gives them; InputError names one that is not finite."""
+    found = [
+        replace(e, reward=s.reward) for e, s in zip(examples, score_examples(engine, parts, examples), strict=True)
+    ]
+    faults = [f"{e.where}: its score is {e.reward}, it must be finite" for e in found if not math.isfinite(e.reward)]
+    raise_all(faults, len(found), "responses")
+    return found
 
 
 def _along(engine: Engine, part: Part, items: Sequence[Encoded]) -> list[Tensor] | None:

@@ -80,7 +80,8 @@ def gather_prefixes(model: Any, batch: Batch, layer: int, method: Method | None 
     found = Prefixes(*(torch.cat(columns) for columns in zip(*parts, strict=True)))
     order = found.response.argsort(stable=True)
     place = (found.ahead.cumsum(0) - 1)[order][found.ahead[order]]
-    return Prefixes(*(column[order] for column in found[:-1]), logits=found.logits[place])  # type: ignore[call-arg]
+    ordered = {name: column[order] for name, column in found._asdict().items() if name != "logits"}
+    return Prefixes(**ordered, logits=found.logits[place])
 
 
 def _read(model: Any, batch: Batch, rows: Tensor, layer: int, method: Method | None) -> Prefixes:
