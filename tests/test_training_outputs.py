@@ -141,7 +141,7 @@ def test_no_command_overwrites_a_model(run, tmp_path, left):
 
 @pytest.mark.parametrize("left", ["rollouts.jsonl", "checkpoints/checkpoint-3/trainer_state.json"])
 def test_roll_outs_of_an_earlier_run_are_kept(run, tmp_path, monkeypatch, left):
-    monkeypatch.setattr("pyengine.training.data.roll_out", lambda *_, **__: pytest.fail("drawn"))
+    monkeypatch.setattr("pyengine.training.rollouts.drawn", lambda *_, **__: pytest.fail("drawn"))
     for name in ("rollouts.jsonl", left):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text("dear")

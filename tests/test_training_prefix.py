@@ -322,8 +322,8 @@ def test_roll_outs_on_the_command_line(run, tmp_path):
     """Drawn, kept, trained on; the scorer decodes; a resumed run wants the same ones."""
     out, asked = tmp_path / "mine", tmp_path / "prompts.jsonl"
     asked.write_text("".join(json.dumps({"prompt": p}) + "\n" for p in reviews.prompts(5)))
-    options = ("--reward", "length", "--prompts", asked, "--max-tokens", 12, "--epochs", 1, "--out", out)
-    code, printed, err = run("train", "scorer", "--rollouts", 20, *options)
+    options = ("--prompts", asked, "--max-tokens", 12, "--epochs", 1, "--out", out)
+    code, printed, err = run("train", "scorer", "--rollouts", 20, "--reward", "length", *options)
     assert (code, err) == (0, "")
     lines = [json.loads(line) for line in (out / "rollouts.jsonl").read_text().splitlines()]
     assert [line["prompt"] for line in lines] == reviews.prompts(5) * 4
@@ -334,31 +334,31 @@ def test_roll_outs_on_the_command_line(run, tmp_path):
     assert "(exact)" in printed
     drawn = (out / "rollouts.jsonl").read_bytes()
 
-    def resume(count=20, *changes):
-        return run("train", "scorer", "--rollouts", count, *options, *changes, "--resume")
+    def resume(count=20, *changes, reward="length"):
+        return run("train", "scorer", "--rollouts", count, "--reward", reward, *options, *changes, "--resume")
 
-    for changes, named in (
-        ((9,), "count"),
-        ((20, "--reward", "sentiment"), "reward"),
-        ((20, "--seed", 1), "seed"),
-        ((20, "--max-tokens", 13, "--reward", "sentiment"), "reward and max_tokens"),
+    for changes, reward, named in (
+        ((9,), "length", "count"),
+        ((20,), "sentiment", "reward"),
+        ((20, "--seed", 1), "length", "seed"),
+        ((20, "--max-tokens", 13), "sentiment", "reward and max_tokens"),
     ):
-        code, _, err = resume(*changes)
+        code, _, err = resume(*changes, reward=reward)
         assert (code, err.count("\n")) == (2, 1)
-        assert f"were made with another {named}; give the same" in err
+        assert f"exists already, and was made with another {named}; give the same" in err
     asked.write_text(json.dumps({"prompt": PROMPT}) + "\n")
     assert "another prompts;" in resume()[2]
-    (out / "rollouts.json").unlink()
+    (out / "rollouts.jsonl.report.json").unlink()
     code, _, err = resume()
     assert (code, err.count("\n")) == (2, 1)
-    assert "rollouts.json does not say how the roll-outs beside it were made" in err
+    assert "rollouts.jsonl exists already, and does not say what it was made of" in err
     assert (out / "rollouts.jsonl").read_bytes() == drawn
 
 
 def test_a_resumed_command_reads_the_roll_outs_that_it_drew(run, tmp_path, monkeypatch):
     """Killed after they were drawn: the same command with --resume draws none again."""
-    import pyengine.training.data
     import pyengine.training.prefix
+    import pyengine.training.rollouts
 
     def killed(*_):
         raise InputError("killed")
@@ -368,8 +368,42 @@ def test_a_resumed_command_reads_the_roll_outs_that_it_drew(run, tmp_path, monke
         patch.setattr(pyengine.training.prefix, "train_prefix_scorer", killed)
         assert "killed" in run("train", "scorer", *options)[2]
     with monkeypatch.context() as patch:
-        patch.setattr(pyengine.training.data, "roll_out", killed)
+        patch.setattr(pyengine.training.rollouts, "drawn", killed)
         assert run("train", "scorer", *options, "--resume")[0] == 0
+
+
+def test_roll_outs_are_kept_as_they_are_drawn(run, engine, tmp_path, monkeypatch, caplog):
+    """Interrupted after two of four shards, and told so: the others alone are drawn, to the roll-outs of one call."""
+    from pyengine.training import rollouts
+
+    draw, drawn = rollouts.drawn, []
+
+    def killing(engine, asked, *rest):
+        if len(drawn) == 2:
+            raise KeyboardInterrupt
+        drawn.append(len(asked))
+        return draw(engine, asked, *rest)
+
+    monkeypatch.setattr(rollouts, "AT_ONCE", 5)
+    options = ("--rollouts", 18, "--reward", "length", "--max-tokens", 6, "--fixed-horizon", "--epochs", 1)
+    options += ("--out", tmp_path / "out")
+    with monkeypatch.context() as patch:
+        patch.setattr(rollouts, "drawn", killing)
+        assert run("train", "scorer", *options)[0] == 130
+    assert "rollouts.jsonl.shards keeps 2 parts, from which the same run goes on with resume" in caplog.text
+    code, _, err = run("train", "scorer", *options)
+    assert (code, err.count("\n")) == (2, 1)
+    assert "rollouts.jsonl.shards holds part of a run that was cut short: resume it, or delete it" in err
+    drawn.clear()
+    monkeypatch.setattr(
+        rollouts, "drawn", lambda engine, asked, *rest: drawn.append(len(asked)) or draw(engine, asked, *rest)
+    )
+    assert run("train", "scorer", *options, "--resume")[0] == 0
+    assert drawn == [5, 3]
+    found = read_examples(tmp_path / "out" / "rollouts.jsonl", engine)
+    wanted = roll_out(engine, reviews.prompts(18), pyengine.rewards.length(), max_tokens=6)
+    assert [(e.prompt, e.tokens) for e in found] == [(e.prompt, e.tokens) for e in wanted]
+    assert not (tmp_path / "out" / "rollouts.jsonl.shards").exists()
 
 
 @pytest.mark.parametrize(

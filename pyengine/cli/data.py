@@ -67,6 +67,9 @@ def pairs(
     margin: Annotated[
         float | None, typer.Option(help="Reject any that scores lower by this (default: the lowest score).")
     ] = None,
+    fixed_horizon: Annotated[
+        bool, typer.Option("--fixed-horizon", help="What was cut off makes pairs too, scored as it stands.")
+    ] = False,
     max_tokens: Annotated[int, typer.Option(help="Most new tokens; what is cut off makes no pair.")] = 1024,
     temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.7,
     top_p: Annotated[float, typer.Option(help="1 is off.")] = 0.95,
@@ -78,7 +81,7 @@ def pairs(
     ] = None,
     trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code", help="Run the model's own code.")] = False,
 ) -> None:
-    """Sample responses and keep the best and the worst of each prompt (WPO)."""
+    """Sample responses and keep the best and the worst of each prompt (WPO). No pair at all is exit code 1."""
     from pyengine.results import SamplingParams
     from pyengine.training.pairs import build_pairs
     from pyengine.training.shards import vacant
@@ -99,6 +102,9 @@ def pairs(
         sampling=sampling,
         candidates=candidates,
         margin=margin,
+        fixed_horizon=fixed_horizon,
         resume=resume,
     )
     print(json.dumps(report))
+    if not report["pairs"]:
+        raise typer.Exit(1)

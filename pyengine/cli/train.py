@@ -8,7 +8,7 @@ import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
@@ -17,10 +17,6 @@ from pyengine.cli.load import SCORERS, followed, quiet_loading, said
 from pyengine.errors import InputError, real, whole
 from pyengine.expression import scorer_of
 from pyengine.named import SOURCES
-
-if TYPE_CHECKING:
-    from pyengine.engine import Engine
-    from pyengine.training.data import Example
 
 app = typer.Typer(help="Train scorers for a frozen model, or a policy.")
 
@@ -81,7 +77,10 @@ def scorer(
 ) -> None:
     """Train a prefix scorer: V of every next token, on the model's hidden states or with a trunk of its own."""
     from pyengine.engine import Engine
+    from pyengine.jsonl import read_prompts
     from pyengine.training.data import read_examples
+    from pyengine.training.rollouts import kept_roll_outs
+    from pyengine.worlds import reviews
 
     with packages():
         from pyengine.training.checkpoints import fresh
@@ -115,6 +114,8 @@ def scorer(
             raise InputError(f"{option} is for --rollouts; the responses of --data are there already")
     if max_tokens is not None:
         whole(max_tokens, "--max-tokens", 1)
+    if rollouts is not None:
+        whole(rollouts, "--rollouts", 1)
     if rollouts is not None and scored is None:
         raise InputError(f"--rollouts needs --reward: {SOURCES}")
     if model is not None and rollouts is not None and prompts is None:
@@ -133,72 +134,21 @@ def scorer(
     else:
         assert rollouts is not None
         assert scored is not None
-        examples = _rollouts(engine, out, rollouts, scored, prompts, max_tokens or 160, seed, resume, model)
+        examples = kept_roll_outs(
+            engine,
+            reviews.prompts(96) if prompts is None else read_prompts(prompts),
+            scorer_of(scored),
+            kept,
+            count=rollouts,
+            max_tokens=max_tokens or 160,
+            seed=seed,
+            said={"model": model or "embedded", "reward": scored},
+            resume=resume,
+            keeps=main,
+        )
     report = train_prefix_scorer(engine, examples, out, settings, resume)
     if main:
         _show(report, out)
-
-
-def _rollouts(
-    engine: Engine,
-    out: Path,
-    count: int,
-    reward: str,
-    prompts: Path | None,
-    max_tokens: int,
-    seed: int,
-    resume: bool,
-    model: str | None,
-) -> list[Example]:
-    """`count` roll-outs over the prompts in turn, kept as rollouts.jsonl; a resumed run reads them there.
-
-    rollouts.json beside it says how they were made, and a resumed run must want the same. Each of several processes
-    draws them all: equal seeds, equal roll-outs.
-    """
-    from itertools import cycle, islice
-
-    from pyengine.jsonl import read_prompts
-    from pyengine.training.data import read_examples, roll_out, write_examples
-    from pyengine.training.shards import digest_of
-    from pyengine.worlds import reviews
-
-    file, about = out / "rollouts.jsonl", out / "rollouts.json"
-    whole(count, "--rollouts", 1)
-    texts = reviews.prompts(96) if prompts is None else read_prompts(prompts)
-    wanted = {
-        "model": model or "embedded",
-        "reward": reward,
-        "prompts": digest_of(json.dumps(texts).encode()),
-        "max_tokens": max_tokens,
-        "seed": seed,
-        "count": count,
-    }
-    if resume and file.is_file():
-        _same_rollouts(about, wanted)
-        return read_examples(file, engine)
-    examples = roll_out(engine, list(islice(cycle(texts), count)), scorer_of(reward), max_tokens=max_tokens, seed=seed)
-    if int(os.environ.get("RANK", "0")) == 0:
-        out.mkdir(parents=True, exist_ok=True)
-        file.unlink(missing_ok=True)  # if the process is killed here, no roll-outs lie beside another run's description
-        about.write_text(json.dumps(wanted, indent=1) + "\n")
-        write_examples(file, examples)
-    return examples
-
-
-def _same_rollouts(about: Path, wanted: dict[str, Any]) -> None:
-    """InputError unless the roll-outs that are kept were made as they are wanted."""
-    try:
-        made = json.loads(about.read_bytes())
-        differ = [key for key, value in wanted.items() if made.get(key) != value]
-    except (OSError, ValueError, AttributeError) as error:
-        raise InputError(
-            f"--resume: {about} does not say how the roll-outs beside it were made; give them as --data, or start anew"
-        ) from error
-    if differ:
-        raise InputError(
-            f"--resume: the roll-outs in {about.parent} were made with another {' and '.join(differ)}; give the same, "
-            "or another --out"
-        )
 
 
 def _show(report: dict[str, Any], out: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -21,6 +22,7 @@ from pyengine.training.rows import SHARDS, Shard, Through, check_writable, lines
 from pyengine.training.scoring import Scored, check_text, reads_text, score_examples
 from pyengine.training.shards import Job, written
 
+log = logging.getLogger("pyengine")
 SHARD_BYTES = 1 << 18  # of input in a shard at least: what a kill loses of one worker's time
 
 
@@ -99,7 +101,7 @@ def label(
     The report: rows, replaced, cut_off (rows whose finish_reason is "length"), seconds of this run, and of the rewards
     the least, the greatest and `statistics`, which are what `pyengine.Statistics` is made of (ddof 0). Those leave out
     what was cut off, whose reward is that of a prefix: it is kept in the output, where trainers bootstrap at the cut
-    instead. Where every row was cut off they are null.
+    instead. Where every row was cut off they are null, and a warning is logged.
     Memory does not grow with the rows, whose results lie in OUT.shards until all are there. Raises one InputError
     with file:line for lines that cannot be used, before any is scored; for a score that is not finite; for files that
     cannot be read or written; and for an output that is there already, or is part of other work.
@@ -173,6 +175,8 @@ class _Rewards:
             self.moments.add(record["reward"])
 
     def report(self) -> dict[str, Any]:
+        if not self.moments.count:
+            log.warning("each of %d responses was cut off: there are no statistics of rewards", self.cut_off)
         return {"cut_off": self.cut_off, **self.moments.report()}
 
 

@@ -185,13 +185,13 @@ def train_prefix_scorer(
     out = Path(out)
     started = time.perf_counter()
     new = fresh(out, resume)
-    items = encode_all(engine, examples)
-    if settings.fixed_horizon:
-        items = [item._replace(ended=True) for item in items]
-    training, held_out, by = held_apart(items, settings.held_out, settings.seed)
+    training, held_out, by = held_apart(encode_all(engine, examples), settings.held_out, settings.seed)
     run = {"model": engine.name, "settings": asdict(settings), "examples": len(examples), "data": _digest(training)}
     if not new:
         return finished(out, run)
+    cut = sum(not item.ended for item in training)
+    if settings.fixed_horizon:
+        training, held_out = ([item._replace(ended=True) for item in side] for side in (training, held_out))
     known = [item.reward for item in training if item.ended]
     if not known:
         raise InputError(
@@ -233,7 +233,7 @@ def train_prefix_scorer(
         outcome = trainer.train(resume_from_checkpoint=checkpoint)
     scorer = student.finished()
     report = run | {
-        "cut_off": sum(not item.ended for item in training),
+        "cut_off": cut,
         "tokens": sum(len(item.ids) - item.start for item in training),
         "training_responses": len(training),
         "steps": outcome.global_step,
@@ -270,7 +270,7 @@ def doubts(report: dict[str, Any]) -> list[str]:
     """What speaks against a scorer with this report, in words; nothing of one that predicts."""
     found, said = report["held_out"], []
     cut, trained = report["cut_off"], report["training_responses"]
-    if 2 * cut > trained:
+    if 2 * cut > trained and not report["settings"]["fixed_horizon"]:
         said.append(
             f"{cut} of {trained} responses were cut off, and only the rewards of the others are learned from: let them "
             "be longer (--max-tokens), or count the rewards as they stand (--fixed-horizon)"
