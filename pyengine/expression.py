@@ -49,7 +49,8 @@ def scorer_of(text: str) -> ScorerLike:
 
     Raises InputError, with the place, for a line that is no expression, and as `scorer_named` and the transforms do.
     """
-    if Path(text).is_dir() or Path(text.rpartition(":")[0]).is_file():
+    source, _, function = text.rpartition(":")
+    if Path(text).is_dir() or (function.isidentifier() and Path(source).is_file()):
         return scorer_named(text)
     words = list(_tokens(text))
     if not text or (len(words) == 1 and words[0].kind != "mark"):

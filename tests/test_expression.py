@@ -50,6 +50,7 @@ def named(tmp_path, monkeypatch):
         ("-2 * 1e-1 * (sentiment - 3*politeness) + length", lambda s, p, b: -2 * 1e-1 * (s - 3 * p) + length()),
         ("own.py:brief", lambda s, p, b: b),
         (".5*own.py:brief+sentiment", lambda s, p, b: 0.5 * b + s),
+        ("own.py:brief + 0.5*sentiment", lambda s, p, b: b + 0.5 * s),
         ("lsc(sentiment, refs.json) & lsc(politeness, -0.5)", lambda s, p, b: lsc(s, 0.25) & lsc(p, -0.5)),
         ("lsc(sentiment, 1) & log_sigmoid(politeness) + own.py:brief", None),
         ("2*centred(sentiment, 'refs.json')", lambda s, p, b: 2 * centred(s, 0.25)),

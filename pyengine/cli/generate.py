@@ -91,7 +91,9 @@ def generate(
     input: Annotated[
         Path | None, typer.Option(help='JSONL file, a "prompt" (text), "prompt_ids" or "messages" a line.')
     ] = None,
-    model: Annotated[str | None, typer.Option(help="Directory or hub id; default: the embedded model.")] = None,
+    model: Annotated[
+        str | None, typer.Option(help="Directory, hub id or FILE.gguf; default: the embedded model.")
+    ] = None,
     scorer: Annotated[list[str] | None, typer.Option(help=f"What is followed: {SCORERS}.")] = None,
     strategy: Annotated[
         str | None, typer.Option(help=f"{', '.join(STRATEGIES)}; default: blockwise with a scorer, else base.")

@@ -230,6 +230,7 @@ def probe(
         raise InputError("--reward scores responses of JSONL lines; pairs and embeddings have their labels")
     for width in hidden or ():
         whole(width, "--hidden", 1)
+    quiet_loading()
     unused(out)
     if data.suffix == ".safetensors":
         found = load_embeddings(data)
