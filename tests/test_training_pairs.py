@@ -350,6 +350,7 @@ def test_command(tmp_path):
         failed = run(*arguments)
         assert isinstance(failed.exception, InputError)
         assert message in str(failed.exception)
-    options = ("--prompts", prompts, "--scorer", "length", "--max-tokens", 2, "--out")
+    options = ("--prompts", prompts, "--scorer", "probe", "--max-tokens", 2, "--out")
     failed = run(*options, tmp_path / "none")
     assert (failed.return_value, json.loads(failed.stdout)["pairs"]) == (1, 0)
+    assert json.loads(run(*options, tmp_path / "some", "--fixed-horizon").stdout)["pairs"] > 0
