@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import io
 import json
+import logging
+from contextlib import nullcontext, redirect_stderr
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from transformers import AutoTokenizer
+from transformers.utils.logging import is_progress_bar_enabled
 
 from pyengine.errors import InputError, first_line, whole
+
+log = logging.getLogger("pyengine")
 
 
 def device_of(name: Any) -> torch.device:
@@ -21,19 +29,25 @@ def device_of(name: Any) -> torch.device:
 
 
 def load_checkpoint(auto: Any, kind: str, path: str | Path, trust_remote_code: bool, **arguments: Any) -> Any:
-    """(model, tokenizer) from a directory or hub id; safetensors only, no code of its own unless asked for.
+    """(model, tokenizer) from a directory, hub id or GGUF file; no pickles, and no code of its own unless asked for.
 
-    auto: a transformers Auto class. Raises InputError, naming `kind` and `path`, for anything that cannot
-    be loaded whole: transformers would fill missing weights with random numbers and go on.
+    auto: a transformers Auto class. A GGUF file, or a directory that holds one and no safetensors, is dequantised whole
+    by transformers. Raises InputError, naming `kind` and `path`, for anything that cannot be loaded whole: transformers
+    would fill missing weights with random numbers and go on.
     """
+    path, file = _gguf_in(kind, Path(path)) or (path, None)
     if (Path(path).is_absolute() or str(path).startswith(".")) and not Path(path).is_dir():
         is_file = " (that is a file)" if Path(path).is_file() else ""
         raise InputError(f"{kind} {path}: no such directory{is_file}; give one with config.json and safetensors")
+    source: dict[str, Any] = {} if file is None else {"gguf_file": file}
+    how = {"use_safetensors": True} if file is None else source | _dequantised(file)
     try:
-        model, found = auto.from_pretrained(
-            path, use_safetensors=True, trust_remote_code=trust_remote_code, output_loading_info=True, **arguments
-        )
-        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
+        # The bar of the dequantisation asks nobody.
+        with nullcontext() if file is None or is_progress_bar_enabled() else redirect_stderr(io.StringIO()):
+            model, found = auto.from_pretrained(
+                path, trust_remote_code=trust_remote_code, output_loading_info=True, **how, **arguments
+            )
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code, **source)
     except Exception as error:
         raise InputError(
             f"{kind} {path}: {_of_adapter(Path(path), error)}{_other_files(Path(path))}{first_line(error)}"
@@ -46,7 +60,35 @@ def load_checkpoint(auto: Any, kind: str, path: str | Path, trust_remote_code: b
             f"{kind} {path}: the checkpoint lacks {len(missing)} of the weights of a {type(model).__name__}, "
             f"{missing[0]!r} among them"
         )
+    if file is not None:
+        log.warning("%s %s: %s is dequantised to %s", kind, path, file, str(model.dtype).removeprefix("torch."))
     return model, tokenizer
+
+
+def _gguf_in(kind: str, path: Path) -> tuple[Path, str] | None:
+    """(directory, name) of the GGUF file that `path` is or holds beside no safetensors; InputError for several of them,
+    and where what reads one is not installed."""
+    if path.is_dir():
+        files = [] if any(path.glob("*.safetensors")) else sorted(path.glob("*.gguf"))
+    else:
+        files = [path] if path.suffix == ".gguf" else []
+    if not files:
+        return None
+    if len(files) > 1:
+        names = ", ".join(file.name for file in files)
+        raise InputError(f"{kind} {path}: holds several GGUF files, {names}: give one of them")
+    if not files[0].is_file():
+        raise InputError(f"{kind} {path}: no such file")
+    needs = [name for name in ("gguf", "accelerate") if find_spec(name) is None]
+    if needs:
+        raise InputError(f"{kind} {path}: reading GGUF needs {' and '.join(needs)}: pip install {' '.join(needs)}")
+    return files[0].parent, files[0].name
+
+
+def _dequantised(file: str) -> dict[str, Any]:
+    """What tells transformers to unpack every weight; the older ones know no other way."""
+    config: Any = getattr(transformers, "GgufConfig", None)
+    return {} if config is None else {"quantization_config": config(gguf_file=file, dequantize=True)}
 
 
 def context_of(config: Any) -> int | None:
@@ -145,8 +187,6 @@ def _other_files(path: Path) -> str:
         return ""
     if any(path.glob("*.bin")):
         return "its weights are pickles (*.bin), which are not loaded: save it as safetensors with transformers first: "
-    if any(path.glob("*.gguf")):
-        return "its weights are GGUF, which is not loaded: save it as safetensors with transformers first: "
     return ""
 
 

@@ -109,7 +109,7 @@ class Engine:
         batch_invariant: bool = False,
         quantize: str | None = None,
     ) -> Engine:
-        """Load a causal language model from a directory or hub id; safetensors only.
+        """Load a causal language model from a directory, hub id or GGUF file, which is dequantised; no pickles.
 
         dtype: fp32 on a CPU and the checkpoint's own elsewhere, unless given. quantize: "int8" keeps the weights of all
         linear layers in eight bits, on a CPU, where decoding takes the time that reading them takes. What such numbers

@@ -16,14 +16,14 @@ if TYPE_CHECKING:  # torch takes seconds that `pyengine --help` need not spend
     from pyengine.scorers.base import ScorerLike
 
 MODELS = ("prefix", "probe", "reward-model")  # embedded
-EXACT = {"sentiment": reviews.sentiment, "politeness": reviews.politeness, "length": reviews.length}
-SCORERS = (*MODELS, *EXACT)
-SOURCES = f"a directory, a hub id, FILE.py:FUNCTION, or embedded: {', '.join(SCORERS)}"  # in words
+EXACT = {"sentiment": reviews.sentiment, "politeness": reviews.politeness}  # of the embedded reviews
+SCORERS = (*MODELS, *EXACT, "length")
+SOURCES = f"a directory, a hub id, FILE.py:FUNCTION, MODULE:FUNCTION, or embedded: {', '.join(SCORERS)}"  # in words
 
 
 def scorer_named(name: str) -> ScorerLike:
-    """An embedded scorer or an exact reward by its name, a function as FILE.py:FUNCTION or MODULE:FUNCTION, else `name`
-    as a directory or hub id.
+    """An embedded scorer or an exact reward by its name ("length" is `rewards.length()`, in tokens), a function as
+    FILE.py:FUNCTION or MODULE:FUNCTION, else `name` as a directory or hub id.
 
     Raises InputError for a name that can be none of these.
     """
@@ -31,6 +31,10 @@ def scorer_named(name: str) -> ScorerLike:
         return pyengine.embedded(name)
     if name in EXACT:
         return EXACT[name]
+    if name == "length":
+        from pyengine.rewards import length
+
+        return length()
     source, colon, function = name.rpartition(":")
     if colon and function.isidentifier() and not Path(name).is_dir():
         return _function(source, function)

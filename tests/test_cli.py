@@ -90,8 +90,9 @@ def test_a_policy_that_is_asked_for_a_reward(run, tmp_path):
 
 
 def test_every_strategy_and_scorer_by_name(run):
-    for strategy in cli.generate.STRATEGIES:
-        assert run("generate", PROMPT, "--scorer", "prefix", "--strategy", strategy, "--max-tokens", 4)[0] == 0
+    for strategy, used in cli.generate.STRATEGIES.items():
+        needs = ("--bound", 2, "--beta", 1) if "bound" in used else ()
+        assert run("generate", PROMPT, "--scorer", "prefix", "--strategy", strategy, "--max-tokens", 4, *needs)[0] == 0
     for scorer in SCORERS:
         assert run("generate", PROMPT, "--scorer", scorer, "--k", 2, "--block", 4, "--max-tokens", 4)[0] == 0
 
@@ -186,6 +187,35 @@ def test_what_is_finished_is_printed_before_an_interrupt(run, monkeypatch):
             "finite number, got nan",
         ),
         (["generate", PROMPT, "--strategy", "blockwise"], "needs a scorer"),
+        (
+            ["generate", PROMPT, "--scorer", "a", "--scorer", "b"],
+            '--scorer is there 2 times: give one sum, --scorer "a + b"',
+        ),
+        (["pairs", "--scorer", "a", "--scorer", "b", "--out", "/tmp/no.jsonl"], "--scorer is there 2 times"),
+        (["label", "x.jsonl", "--scorer", "a", "--scorer", "b", "--out", "/tmp/no.jsonl"], "--scorer is there 2 times"),
+        (["curve", "--reward", "a", "--reward", "b"], "--reward is there 2 times"),
+        (["profile", PROMPT, "--scorer", "a", "--scorer", "b"], "--scorer is there 2 times"),
+        (
+            ["train", "scorer", "--rollouts", "2", "--reward", "a", "--reward", "b", "--out", "/tmp/no"],
+            "--reward is there 2 times",
+        ),
+        (["generate", PROMPT, "--scorer", "sentiment +"], "expected a scorer, found 'the end' at character 12"),
+        (["generate", PROMPT, "--kl-budget", "1"], "--kl-budget is not used by strategy 'base' (it is by tokenwise)"),
+        (["generate", PROMPT, "--strategy", "tokenwise", "--per", "token"], "give that too"),
+        (
+            ["generate", PROMPT, "--strategy", "tokenwise", "--weight", "2", "--kl-budget", "1"],
+            "give weight or kl_budget, not both",
+        ),
+        (["generate", PROMPT, "--strategy", "rejection", "--beta", "1"], "strategy 'rejection' needs --bound"),
+        (
+            ["generate", PROMPT, "--strategy", "rejection", "--bound", "1", "--beta", "1", "--stream"],
+            "not with --stream",
+        ),
+        (["profile", PROMPT, "--strategy", "rejection", "--bound", "1", "--beta", "1"], "not with profile"),
+        (
+            ["generate", ".", "--strategy", "tokenwise", "--kl-budget", "1", "--per", "sequence", "--stream"],
+            "--per sequence is an average over all prompts",
+        ),
         (["generate", PROMPT, "--scorer", "probe", "--strategy", "tokenwise"], "'probe' scores whole prefixes"),
         (
             ["generate", PROMPT, "--k", "4"],

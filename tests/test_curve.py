@@ -50,14 +50,14 @@ def test_points_measure_the_true_reward_and_the_engine_is_as_before(embedded_eng
 def test_a_reward_may_be_a_weighted_sum_and_a_budget_is_calibrated_first(embedded_engine):
     scorer = load_scorer(pyengine.embedded("prefix"))
     plans = [(Tokenwise(kl_budget=0.4, per="sequence"), scorer), (BestOfK(1), scorer), (BestOfK(3), scorer)]
-    reward = 3 * FunctionScorer(reviews.sentiment) + 2 * FunctionScorer(reviews.length)
+    reward = 3 * FunctionScorer(reviews.sentiment) + 2 * FunctionScorer(reviews.politeness)
     sampling = SamplingParams(max_tokens=32, seed=3)
     points = curve.measure(embedded_engine, reviews.prompts(12), plans, reward, sampling, progress=False)
     assert points[1].setting == "0.4 nats a sequence"
     assert points[1].kl == pytest.approx(0.4, rel=0.01)
     embedded_engine.set_scorer(scorer)
     results = embedded_engine.generate(reviews.prompts(12), BestOfK(3), sampling)
-    want = sum(3 * reviews.sentiment_of(r.text) + 2 * reviews.length_of(r.text) for r in results) / 12
+    want = sum(3 * reviews.sentiment_of(r.text) + 2 * reviews.politeness_of(r.text) for r in results) / 12
     assert points[3].reward == pytest.approx(want, abs=1e-5)
     assert points[2].win + points[2].tie < 1, "the base draws from seeds of its own"
 
@@ -129,7 +129,9 @@ def test_a_scorer_that_fails_is_named_and_the_engines_own_is_back(embedded_engin
     embedded_engine.set_scorer(reviews.politeness)
     broken = FunctionScorer(lambda prompts, completions: [float("nan")] * len(prompts), "broken")
     with pytest.raises(InputError, match="broken is NaN for prompt 0 under Tokenwise"):
-        curve.measure(embedded_engine, reviews.prompts(2), [(BestOfK(1), reviews.length)], broken, SamplingParams(4))
+        curve.measure(
+            embedded_engine, reviews.prompts(2), [(BestOfK(1), reviews.politeness)], broken, SamplingParams(4)
+        )
     assert [p.name for p in embedded_engine.parts] == ["politeness"]
     point = curve.Point("base", "", float("-inf"), 0.0, float("nan"), 0.0, 0.0, 1.0, 0.0, "exact", 1.0)
     curve.save([point], tmp_path / "c.json", about=float("inf"))

@@ -419,13 +419,13 @@ def test_branches_differ_and_repeat_with_the_seed(engine):
 
 
 def test_best_of_k_keeps_the_best_and_reports_the_bound(engine):
-    engine.set_scorer([(2.0, reviews.sentiment), (-0.5, reviews.length)])
+    engine.set_scorer([(2.0, reviews.sentiment), (-0.5, reviews.politeness)])
     for result in engine.generate(reviews.prompts(6), BestOfK(8), SamplingParams(seed=1)):
         (block,) = result.blocks
-        utilities = [2 * reviews.sentiment_of(c.text) - 0.5 * reviews.length_of(c.text) for c in block.candidates]
+        utilities = [2 * reviews.sentiment_of(c.text) - 0.5 * reviews.politeness_of(c.text) for c in block.candidates]
         assert block.chosen == utilities.index(max(utilities))
         assert result.rewards == pytest.approx(
-            {"sentiment": reviews.sentiment_of(result.text), "length": reviews.length_of(result.text)}, abs=1e-6
+            {"sentiment": reviews.sentiment_of(result.text), "politeness": reviews.politeness_of(result.text)}, abs=1e-6
         )
         assert result.reward == pytest.approx(utilities[block.chosen], abs=1e-5)
         assert result.kl == pytest.approx(ledger.best_of_k_bound(8), abs=1e-6)

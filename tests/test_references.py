@@ -144,7 +144,7 @@ class TestReferences:
             (lambda: References.gaussian(REWARDS, ddof=-1), "ddof must be a whole number"),
             (lambda: References({7: math.nan}), "the reference of 7 must be"),
             (lambda: References({"a": math.nan}), "the reference of 'a' must be a finite number"),
-            (lambda: References.canned(reviews.length, [], ["no"]), "at least one prompt and one response"),
+            (lambda: References.canned(reviews.politeness, [], ["no"]), "at least one prompt and one response"),
             (
                 lambda: References.canned(pyengine.embedded("probe"), ["a"], ["no"]),
                 "'probe' reads hidden states or tokens",
@@ -303,7 +303,7 @@ class TestSamples:
 
     def test_samples_are_the_base_policys_and_the_engine_keeps_its_scorer(self, engine, monkeypatch):
         judge = pyengine.load_scorer(pyengine.embedded("reward-model"))
-        engine.set_scorer(0.5 * lsc(judge, 0.2) - FunctionScorer(reviews.length))
+        engine.set_scorer(0.5 * lsc(judge, 0.2) - FunctionScorer(reviews.politeness))
         before = engine.parts
         sampling = SamplingParams(max_tokens=24, seed=7)
         monkeypatch.setattr("pyengine.evaluation.sampling.AT_ONCE", 8)  # one prompt of 5 samples at a time
@@ -322,9 +322,9 @@ class TestSamples:
         engine.set_scorer(reviews.sentiment)
         before = engine.parts
         for prompts, scorer, samples, message in (
-            (["fine", ""], reviews.length, 2, "prompt 1 is empty"),
+            (["fine", ""], reviews.politeness, 2, "prompt 1 is empty"),
             (["fine"], None, 2, "needs a scorer"),
-            (["fine"], reviews.length, 0, "samples must be a whole number"),
+            (["fine"], reviews.politeness, 0, "samples must be a whole number"),
             (["fine"], pyengine.Probe(64), 2, "width 64"),
             (["fine"], lambda p, c: [1.0, *map(len, c)], 2, "one number for each"),
         ):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import statistics
 
 import pytest
@@ -34,12 +33,6 @@ def test_sentiment(text, value):
 )
 def test_politeness(text, value):
     assert reviews.politeness_of(text) == pytest.approx(value)
-
-
-def test_length():
-    assert reviews.length_of("one two three four") == pytest.approx(math.log(4 / 64))
-    assert reviews.length_of("") == pytest.approx(math.log(1 / 64))
-    assert reviews.length_of("word " * 100) == 0.0
 
 
 def test_running_sentiment_is_the_sentiment_of_every_whole_word_prefix():

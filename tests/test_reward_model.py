@@ -205,15 +205,14 @@ class TestAdapters:
             load_scorer(directory)
 
 
-@pytest.mark.parametrize(("file", "what"), [("pytorch_model.bin", "are pickles"), ("model.gguf", "are GGUF")])
-def test_weights_of_another_kind(tokenizer, tmp_path, file, what):
+def test_weights_of_another_kind(tokenizer, tmp_path):
     built(DECODERS["llama"]()).save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
-    (tmp_path / "model.safetensors").rename(tmp_path / file)
-    with pytest.raises(InputError, match=f"its weights {what}.*: save it as safetensors with transformers first"):
+    (tmp_path / "model.safetensors").rename(tmp_path / "pytorch_model.bin")
+    with pytest.raises(InputError, match=r"its weights are pickles.*: save it as safetensors with transformers first"):
         load_scorer(tmp_path)
     with pytest.raises(InputError, match=r"no such directory \(that is a file\)"):
-        RewardModel.from_pretrained(tmp_path / file)
+        RewardModel.from_pretrained(tmp_path / "pytorch_model.bin")
 
 
 class TestForms:

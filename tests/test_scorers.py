@@ -41,13 +41,13 @@ def test_values_at_is_a_column_of_values():
 
 def test_a_weighted_list_is_a_scorer():
     a, b = FunctionScorer(reviews.sentiment), FunctionScorer(reviews.sentiment)
-    parts = parts_of([(0.5, a), (2.0, [(3.0, b), (1.0, reviews.length)])])
-    assert [(p.weight, p.name) for p in parts] == [(0.5, "sentiment"), (6.0, "sentiment-2"), (2.0, "length")]
+    parts = parts_of([(0.5, a), (2.0, [(3.0, b), (1.0, reviews.politeness)])])
+    assert [(p.weight, p.name) for p in parts] == [(0.5, "sentiment"), (6.0, "sentiment-2"), (2.0, "politeness")]
     assert (a.name, b.name) == ("sentiment", "sentiment")
 
 
 def test_names_are_unique_whatever_they_are():
-    named = [(1.0, FunctionScorer(reviews.length, name)) for name in ("a", "a-2", "a", "a")]
+    named = [(1.0, FunctionScorer(reviews.politeness, name)) for name in ("a", "a-2", "a", "a")]
     assert [p.name for p in parts_of(named)] == ["a", "a-2", "a-3", "a-4"]
 
 

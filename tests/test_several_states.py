@@ -84,4 +84,4 @@ def test_scorers_on_a_model_of_their_own_refuse(model, tokenizer):
 def test_training_refuses(model):
     batch = collate([Encoded([5, 6, 7, 8], 2, 1.0, True, "")])
     with pytest.raises(InputError, match=SAID):
-        read_prefixes(model, Batch(**batch), -1, False)
+        read_prefixes(model, Batch(**batch), -1)

@@ -130,10 +130,10 @@ def test_prompts_from_a_file(tmp_path):
 
 
 def test_roll_outs_are_the_base_policys_and_survive_the_disk(engine, tmp_path):
-    engine.set_scorer(reviews.length)
+    engine.set_scorer(reviews.politeness)
     asked = [*reviews.prompts(2), reviews.prompts(1)[0]]  # one prompt again
     found = roll_out(engine, asked, reviews.sentiment, per_prompt=2, max_tokens=24, seed=3)
-    assert [p.name for p in engine.parts] == ["length"]
+    assert [p.name for p in engine.parts] == ["politeness"]
     by_seed = {}
     for prompt in reviews.prompts(2):
         sampling = [SamplingParams(max_tokens=24, seed=3 + j) for j in range(4)]
@@ -155,10 +155,10 @@ def test_a_prompt_that_cannot_be_decoded_is_that_of_the_list(engine):
 
 
 def test_the_engine_keeps_its_scorer_when_decoding_fails(engine):
-    engine.set_scorer(reviews.length)
+    engine.set_scorer(reviews.politeness)
     with pytest.raises(InputError, match="one number for each"):
         roll_out(engine, [PROMPT], lambda prompts, completions: [0.0, 0.0], max_tokens=1)
-    assert [p.name for p in engine.parts] == ["length"]
+    assert [p.name for p in engine.parts] == ["politeness"]
 
 
 def test_a_reward_that_is_not_finite_names_prompt_and_sample(engine):

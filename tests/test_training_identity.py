@@ -66,9 +66,9 @@ def test_functions_count_by_their_code_and_what_they_close_over():
     assert identity(brevity(1.0)) == identity(brevity(1.0)) != identity(brevity(2.0))
     assert identity(reviews.sentiment) != identity(reviews.politeness)
     assert identity(lambda p, c: [1.0] * len(c)) != identity(lambda p, c: [2.0] * len(c))
-    partial = functools.partial(reviews.length_of, longest=3)
-    assert identity(partial) == identity(functools.partial(reviews.length_of, longest=3))
-    assert identity(partial) != identity(functools.partial(reviews.length_of, longest=4))
+    partial = functools.partial(brevity, scale=3)
+    assert identity(partial) == identity(functools.partial(brevity, scale=3))
+    assert identity(partial) != identity(functools.partial(brevity, scale=4))
     assert identity(FunctionScorer(brevity(1.0))) != identity(FunctionScorer(brevity(2.0)))
 
 

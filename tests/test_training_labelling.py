@@ -150,11 +150,11 @@ def test_scorers_that_cannot_score_these_rows(tmp_path):
     source = jsonl(tmp_path / "rows.jsonl", [*rows(3), {"prompt": PROMPT, "response": " very" * 3000}])
     for scorer, message in (
         (pyengine.embedded("reward-model"), r"rows from .*rows.jsonl:1: reward model 'reward-model' reads \d+ tokens"),
-        (pyengine.embedded("probe"), "reads hidden states or tokens"),
-        (pyengine.rewards.length(), "counts tokens"),
+        (pyengine.embedded("probe"), "reads hidden states or tokens of a language model: give the model"),
+        (pyengine.rewards.length(), "'length' reads hidden states or tokens"),
         ([], "needs a scorer"),
         ([("x", reviews.sentiment)], "its weight must be a finite number, got 'x'"),
-        ([reviews.sentiment, reviews.length], r"holds \(weight, scorer\) pairs"),
+        ([reviews.sentiment, reviews.politeness], r"holds \(weight, scorer\) pairs"),
         ("/no/such/scorer", "scorer /no/such/scorer: no such directory"),
     ):
         with pytest.raises(InputError, match=message):
@@ -328,7 +328,7 @@ def test_a_damaged_shard_is_labelled_again_by_the_run_that_is_resumed(tmp_path, 
     assert [r["reward"] for r in read(out)] == direct(reviews.sentiment, records)
 
 
-def test_rewards_of_what_was_cut_off_are_no_statistics(tmp_path):
+def test_rewards_of_what_was_cut_off_are_no_statistics(tmp_path, caplog):
     records = [{"prompt": PROMPT, "response": " Fine." * n, "finish_reason": f} for n, f in CUT]
     report = label(records, lambda p, c: [len(x) for x in c], tmp_path / "out.jsonl")
     assert (report["rows"], report["cut_off"], report["statistics"]["count"]) == (3, 1, 2)
@@ -336,6 +336,7 @@ def test_rewards_of_what_was_cut_off_are_no_statistics(tmp_path):
     assert [r["reward"] for r in read(tmp_path / "out.jsonl")] == [6, 60, 12]
     none = label(records[1:2], lambda p, c: [1.0], tmp_path / "none.jsonl")
     assert (none["cut_off"], none["least"], none["statistics"]) == (1, None, None)
+    assert caplog.messages == ["each of 1 responses was cut off: there are no statistics of rewards"]
 
 
 def stranger(directory):

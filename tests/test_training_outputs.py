@@ -86,7 +86,7 @@ def test_an_output_that_cannot_be_is_told_first(run, tmp_path, monkeypatch, comm
     monkeypatch.setattr(Engine, "from_pretrained", late)
     monkeypatch.setattr("pyengine.integrations.trl.reward_model._start", late)
     monkeypatch.setattr("pyengine.integrations.trl.run.load_checkpoint", late)
-    monkeypatch.setattr("pyengine.training.labelling.score_texts", late)
+    monkeypatch.setattr("pyengine.training.labelling.score_examples", late)
     data, taken = tmp_path / "data.jsonl", tmp_path / "taken"
     row = {"prompt": "a", "response": "b", "reward": 1.0}
     if command in ("reward-model", "preference"):
@@ -141,7 +141,7 @@ def test_no_command_overwrites_a_model(run, tmp_path, left):
 
 @pytest.mark.parametrize("left", ["rollouts.jsonl", "checkpoints/checkpoint-3/trainer_state.json"])
 def test_roll_outs_of_an_earlier_run_are_kept(run, tmp_path, monkeypatch, left):
-    monkeypatch.setattr("pyengine.training.data.roll_out", lambda *_, **__: pytest.fail("drawn"))
+    monkeypatch.setattr("pyengine.training.rollouts.drawn", lambda *_, **__: pytest.fail("drawn"))
     for name in ("rollouts.jsonl", left):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text("dear")

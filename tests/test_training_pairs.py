@@ -13,7 +13,6 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-import pyengine
 from pyengine import InputError, SamplingParams, cli, rewards
 from pyengine.training import pairs
 from pyengine.training.examples import read_preferences
@@ -227,6 +226,31 @@ def test_degenerate_prompts_are_counted_and_make_no_pair(engine, tmp_path):
     assert far["dropped"].get("margin", 0) > 0
 
 
+def test_what_was_cut_off_makes_pairs_at_a_fixed_horizon_only(engine, tmp_path, caplog):
+    def long(prompts, completions):
+        return [float(len(c)) for c in completions]
+
+    def built(name, **changes):
+        caplog.clear()
+        settings = SETTINGS | {"sampling": SamplingParams(max_tokens=2, seed=0)} | changes
+        return build_pairs(engine, PROMPTS[:3], long, tmp_path / name, **settings)
+
+    assert built("none")["pairs"] == 0
+    count = 3 * SETTINGS["samples"]
+    assert [line.split(":")[0] for line in caplog.messages] == [
+        f"{count} of {count} responses were cut off at 2 tokens and make no pair",
+        "no pair was made of 3 prompts",
+    ]
+    report = built("all", fixed_horizon=True)
+    assert report["pairs"] > 0
+    assert (report["left_out"], caplog.messages) == ({}, [])
+    for line in read(tmp_path / "all"):
+        for name in ("chosen", "rejected"):
+            assert line[f"score_{name}"] == len(line[name])
+    with pytest.raises(InputError, match="was made with another fixed_horizon"):
+        built("all", resume=True)
+
+
 def test_empty_responses_are_no_candidates(engine, tmp_path, monkeypatch):
     generate = engine.generate
 
@@ -241,7 +265,7 @@ def test_empty_responses_are_no_candidates(engine, tmp_path, monkeypatch):
     assert report["left_out"]["empty"] == 1
 
 
-def test_what_cannot_be_used_is_refused(engine, tmp_path, monkeypatch):
+def test_what_cannot_be_used_is_refused(engine, tmp_path):
     def bad(prompts, completions):
         return [math.nan] * len(prompts)
 
@@ -269,9 +293,6 @@ def test_what_cannot_be_used_is_refused(engine, tmp_path, monkeypatch):
             candidates=file,
             **SETTINGS,
         )
-    monkeypatch.setattr(engine, "generate", None)  # it is told before anything is sampled
-    with pytest.raises(InputError, match=r"given.jsonl:1 has no reward, and scorer 'probe' reads hidden states"):
-        build_pairs(engine, PROMPTS[:1], pyengine.embedded("probe"), tmp_path / "o", candidates=file, **SETTINGS)
 
 
 def test_prompts_of_a_file_are_named_by_their_lines(engine, tmp_path):
@@ -329,3 +350,7 @@ def test_command(tmp_path):
         failed = run(*arguments)
         assert isinstance(failed.exception, InputError)
         assert message in str(failed.exception)
+    options = ("--prompts", prompts, "--scorer", "probe", "--max-tokens", 2, "--out")
+    failed = run(*options, tmp_path / "none")
+    assert (failed.return_value, json.loads(failed.stdout)["pairs"]) == (1, 0)
+    assert json.loads(run(*options, tmp_path / "some", "--fixed-horizon").stdout)["pairs"] > 0

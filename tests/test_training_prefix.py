@@ -60,8 +60,8 @@ def test_padding_and_company_change_no_loss(small):
 
     def loss_of(chosen, method, reduction):
         batch = Batch(**collate(chosen))
-        p = read_prefixes(engine.model, batch, -1, logits=True)
-        target = targets(method, student, p, batch.reward, batch.ended)
+        p = read_prefixes(engine.model, batch, -1, method)
+        target = targets(method, student, p, batch.reward)
         return regression_loss(student(p.before, p.token), target, p.response, batch.length, reduction).item()
 
     for method in ("fudge", "cd-q"):
@@ -234,8 +234,8 @@ def test_two_processes_give_what_one_gives(small, model_dirs, tmp_path, in_two_p
     data = tmp_path / "data.jsonl"
     write_examples(data, words_examples(37))
     options = ["--data", data, "--model", model_dirs["llama"], "--epochs", 2, "--batch", 8, "--width", 16]
-    in_two_processes("train", "scorer", "--method", "cd-q", *options, "--held-out", 0, "--out", tmp_path / "two")
-    settings = PrefixTraining("cd-q", epochs=2, batch=8, width=16, held_out=0.0)
+    in_two_processes("train", "scorer", *options, "--held-out", 0, "--out", tmp_path / "two")
+    settings = PrefixTraining(epochs=2, batch=8, width=16, held_out=0.0)
     report = train_prefix_scorer(small[0], read_examples(data, small[0]), tmp_path / "one", settings)
     both = json.loads((tmp_path / "two" / "report.json").read_text())
     assert (both["processes"], both["steps"], both["data"]) == (2, report["steps"], report["data"])
@@ -316,60 +316,6 @@ def test_a_scorer_from_the_command_line_raises_the_exact_sentiment(run, engine, 
         found = [reviews.sentiment_of(r.text) for r in engine.generate(prompts, strategy, sampling)]
         gain = [a - b for a, b in zip(found, base, strict=True)]
         assert statistics.mean(gain) > 3 * statistics.stdev(gain) / len(gain) ** 0.5, strategy
-
-
-def test_roll_outs_on_the_command_line(run, tmp_path):
-    """Drawn, kept, trained on; the scorer decodes; a resumed run wants the same ones."""
-    out, asked = tmp_path / "mine", tmp_path / "prompts.jsonl"
-    asked.write_text("".join(json.dumps({"prompt": p}) + "\n" for p in reviews.prompts(5)))
-    options = ("--reward", "length", "--prompts", asked, "--max-tokens", 12, "--epochs", 1, "--out", out)
-    code, printed, err = run("train", "scorer", "--rollouts", 20, *options)
-    assert (code, err) == (0, "")
-    lines = [json.loads(line) for line in (out / "rollouts.jsonl").read_text().splitlines()]
-    assert [line["prompt"] for line in lines] == reviews.prompts(5) * 4
-    assert all(line["reward"] == pytest.approx(reviews.length_of(line["response"]), abs=1e-6) for line in lines)
-    assert max(len(line["tokens"]) for line in lines) == 12
-    code, printed, _ = run("generate", PROMPT, "--scorer", out, "--strategy", "tokenwise", "--max-tokens", 9)
-    assert code == 0
-    assert "(exact)" in printed
-    drawn = (out / "rollouts.jsonl").read_bytes()
-
-    def resume(count=20, *changes):
-        return run("train", "scorer", "--rollouts", count, *options, *changes, "--resume")
-
-    for changes, named in (
-        ((9,), "count"),
-        ((20, "--reward", "sentiment"), "reward"),
-        ((20, "--seed", 1), "seed"),
-        ((20, "--max-tokens", 13, "--reward", "sentiment"), "reward and max_tokens"),
-    ):
-        code, _, err = resume(*changes)
-        assert (code, err.count("\n")) == (2, 1)
-        assert f"were made with another {named}; give the same" in err
-    asked.write_text(json.dumps({"prompt": PROMPT}) + "\n")
-    assert "another prompts;" in resume()[2]
-    (out / "rollouts.json").unlink()
-    code, _, err = resume()
-    assert (code, err.count("\n")) == (2, 1)
-    assert "rollouts.json does not say how the roll-outs beside it were made" in err
-    assert (out / "rollouts.jsonl").read_bytes() == drawn
-
-
-def test_a_resumed_command_reads_the_roll_outs_that_it_drew(run, tmp_path, monkeypatch):
-    """Killed after they were drawn: the same command with --resume draws none again."""
-    import pyengine.training.data
-    import pyengine.training.prefix
-
-    def killed(*_):
-        raise InputError("killed")
-
-    options = ("--rollouts", 12, "--reward", "length", "--max-tokens", 6, "--epochs", 1, "--out", tmp_path)
-    with monkeypatch.context() as patch:
-        patch.setattr(pyengine.training.prefix, "train_prefix_scorer", killed)
-        assert "killed" in run("train", "scorer", *options)[2]
-    with monkeypatch.context() as patch:
-        patch.setattr(pyengine.training.data, "roll_out", killed)
-        assert run("train", "scorer", *options, "--resume")[0] == 0
 
 
 @pytest.mark.parametrize(

@@ -158,8 +158,11 @@ class TestLoop:
         if loss in ("pg", "qp"):
             nn.init.zeros_(probe.head.bias)
             probe.head.bias.requires_grad_(False)
-        start = probe.state_dict()["head.weight"].clone()
         baseline = samples.reward[train].mean().item()
+        if loss in ("q", "ce"):
+            nn.init.zeros_(probe.head.weight)
+            nn.init.constant_(probe.head.bias, baseline if loss == "q" else math.log(baseline / (1 - baseline)))
+        start = probe.state_dict()["head.weight"].clone()
         plain(data, loss, probe, itertools.chain(*epochs), 2e-3, baseline, 0.5)
         assert (probe.head.weight - start).abs().max() > 0.05
         for name, value in probe.state_dict().items():
@@ -193,12 +196,50 @@ class TestLoop:
 
     def test_learns_what_there_is_to_learn(self):
         samples, pairs = teacher(rows=3600)
-        found = train_probe(pairs, "qp", lr=5e-2, epochs=30, progress=False)
+        found = train_probe(pairs, "qp", lr=5e-2, batch=1024, epochs=30, progress=False)
         assert found.held_out["accuracy"] > 0.95
         assert found.held_out_loss[-1] < 0.2 < math.log(2) * 0.9 < found.train_loss[0]
         assert train_probe(samples, "ce", lr=5e-2, epochs=30, progress=False).held_out["correlation"] > 0.99
         chosen = train_probe(samples, "pg", lr=5e-2, epochs=30, group=4, progress=False).held_out
         assert chosen["reward_argmax"] > chosen["reward_base"] + 0.2
+
+    @pytest.mark.parametrize("loss", ["q", "ce"])
+    def test_a_few_rows_are_trained_on_as_far_as_many(self, loss):
+        """At the defaults it is as good as ridge regression on the same rows; it starts as the mean."""
+        rows = 576
+        generator = torch.Generator().manual_seed(1)
+        x = torch.randn(rows, 48, generator=generator)
+        reward = torch.sigmoid(x[:, :4].sum(1) + torch.randn(rows, generator=generator))
+        samples = Samples(x, reward, torch.arange(rows) // 4, -1)
+        fit = train_probe(samples, loss, progress=False)
+        train, test = (torch.tensor(part) for part in split(samples.prompt.tolist(), 0.1, 0))
+        assert (fit.settings["batch"], fit.settings["lr"] > 5e-4) == (len(train) // 9, True)
+        a = torch.cat([x, torch.ones(rows, 1)], 1)
+        ridge = torch.linalg.solve(a[train].T @ a[train] + 5 * torch.eye(49), a[train].T @ reward[train])
+        error = lambda found: (found - reward[test]).square().mean().item()  # noqa: E731
+        own = fit.probe(x[test])
+        assert error(own.sigmoid() if loss == "ce" else own) < 1.25 * error(a[test] @ ridge)
+        assert fit.held_out["r2"] == pytest.approx(
+            1 - error(own.sigmoid() if loss == "ce" else own) / reward[test].var(correction=0).item(), abs=1e-5
+        )
+        still = train_probe(samples, loss, lr=1e-12, epochs=1, progress=False).probe(x)
+        mean = reward[train].mean()
+        torch.testing.assert_close(still, (mean if loss == "q" else mean.logit()).expand(rows))
+
+    def test_many_rows_are_trained_on_as_in_the_paper(self):
+        assert training.pace("q", 190_000, 150, None, None) == {"batch": 1000, "lr": pytest.approx(5e-5, rel=0.02)}
+        assert training.pace("qp", 10**7, 150, None, None) == {"batch": 1024, "lr": 5e-5}
+        assert training.pace("pg", 5, 150, None, 0.1) == {"batch": 1, "lr": 0.1}
+
+    def test_a_probe_that_is_worse_than_the_mean_is_told(self, tmp_path):
+        x = torch.randn(60, 48, generator=torch.Generator().manual_seed(1))
+        noise = Samples(x, torch.randn(60, generator=torch.Generator().manual_seed(2)), torch.arange(60), -1)
+        fit = train_probe(noise, "q", held_out=0.3, progress=False)
+        assert fit.held_out["r2"] < 0
+        assert fit.warnings[0].startswith(f"held-out R² is {fit.held_out['r2']:.2f}: the mean reward predicts better")
+        fit.save(tmp_path)
+        assert json.loads((tmp_path / "training.json").read_text())["warnings"] == fit.warnings
+        assert train_probe(teacher()[0], "q", progress=False).warnings == []
 
     def test_rewards_of_selection_by_hand(self):
         """Q = x, three groups of two prompts and three samples; weights 1/4, 1/4 and 1/2 at x / beta = 0, 0, log 2."""
@@ -293,7 +334,7 @@ class TestBadData:
         away = split(list(range(20)), 0.1, 0)[1]
         states = torch.ones(20, 2)
         states[away] = 1e30
-        data = Samples(states, torch.zeros(20), torch.arange(20), -1)
+        data = Samples(states, torch.arange(20.0), torch.arange(20), -1)
         with pytest.raises(InputError, match=r"the held-out loss is (inf|nan) in epoch 1; lower lr"):
             train_probe(data, "q", keep_best=keep_best, progress=False)
 
@@ -523,6 +564,27 @@ class TestCommand:
         ):
             with pytest.raises(InputError, match=message):
                 self.run(file, "--out", tmp_path / "out", *options)
+
+    def test_responses_without_rewards_are_scored(self, tmp_path):
+        """By a sum on the command line, of a function of a file that is called as TRL calls its own."""
+        (tmp_path / "own.py").write_text(
+            "def brief(prompts, completions, completion_ids, **columns):\n    return [-len(c) for c in completions]\n"
+        )
+        texts = [c for _, c in reviews.corpus(30, seed=9)]
+        own = [2 * reviews.sentiment_of(c) - 0.01 * len(c) for c in texts]
+        for name, said in (("given", own), ("scored", [None] * 30)):
+            rows = [
+                {"prompt": p, "response": c} | ({} if r is None else {"reward": r})
+                for p, c, r in zip(reviews.prompts(10) * 3, texts, said, strict=True)
+            ]
+            (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+        options = ("--loss", "q", "--epochs", 2, "--out")
+        given = self.run(tmp_path / "given.jsonl", *options, tmp_path / "a")
+        reward = ("--reward", f"2*sentiment + 0.01*{tmp_path}/own.py:brief")
+        scored = self.run(tmp_path / "scored.jsonl", *reward, *options, tmp_path / "b")
+        assert scored["held_out"] == pytest.approx(given["held_out"], rel=1e-4, abs=1e-6)
+        with pytest.raises(InputError, match="--reward scores responses of JSONL lines"):
+            self.run(tmp_path / "given.safetensors", *reward, *options, tmp_path / "c")
 
     def test_pairs_from_jsonl(self, tmp_path):
         texts = sorted((c for _, c in reviews.corpus(40, seed=9)), key=reviews.sentiment_of)

@@ -92,10 +92,10 @@ def world():
     return World(3)
 
 
-def student_of(engine, mean=0.0, width=32, seed=0):
+def student_of(engine, mean=0.0, width=32, seed=0, drawn=None):
     """A student with random weights everywhere."""
     torch.manual_seed(seed)
-    student = Student(PrefixScorer(engine.policy.hidden_size, engine.policy.vocab_size, width), mean)
+    student = Student(PrefixScorer(engine.policy.hidden_size, engine.policy.vocab_size, width), mean, drawn)
     with torch.no_grad():
         for parameter in student.parameters():
             parameter.copy_(0.3 * torch.randn_like(parameter))
@@ -113,8 +113,8 @@ def test_the_mean_gradient_of_fudge_is_that_of_the_target_loss(world):
     """Lemma C.1 of Controlled Decoding, over all responses of the world; the losses themselves differ."""
     student, items = student_of(world.engine), encode_all(world.engine, world.examples())
     batch = batch_of(items)
-    p = read_prefixes(world.engine.model, batch, -1, logits=False)
-    fudge = targets("fudge", student, p, batch.reward, batch.ended)
+    p = read_prefixes(world.engine.model, batch, -1, "fudge")
+    fudge = targets("fudge", student, p, batch.reward)
     exact = torch.tensor([world.value[leaf[: t + 1]] for leaf in world.leaves for t in range(len(leaf))])
     weight = torch.tensor([world.probability[leaf] for leaf in world.leaves]).float()
     gradients, losses = [], []
@@ -143,7 +143,7 @@ def test_cd_q_reaches_the_exact_values(tmp_path):
     through = {y: [world.reward[leaf] for leaf in world.leaves if leaf[: len(y)] == y] for y in prefixes}
     uniform = torch.tensor([statistics.mean(through[y]) for y in prefixes])
     assert (uniform - exact)[inner].abs().max() > 0.2
-    p = read_prefixes(world.engine.model, batch_of(encode_all(world.engine, world.examples())), -1, logits=False)
+    p = read_prefixes(world.engine.model, batch_of(encode_all(world.engine, world.examples())), -1)
     run = {
         "epochs": 300,
         "lr": 5e-3,
@@ -167,7 +167,6 @@ def test_a_target_is_the_reward_only_where_a_response_ended(world):
     text = world.engine.tokenizer.decode([1, 2, *cut]).removeprefix("w1 w2")
     items = encode_all(world.engine, [Example("w1 w2", text, 9.0, list(cut), ended=False), world.example(whole)])
     batch = batch_of(items)
-    p = read_prefixes(world.engine.model, batch, -1, logits=True)
     with torch.inference_mode():
         ahead = []
         for prefix_ in ((3,), (3, 4), (5,), (5, 6)):
@@ -175,8 +174,10 @@ def test_a_target_is_the_reward_only_where_a_response_ended(world):
             state = output.hidden_states[-1][0, -1:].expand(TOKENS, -1)
             q = student(state, torch.arange(TOKENS))
             ahead.append((output.logits[0, -1].softmax(-1) * q).sum().item())
-        q = targets("cd-q", student, p, batch.reward, batch.ended)
-        fudge = targets("fudge", student, p, batch.reward, batch.ended)
+        q, fudge = (
+            targets(method, student, read_prefixes(world.engine.model, batch, -1, method), batch.reward)
+            for method in ("cd-q", "fudge")
+        )
     r = world.reward[whole]
     assert q.tolist() == pytest.approx([*ahead, r], abs=1e-5)
     assert fudge.tolist() == pytest.approx([ahead[1]] * 2 + [r] * 3, abs=1e-5)
@@ -184,10 +185,10 @@ def test_a_target_is_the_reward_only_where_a_response_ended(world):
 
 def test_chunks_of_the_vocabulary_change_nothing(world, monkeypatch):
     student = student_of(world.engine)
-    p = read_prefixes(world.engine.model, batch_of(encode_all(world.engine, world.examples()[:50])), -1, logits=True)
-    whole = student.expected(p.after, p.logits)
+    p = read_prefixes(world.engine.model, batch_of(encode_all(world.engine, world.examples()[:50])), -1, "cd-q")
+    whole = student.expected(p.after[p.ahead], p.logits)
     monkeypatch.setattr(values, "CHUNK", 3 * TOKENS)
-    torch.testing.assert_close(student.expected(p.after, p.logits), whole)
+    torch.testing.assert_close(student.expected(p.after[p.ahead], p.logits), whole)
 
 
 def test_impossible_tokens_do_not_count():
@@ -196,11 +197,20 @@ def test_impossible_tokens_do_not_count():
     assert expectation(logits, torch.tensor([[1.0, 3.0, math.nan]])).item() == 2.0
 
 
-def test_the_finished_scorer_is_the_student(world):
-    student, hidden, token = student_of(world.engine), torch.randn(9, 64), torch.arange(9) % TOKENS
+@pytest.mark.parametrize("drawn", [None, [1, 4, 5]])
+def test_the_finished_scorer_is_the_student(world, drawn):
+    """Whether its head has all tokens or those that were drawn: the others have what all share."""
+    student = student_of(world.engine, drawn=None if drawn is None else torch.tensor(drawn))
+    hidden, token, logits = torch.randn(9, 64), torch.arange(9) % TOKENS, torch.randn(9, TOKENS)
     with torch.inference_mode():
-        wanted = student(hidden, token)
-        torch.testing.assert_close(student.finished().values_at(hidden, token), wanted)
+        wanted, expected, shared = student(hidden, token), student.expected(hidden, logits), student.shared
+        assert student.scorer.head.out_features == (TOKENS if drawn is None else 3)
+        scorer = student.finished()
+        torch.testing.assert_close(scorer.values_at(hidden, token), wanted)
+        torch.testing.assert_close((logits.softmax(-1) * scorer.values({-1: hidden})).sum(-1), expected)
+        if drawn:
+            others = torch.tensor([t not in drawn for t in token.tolist()])
+            torch.testing.assert_close(wanted[others], shared(scorer.features(hidden))[others, 0])
 
 
 @torch.inference_mode()
@@ -211,17 +221,21 @@ def test_a_batch_reads_what_each_response_alone_does(model_dir, monkeypatch):
     rng = random.Random(1)
     sizes = [(rng.randint(1, 9), rng.randint(1, 20)) for _ in range(11)]  # two passes
     items = [Encoded([rng.randrange(1, 320) for _ in range(a + b)], a, 0.0, True, "") for a, b in sizes]
-    p = read_prefixes(model, batch_of(items), 1, logits=True)
+    items[3] = items[3]._replace(ended=False)
+    p = read_prefixes(model, batch_of(items), 1, "cd-q")
+    assert p.ahead.tolist() == [t < b - 1 or i == 3 for i, (_, b) in enumerate(sizes) for t in range(b)]
     assert p.response.tolist() == [i for i, (_, b) in enumerate(sizes) for _ in range(b)]
     assert p.token.tolist() == [token for item in items for token in item.ids[item.start :]]
     assert p.last.tolist() == [t == b - 1 for _, b in sizes for t in range(b)]
     for i, (a, b) in enumerate(sizes):
         output = model(torch.tensor([items[i].ids]), output_hidden_states=True)
-        hidden, mine = output.hidden_states[1][0], p.response == i
+        hidden, mine, after = output.hidden_states[1][0], p.response == i, output.logits[0, a:]
+        torch.testing.assert_close(
+            p.logits[p.response[p.ahead] == i], after if i == 3 else after[:-1], rtol=1e-3, atol=1e-3
+        )
         for found, wanted in (
             (p.before, hidden[a - 1 : a + b - 1]),
             (p.after, hidden[a:]),
-            (p.logits, output.logits[0, a:]),
         ):
             torch.testing.assert_close(found[mine], wanted, rtol=1e-3, atol=1e-3)
 

@@ -1,5 +1,4 @@
-"""The command line: `pyengine generate`, `profile`, `bench`, `serve`, `label`, `pairs`, `train`, `curve`, `demo`,
-`info`."""
+"""The command line: `pyengine generate`, `bench`, `serve`, `label`, `pairs`, `train`, `curve`, `model` and others."""
 
 from __future__ import annotations
 
@@ -10,7 +9,7 @@ from typing import Any, NoReturn
 
 import typer
 
-from pyengine.cli import align, bench, compare, data, generate, info, profile, serve, train
+from pyengine.cli import align, bench, compare, data, generate, info, model, profile, serve, train
 from pyengine.errors import InputError
 
 app = typer.Typer(
@@ -27,6 +26,7 @@ for command in (
     compare.curve,
     compare.demo,
     info.info,
+    model.model,
 ):
     app.command()(command)
 for policy in (align.preference, align.offline):

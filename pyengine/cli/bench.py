@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 import pyengine
-from pyengine.cli.generate import STRATEGIES, strategy_of
+from pyengine.cli.generate import STRATEGIES, in_loop, make_strategy
 from pyengine.cli.load import load_engine, quiet_loading
 from pyengine.errors import InputError, whole
 from pyengine.named import SOURCES, scorer_named
@@ -77,13 +77,13 @@ def throughput(
             raise InputError("--lengths, --prefix, --prompt-tokens: not used with --reward, whose prompts are texts")
         if model is not None and model.endswith("@random"):
             raise InputError(f"--model {model}: --reward needs a model that says something, not random weights")
-        plans = [strategy_of(strategy, reward, *scaled(strategy, k, block, weight, by), None) for by in (0.5, 1, 2)]
+        plans = [planned(strategy, *scaled(strategy, k, block, weight, by)) for by in (0.5, 1, 2)]
         engine, tokens = load_engine(model, None, device, cache_gb, False), 64 if max_tokens is None else max_tokens
         return won(engine, plans, reward, prompts, tokens, rounds, max_seconds, seed, out)
     sizes = workload.lengths(lengths, prompts, prompt_tokens, max_tokens, seed)
     task = Task(
         str(pyengine.embedded("policy")) if model is None else model,
-        strategy_of(strategy, None, k, block, weight, None),
+        planned(strategy, k, block, weight),
         sizes,
         workload.shared_tokens(sizes, prefix),
         [name.strip() for name in baselines.split(",") if name.strip()],
@@ -99,6 +99,11 @@ def throughput(
         report.write(found, out, report.THROUGHPUT)
         pictures.throughput(found, out.with_suffix(".svg"))
         written(out)
+
+
+def planned(name: str, k: int | None, block: int | None, weight: float | None) -> Strategy:
+    """The strategy with these options; InputError for one that is none of the engine's loop."""
+    return in_loop(make_strategy(name, {"k": k, "block": block, "weight": weight}), "bench")
 
 
 def won(

@@ -7,9 +7,9 @@ from typing import Annotated, Any
 
 import typer
 
-from pyengine.cli.load import Complaints, load_engine, quiet_loading, read_rows
+from pyengine.cli.load import SCORERS, Complaints, load_engine, quiet_loading, read_rows, said
 from pyengine.errors import InputError, whole
-from pyengine.named import SOURCES, scorer_named
+from pyengine.expression import scorer_of
 
 
 def demo(
@@ -35,9 +35,9 @@ def curve(
     prompts: Annotated[int, typer.Option(help="Prompts for the embedded model, or of --input at most.")] = 64,
     input: Annotated[Path | None, typer.Option(help='JSONL file, one {"prompt": ...} a line.')] = None,
     model: Annotated[str | None, typer.Option(help="Directory or hub id; default: the embedded model.")] = None,
-    scorer: Annotated[str, typer.Option(help=f"What is followed: {SOURCES}.")] = "prefix",
+    scorer: Annotated[list[str] | None, typer.Option(help=f"What is followed (default: prefix): {SCORERS}.")] = None,
     reward: Annotated[
-        str | None, typer.Option(help="What is measured, and what best-of-K follows; default: the scorer.")
+        list[str] | None, typer.Option(help="What is measured, and what best-of-K follows; default: the scorer.")
     ] = None,
     tokenwise: Annotated[str, typer.Option(help="Weights λ; empty is none.")] = "1,2,4,8",
     blockwise: Annotated[str, typer.Option(help="K x M, as in 4x16; empty is none.")] = "2x16,4x16,8x16,8x8",
@@ -63,7 +63,9 @@ def curve(
         raise InputError(f"curve: --out {out}: no such directory")
     room_in(out.parent, out)
     complain = Complaints()
-    followed, measured = scorer_named(scorer), None if reward is None else scorer_named(reward)
+    names = said("--scorer", scorer) or "prefix", said("--reward", reward)
+    followed, measured = scorer_of(names[0]), None if names[1] is None else scorer_of(names[1])
+    judged = names[1] or names[0]
     plans: list[Any] = [(Tokenwise(w), followed) for (w,) in settings(tokenwise, "--tokenwise", float)]
     plans += [(Blockwise(k, m), followed) for k, m in settings(blockwise, "--blockwise", int, int)]
     plans += [(BestOfK(k), measured or followed) for (k,) in settings(best_of_k, "--best-of-k", int)]
@@ -77,10 +79,10 @@ def curve(
     sampling = [SamplingParams(max_tokens, temperature, seed=seed + i) for i in range(len(texts))]
     points = curves.measure(engine, texts, plans, measured, sampling)
     curves.report(points)
-    about = {"model": engine.name, "scorer": scorer, "reward": reward or scorer, "prompts": len(texts), "seed": seed}
+    about = {"model": engine.name, "scorer": names[0], "reward": judged, "prompts": len(texts), "seed": seed}
     curves.save(points, out.with_name(out.name + ".json"), **about)
-    title = f"{engine.name}, {len(texts)} prompts, following {scorer}"
-    curves.draw(points, out.with_name(out.name + ".png"), title, reward or scorer)
+    title = f"{engine.name}, {len(texts)} prompts, following {names[0]}"
+    curves.draw(points, out.with_name(out.name + ".png"), title, judged)
     if complain.made:
         raise typer.Exit(2)
 

@@ -6,14 +6,22 @@ import contextlib
 import json
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import typer
 
 import pyengine
-from pyengine.cli.load import Complaints, conditioned, load_engine, quiet_loading, ray_module, read_rows
-from pyengine.errors import InputError, RequestError
-from pyengine.named import SOURCES, scorer_named
+from pyengine.cli.load import (
+    SCORERS,
+    Complaints,
+    conditioned,
+    followed,
+    load_engine,
+    quiet_loading,
+    ray_module,
+    read_rows,
+)
+from pyengine.errors import InputError, RequestError, real
 
 if TYPE_CHECKING:
     from pyengine.engine import Engine
@@ -24,14 +32,22 @@ if TYPE_CHECKING:
 # strategy -> the options that it uses
 STRATEGIES: dict[str, tuple[str, ...]] = {
     "base": (),
-    "tokenwise": ("weight",),
+    "tokenwise": ("weight", "kl_budget", "per"),
     "blockwise": ("k", "block", "beta"),
     "best-of-k": ("k", "beta"),
     "q-probe": ("k", "beta"),
+    "rejection": ("bound", "beta"),
 }
 
 
-def make_strategy(name: str, options: dict[str, Any]) -> Strategy:
+class Rejection(NamedTuple):
+    """What `rejection_sample` is told; no strategy of the engine's loop."""
+
+    bound: float
+    beta: float
+
+
+def make_strategy(name: str, options: dict[str, Any]) -> Strategy | Rejection:
     """The named strategy; an option that it does not use is an error, not ignored."""
     from pyengine.strategies import BASE, BestOfK, Blockwise, Tokenwise
 
@@ -41,12 +57,21 @@ def make_strategy(name: str, options: dict[str, Any]) -> Strategy:
     for option in given:
         if option not in STRATEGIES[name]:
             users = [s for s, used in STRATEGIES.items() if option in used]
-            raise InputError(f"--{option} is not used by strategy {name!r} (it is by {', '.join(users)})")
+            raise InputError(
+                f"--{option.replace('_', '-')} is not used by strategy {name!r} (it is by {', '.join(users)})"
+            )
     soft: dict[str, Any] = {"selection": "softmax", "beta": given["beta"]} if "beta" in given else {}
     if name == "base":
         return BASE
     if name == "tokenwise":
-        return Tokenwise(given.get("weight", 1.0))
+        if "per" in given and "kl_budget" not in given:
+            raise InputError("--per says what --kl-budget is spent on: give that too")
+        return Tokenwise(**given)
+    if name == "rejection":
+        for option in STRATEGIES[name]:
+            if option not in given:
+                raise InputError(f"strategy 'rejection' needs --{option}: it accepts with exp((reward - bound) / beta)")
+        return Rejection(**{option: real(value, f"--{option}") for option, value in given.items()})
     if name == "blockwise":
         return Blockwise(given.get("k", 8), given.get("block", 16), **soft)
     if name == "q-probe":
@@ -66,15 +91,25 @@ def generate(
     input: Annotated[
         Path | None, typer.Option(help='JSONL file, a "prompt" (text), "prompt_ids" or "messages" a line.')
     ] = None,
-    model: Annotated[str | None, typer.Option(help="Directory or hub id; default: the embedded model.")] = None,
-    scorer: Annotated[str | None, typer.Option(help=f"What is followed: {SOURCES}.")] = None,
+    model: Annotated[
+        str | None, typer.Option(help="Directory, hub id or FILE.gguf; default: the embedded model.")
+    ] = None,
+    scorer: Annotated[list[str] | None, typer.Option(help=f"What is followed: {SCORERS}.")] = None,
     strategy: Annotated[
         str | None, typer.Option(help=f"{', '.join(STRATEGIES)}; default: blockwise with a scorer, else base.")
     ] = None,
     k: Annotated[int | None, typer.Option(help="Branches (default: 8).")] = None,
     block: Annotated[int | None, typer.Option(help="Tokens in a block (default: 16).")] = None,
     weight: Annotated[float | None, typer.Option(help="Strength λ of tokenwise (default: 1).")] = None,
+    kl_budget: Annotated[
+        float | None, typer.Option(help="Nats that tokenwise spends, in the place of --weight; see --per.")
+    ] = None,
+    per: Annotated[
+        str | None,
+        typer.Option(help="What the budget is of: token (default), or sequence, on average over the prompts."),
+    ] = None,
     beta: Annotated[float | None, typer.Option(help="Select from softmax(utility / beta) instead of argmax.")] = None,
+    bound: Annotated[float | None, typer.Option(help="No reward is above it; for rejection, which is exact.")] = None,
     max_tokens: Annotated[int, typer.Option(help="Most new tokens.")] = 128,
     temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 1.0,
     top_k: Annotated[int, typer.Option(help="0 is off.")] = 0,
@@ -111,13 +146,15 @@ def generate(
     """Decode prompts with a strategy."""
     from pyengine.results import SamplingParams
 
-    plan = strategy_of(strategy, scorer, k, block, weight, beta)
+    options = {"k": k, "block": block, "weight": weight, "kl_budget": kl_budget, "per": per}
+    plan = strategy_of(strategy, scorer, options | {"beta": beta, "bound": bound})
+    picked = followed("--scorer", scorer)
     sampling = SamplingParams(max_tokens, temperature, top_k, top_p, min_p, seed)
     asking, chat = conditioned(model, score), not raw and score is None
     if out is not None:
         if input is None or prompts or stream or as_json:
             raise InputError("--out takes its rows from --input FILE.jsonl, and leaves out --stream and --json")
-        job: dict[str, Any] = {"strategy": plan, "sampling": sampling, "scorer": scorer and scorer_named(scorer)}
+        job: dict[str, Any] = {"strategy": in_loop(plan, "--out"), "sampling": sampling, "scorer": picked}
         job |= {"ask": None if score is None else asking, "chat": chat, "device": device, "resume": resume}
         job |= {"cache_gb": cache_gb, "trust_remote_code": trust_remote_code, "batch_invariant": batch_invariant}
         return to_file(input, model, out, job, ray, workers)
@@ -125,7 +162,7 @@ def generate(
         raise InputError("--resume, --ray and --workers are for a job with --input FILE.jsonl and --out FILE.jsonl")
     complain = Complaints()
     found = found_rows(prompts, input, complain)
-    engine = load_engine(model, scorer, device, cache_gb, trust_remote_code, batch_invariant)
+    engine = load_engine(model, picked, device, cache_gb, trust_remote_code, batch_invariant)
     usable = usable_rows(engine, found, asking, chat, complain)
     printed = to_screen(engine, usable, plan, sampling, stream, as_json, complain)
     if complain.made:
@@ -134,17 +171,16 @@ def generate(
         raise typer.Exit(1)
 
 
-def strategy_of(
-    name: str | None,
-    scorer: str | None,
-    k: int | None,
-    block: int | None,
-    weight: float | None,
-    beta: float | None,
-) -> Strategy:
+def strategy_of(name: str | None, scorer: list[str] | None, options: dict[str, Any]) -> Strategy | Rejection:
     """What the options say; blockwise where there is a scorer and no name."""
-    name = name or ("base" if scorer is None else "blockwise")
-    return make_strategy(name, {"k": k, "block": block, "weight": weight, "beta": beta})
+    return make_strategy(name or ("blockwise" if scorer else "base"), options)
+
+
+def in_loop(plan: Strategy | Rejection, whose: str) -> Strategy:
+    """A plan of the engine's loop; InputError, naming whose it must be, for rejection."""
+    if isinstance(plan, Rejection):
+        raise InputError(f"strategy 'rejection' draws whole responses until one is accepted: not with {whose}")
+    return plan
 
 
 def found_rows(prompts: list[str] | None, input: Path | None, complain: Complaints) -> list[Row]:
@@ -195,28 +231,56 @@ def to_file(
 
 
 def to_screen(
-    engine: Engine, rows: list[Row], plan: Strategy, sampling: Any, stream: bool, as_json: bool, complain: Any
+    engine: Engine,
+    rows: list[Row],
+    plan: Strategy | Rejection,
+    sampling: Any,
+    stream: bool,
+    as_json: bool,
+    complain: Any,
 ) -> int:
     """How many were printed."""
     from pyengine.generation import decoded
 
     printed = 0
     if stream:
+        own = in_loop(plan, "--stream")
+        if getattr(own, "kl_budget", None) is not None and own.per == "sequence":  # type: ignore[union-attr]
+            raise InputError("--per sequence is an average over all prompts, which --stream takes one by one")
         for row in rows:
             try:
-                for event in engine.stream(row.prompt, plan, sampling):
+                for event in engine.stream(row.prompt, own, sampling):
                     show_event(event, row, as_json)
             except RequestError as error:
                 complain(f"{row.where}: {error.reason}")
             else:
                 printed += 1
         return printed
+    if isinstance(plan, Rejection):
+        return accepted(engine, rows, plan, sampling, as_json, complain)
     for index, outcome in decoded(engine, rows, plan, sampling):
         if isinstance(outcome, str):
             complain(outcome)
         else:
             show_result(outcome, rows[index], as_json)
             printed += 1
+    return printed
+
+
+def accepted(engine: Engine, rows: list[Row], plan: Rejection, sampling: Any, as_json: bool, complain: Any) -> int:
+    """How many prompts had a draw that was accepted; each is printed, with what it took."""
+    from pyengine.evaluation.rejection import rejection_sample
+
+    printed = 0
+    for row in rows:
+        try:
+            (found,) = rejection_sample(engine, [row.prompt], *plan, sampling=sampling)
+        except InputError as error:
+            complain(f"{row.where}: {error}")
+            continue
+        took = {"draws": found.draws, "highest": found.highest, "exact": found.exact}
+        show_result(found.result, row._replace(rest=row.rest | took) if as_json else row, as_json)
+        printed += 1
     return printed
 
 

@@ -9,11 +9,15 @@ from typing import TYPE_CHECKING, Any
 
 import pyengine
 from pyengine.errors import InputError
-from pyengine.named import scorer_named
+from pyengine.expression import scorer_of
+from pyengine.named import SOURCES
 
 if TYPE_CHECKING:
     from pyengine.engine import Engine
     from pyengine.generation import Row
+    from pyengine.scorers import ScorerLike
+
+SCORERS = f"{SOURCES}; or a sum of such: 0.7*a + b"
 
 
 class Complaints:
@@ -88,6 +92,22 @@ def ray_module() -> Any:
     return ray
 
 
+def said(option: str, given: list[str] | None) -> str | None:
+    """The one value of an option, which would keep the last of several without a word; InputError for several."""
+    if given and len(given) > 1:
+        raise InputError(f'{option} is there {len(given)} times: give one sum, {option} "{" + ".join(given)}"')
+    return given[0] if given else None
+
+
+def followed(option: str, given: list[str] | None) -> ScorerLike | None:
+    """The scorer that an option says (see `scorer_of`), None where it is not given."""
+    text = said(option, given)
+    if text is None:
+        return None
+    quiet_loading()  # a transform reads what it transforms
+    return scorer_of(text)
+
+
 def quiet_loading() -> None:
     """No loading bars where nobody watches."""
     if not sys.stderr.isatty():
@@ -98,7 +118,7 @@ def quiet_loading() -> None:
 
 def load_engine(
     model: str | None,
-    scorer: str | None,
+    scorer: ScorerLike | None,
     device: str,
     cache_gb: float | None,
     trust_remote_code: bool,
@@ -108,10 +128,9 @@ def load_engine(
 
     quiet_loading()
     path: Any = pyengine.embedded("policy") if model is None else model
-    picked = None if scorer is None else scorer_named(scorer)
     return Engine.from_pretrained(
         path,
-        scorer=picked,
+        scorer=scorer,
         device=device,
         cache_gb=cache_gb,
         trust_remote_code=trust_remote_code,

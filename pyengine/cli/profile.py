@@ -12,8 +12,8 @@ from typing import Annotated, Any
 
 import typer
 
-from pyengine.cli.generate import found_rows, generate, strategy_of, usable_rows
-from pyengine.cli.load import Complaints, conditioned, load_engine
+from pyengine.cli.generate import STRATEGIES, found_rows, generate, in_loop, strategy_of, usable_rows
+from pyengine.cli.load import Complaints, conditioned, followed, load_engine
 from pyengine.errors import InputError
 
 LEFT_OUT = ("stream", "as_json", "out", "resume", "ray", "workers")  # of `generate`'s options
@@ -26,10 +26,13 @@ def profile(out: Path, **options: Any) -> None:
     from pyengine.results import Result, SamplingParams
 
     o, complain = SimpleNamespace(**options), Complaints()
-    plan = strategy_of(o.strategy, o.scorer, o.k, o.block, o.weight, o.beta)
+    names = {name for used in STRATEGIES.values() for name in used}
+    plan = in_loop(strategy_of(o.strategy, o.scorer, {name: options[name] for name in names}), "profile")
     sampling = SamplingParams(o.max_tokens, o.temperature, o.top_k, o.top_p, o.min_p, o.seed or 0)  # all runs alike
     found = found_rows(o.prompts, o.input, complain)
-    engine = load_engine(o.model, o.scorer, o.device, o.cache_gb, o.trust_remote_code, o.batch_invariant)
+    engine = load_engine(
+        o.model, followed("--scorer", o.scorer), o.device, o.cache_gb, o.trust_remote_code, o.batch_invariant
+    )
     rows = usable_rows(engine, found, conditioned(o.model, o.score), not o.raw and o.score is None, complain)
     prompts = [row.prompt for row in rows]
 

@@ -8,17 +8,15 @@ import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
 import pyengine
+from pyengine.cli.load import SCORERS, followed, quiet_loading, said
 from pyengine.errors import InputError, real, whole
-from pyengine.named import SOURCES, scorer_named
-
-if TYPE_CHECKING:
-    from pyengine.engine import Engine
-    from pyengine.training.data import Example
+from pyengine.expression import scorer_of
+from pyengine.named import SOURCES
 
 app = typer.Typer(help="Train scorers for a frozen model, or a policy.")
 
@@ -45,7 +43,7 @@ def scorer(
         Path | None, typer.Option(help='JSONL file, {"prompt", "response", "reward"} a line; or --rollouts.')
     ] = None,
     rollouts: Annotated[int | None, typer.Option(help="Responses that the model draws and --reward scores.")] = None,
-    reward: Annotated[str | None, typer.Option(help=f"What scores them: {SOURCES}.")] = None,
+    reward: Annotated[list[str] | None, typer.Option(help=f"What scores them: {SCORERS}.")] = None,
     prompts: Annotated[
         Path | None, typer.Option(help='JSONL file, {"prompt"} a line, for --rollouts; default: the embedded reviews.')
     ] = None,
@@ -63,6 +61,12 @@ def scorer(
     accumulate: Annotated[int, typer.Option(help="Parts that a step is computed in.")] = 1,
     reduction: Annotated[str, typer.Option(help="Tokens of a response: sum or token_mean.")] = "sum",
     held_out: Annotated[float, typer.Option(help="Share of the prompts that only the report uses.")] = 0.05,
+    fixed_horizon: Annotated[
+        bool, typer.Option("--fixed-horizon", help="The reward of a response that was cut off counts as it stands.")
+    ] = False,
+    patience: Annotated[
+        int | None, typer.Option(help="End after so many epochs without a lower held-out loss; --epochs is the most.")
+    ] = None,
     bf16: Annotated[bool, typer.Option("--bf16", help="Mixed precision.")] = False,
     seed: Annotated[int, typer.Option(help="Of the roll-outs, the split, the weights and the order.")] = 0,
     checkpoint_every: Annotated[int | None, typer.Option(help="Steps (default: an epoch).")] = None,
@@ -73,15 +77,16 @@ def scorer(
 ) -> None:
     """Train a prefix scorer: V of every next token, on the model's hidden states or with a trunk of its own."""
     from pyengine.engine import Engine
+    from pyengine.jsonl import read_prompts
     from pyengine.training.data import read_examples
+    from pyengine.training.rollouts import kept_roll_outs
+    from pyengine.worlds import reviews
 
     with packages():
         from pyengine.training.checkpoints import fresh
         from pyengine.training.prefix import PrefixTraining, train_prefix_scorer
-    if not sys.stderr.isatty():
-        from transformers.utils import logging
-
-        logging.disable_progress_bar()
+    quiet_loading()
+    scored = said("--reward", reward)
     settings = PrefixTraining(
         method=method,  # type: ignore[arg-type]
         layer=layer,
@@ -94,6 +99,8 @@ def scorer(
         bf16=bf16,
         seed=seed,
         held_out=held_out,
+        fixed_horizon=fixed_horizon,
+        patience=patience,
         checkpoint_every=checkpoint_every,
         trunk=trunk,
         trunk_lr=1e-5 if trunk_lr is None else trunk_lr,
@@ -102,12 +109,14 @@ def scorer(
         raise InputError("--trunk-lr is for --trunk copy or another checkpoint; a frozen trunk does not learn")
     if (data is None) == (rollouts is None):
         raise InputError("give --data FILE.jsonl, or --rollouts N with --reward")
-    for option, value in (("--reward", reward), ("--prompts", prompts), ("--max-tokens", max_tokens)):
+    for option, value in (("--reward", scored), ("--prompts", prompts), ("--max-tokens", max_tokens)):
         if data is not None and value is not None:
             raise InputError(f"{option} is for --rollouts; the responses of --data are there already")
     if max_tokens is not None:
         whole(max_tokens, "--max-tokens", 1)
-    if rollouts is not None and reward is None:
+    if rollouts is not None:
+        whole(rollouts, "--rollouts", 1)
+    if rollouts is not None and scored is None:
         raise InputError(f"--rollouts needs --reward: {SOURCES}")
     if model is not None and rollouts is not None and prompts is None:
         raise InputError("--rollouts of another model need --prompts FILE.jsonl")
@@ -124,75 +133,22 @@ def scorer(
         examples = read_examples(data, engine)
     else:
         assert rollouts is not None
-        assert reward is not None
-        examples = _rollouts(engine, out, rollouts, reward, prompts, max_tokens or 160, seed, resume, model)
+        assert scored is not None
+        examples = kept_roll_outs(
+            engine,
+            reviews.prompts(96) if prompts is None else read_prompts(prompts),
+            scorer_of(scored),
+            kept,
+            count=rollouts,
+            max_tokens=max_tokens or 160,
+            seed=seed,
+            said={"model": model or "embedded", "reward": scored},
+            resume=resume,
+            keeps=main,
+        )
     report = train_prefix_scorer(engine, examples, out, settings, resume)
     if main:
         _show(report, out)
-
-
-def _rollouts(
-    engine: Engine,
-    out: Path,
-    count: int,
-    reward: str,
-    prompts: Path | None,
-    max_tokens: int,
-    seed: int,
-    resume: bool,
-    model: str | None,
-) -> list[Example]:
-    """`count` roll-outs over the prompts in turn, kept as rollouts.jsonl; a resumed run reads them there.
-
-    rollouts.json beside it says how they were made, and a resumed run must want the same. Each of several processes
-    draws them all: equal seeds, equal roll-outs.
-    """
-    from itertools import cycle, islice
-
-    from pyengine.jsonl import read_prompts
-    from pyengine.training.data import read_examples, roll_out, write_examples
-    from pyengine.training.shards import digest_of
-    from pyengine.worlds import reviews
-
-    file, about = out / "rollouts.jsonl", out / "rollouts.json"
-    whole(count, "--rollouts", 1)
-    texts = reviews.prompts(96) if prompts is None else read_prompts(prompts)
-    wanted = {
-        "model": model or "embedded",
-        "reward": reward,
-        "prompts": digest_of(json.dumps(texts).encode()),
-        "max_tokens": max_tokens,
-        "seed": seed,
-        "count": count,
-    }
-    if resume and file.is_file():
-        _same_rollouts(about, wanted)
-        return read_examples(file, engine)
-    examples = roll_out(
-        engine, list(islice(cycle(texts), count)), scorer_named(reward), max_tokens=max_tokens, seed=seed
-    )
-    if int(os.environ.get("RANK", "0")) == 0:
-        out.mkdir(parents=True, exist_ok=True)
-        file.unlink(missing_ok=True)  # if the process is killed here, no roll-outs lie beside another run's description
-        about.write_text(json.dumps(wanted, indent=1) + "\n")
-        write_examples(file, examples)
-    return examples
-
-
-def _same_rollouts(about: Path, wanted: dict[str, Any]) -> None:
-    """InputError unless the roll-outs that are kept were made as they are wanted."""
-    try:
-        made = json.loads(about.read_bytes())
-        differ = [key for key, value in wanted.items() if made.get(key) != value]
-    except (OSError, ValueError, AttributeError) as error:
-        raise InputError(
-            f"--resume: {about} does not say how the roll-outs beside it were made; give them as --data, or start anew"
-        ) from error
-    if differ:
-        raise InputError(
-            f"--resume: the roll-outs in {about.parent} were made with another {' and '.join(differ)}; give the same, "
-            "or another --out"
-        )
 
 
 def _show(report: dict[str, Any], out: Path) -> None:
@@ -229,14 +185,19 @@ def probe(
     ],
     out: Annotated[Path, typer.Option(help="Directory of the probe.")],
     loss: Annotated[str, typer.Option(help="q, ce or pg on rewards, qp on pairs.")],
+    reward: Annotated[
+        list[str] | None, typer.Option(help=f"Scores responses that come without a reward: {SCORERS}.")
+    ] = None,
     model: Annotated[str | None, typer.Option(help="Reads JSONL; directory or hub id, default: embedded.")] = None,
     layer: Annotated[
         int | None, typer.Option(help="Hidden state that the probe reads (default: -1, the last; or that embedded).")
     ] = None,
     hidden: Annotated[list[int] | None, typer.Option(help="Width of a hidden layer, may be repeated.")] = None,
-    lr: Annotated[float, typer.Option(help="Adam's learning rate.")] = 5e-5,
+    lr: Annotated[float | None, typer.Option(help="Adam's learning rate (default: 5e-5, more for fewer rows).")] = None,
     epochs: Annotated[int, typer.Option(help="Passes over the data.")] = 150,
-    batch: Annotated[int | None, typer.Option(help="Rows, groups (pg) or pairs (qp) in a step.")] = None,
+    batch: Annotated[
+        int | None, typer.Option(help="Rows, groups (pg) or pairs (qp) in a step (default: the paper's, or a ninth).")
+    ] = None,
     beta: Annotated[float | None, typer.Option(help="Of the softmax in loss pg (default: 1).")] = None,
     group: Annotated[int | None, typer.Option(help="Samples in a group of loss pg (default: all of a prompt).")] = None,
     held_out: Annotated[float, typer.Option(help="Share of the prompts that is not trained on.")] = 0.1,
@@ -245,10 +206,12 @@ def probe(
     seed: Annotated[int, typer.Option(help="Of the split, the first weights and the order.")] = 0,
 ) -> None:
     """Train a probe on hidden states (Q-Probe)."""
+    from pyengine.scorers import parts_of
     from pyengine.training.data import read_examples
     from pyengine.training.embeddings import embed_examples, load_embeddings
     from pyengine.training.examples import Pair, read_preferences
     from pyengine.training.probe import probe_settings, train_probe
+    from pyengine.training.scoring import rewarded
     from pyengine.training.shards import unused
 
     settings: dict[str, Any] = {
@@ -262,8 +225,12 @@ def probe(
         "seed": seed,
     }
     probe_settings(loss, loss == "qp", **settings)  # type: ignore[arg-type]
+    scored: Any = followed("--reward", reward)
+    if scored is not None and (loss == "qp" or data.suffix == ".safetensors"):
+        raise InputError("--reward scores responses of JSONL lines; pairs and embeddings have their labels")
     for width in hidden or ():
         whole(width, "--hidden", 1)
+    quiet_loading()
     unused(out)
     if data.suffix == ".safetensors":
         found = load_embeddings(data)
@@ -273,9 +240,14 @@ def probe(
             raise InputError(f"{data}: --loss qp needs pairs, lines {{'prompt', 'chosen', 'rejected'}}")
         path: Any = pyengine.embedded("policy") if model is None else model
         engine = pyengine.Engine.from_pretrained(path, device=device)
-        found = embed_examples(engine, examples or read_examples(data, engine), -1 if layer is None else layer)
+        examples = examples or read_examples(data, engine, rewarded=scored is None)
+        if scored is not None:
+            examples = rewarded(engine, parts_of(scored), examples)
+        found = embed_examples(engine, examples, -1 if layer is None else layer)
     fit = train_probe(found, loss, hidden=hidden or (), layer=layer, **settings)  # type: ignore[arg-type]
     fit.save(out)
+    for doubt in fit.warnings:
+        print(f"pyengine: {doubt}", file=sys.stderr)
     print(json.dumps({"epoch": fit.epoch, "train_loss": fit.train_loss[-1], "held_out": fit.held_out}))
 
 

@@ -42,6 +42,7 @@ def label(
     scorer: ScorerLike,
     out: str | Path,
     *,
+    model: str | Path | None = None,
     address: str = "local",
     workers: int | None = None,
     device: str = "cpu",
@@ -57,7 +58,14 @@ def label(
     """
     through = _spread(address, workers)
     return labelling.label(
-        source, _absolute(scorer), out, device=device, resume=resume, progress=progress, through=through
+        source,
+        _absolute(scorer),
+        out,
+        model=_absolute(model),
+        device=device,
+        resume=resume,
+        progress=progress,
+        through=through,
     )
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,7 +12,7 @@ from pyengine.codec import Prompt
 from pyengine.decode.settle import Judge, Owned
 from pyengine.errors import InputError
 from pyengine.reader import Reader
-from pyengine.scorers import Candidates, FunctionScorer, Part, Policy, PrefixModel, Scorer
+from pyengine.scorers import Candidates, Part, Policy, Scorer
 
 
 @dataclass
@@ -62,9 +61,7 @@ def text_of(prompt: Any, label: str) -> Prompt:
 def check_scorers(parts: Sequence[Part]) -> None:
     """InputError for scorers that read token ids."""
     for part in parts:
-        function = part.scorer.function if isinstance(part.scorer, FunctionScorer) else None
-        named = function is not None and "completion_ids" in inspect.signature(function).parameters
-        if named or isinstance(part.scorer, PrefixModel):
+        if part.scorer.reads_ids:
             raise InputError(
                 f"scorer {part.name!r} reads token ids, which a host driven by text does not show: give tokenizer"
             )

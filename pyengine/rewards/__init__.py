@@ -73,7 +73,7 @@ def length(longest: int = 1024) -> Scorer:
 
 
 class _Length(Scorer):
-    name = "length"
+    name, reads_ids = "length", True
 
     def __init__(self, longest: int) -> None:
         self.longest = whole(longest, "length: longest", 1)

@@ -114,6 +114,7 @@ class Scorer(Algebra):
     name: str = "scorer"
     layers: tuple[int, ...] = ()  # hidden states of the base policy that it reads
     scores_tokens = False  # whether `values` is there, which Tokenwise needs
+    reads_ids = False  # whether it reads the responses' token ids, and not their text alone
 
     def check(self, policy: Policy) -> None:
         """Raise InputError if this scorer does not fit the base policy."""
@@ -151,6 +152,7 @@ class FunctionScorer(Scorer):
         known = ("prompts", "completions", "completion_ids")
         rest = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
         named = {name for name in known if name in parameters}
+        self.reads_ids = "completion_ids" in named
         self._names = [name for name in known if rest or name in named] if named - {"prompts"} or rest else []
 
     def score(self, candidates: Candidates) -> Tensor:
@@ -211,7 +213,7 @@ class Transformed(Scorer):
         self.transforms: tuple[Transform, ...] = transforms
         if isinstance(scorer, Transformed):
             self.scorer, self.transforms = scorer.scorer, (*scorer.transforms, *transforms)
-        self.layers = self.scorer.layers
+        self.layers, self.reads_ids = self.scorer.layers, self.scorer.reads_ids
         self.name = scorer.name
         for transform in transforms:
             self.name = f"{transform.name}({self.name})"

@@ -62,7 +62,7 @@ class PrefixScorer(_HeadScorer):
     """
 
     kind = "prefix"
-    scores_tokens = True
+    scores_tokens = reads_ids = True
 
     def __init__(
         self, hidden_size: int, vocab_size: int, width: int = 128, layer: int = -1, name: str = "prefix"

@@ -29,7 +29,7 @@ class PrefixModel(Scorer):
     and each token once, in a branching cache of its own.
     """
 
-    scores_tokens = True
+    scores_tokens = reads_ids = True
 
     def __init__(self, model: Any, tokenizer: Any, head: PrefixScorer, name: str = KIND) -> None:
         config = model.config.get_text_config(decoder=True)

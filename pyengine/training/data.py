@@ -210,12 +210,16 @@ def write_examples(path: str | Path, examples: Iterable[Example]) -> None:
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     with written(path) as file:
-        for e in examples:
-            record: dict[str, Any] = {**record_of(e.prompt), "response": e.response, "reward": e.reward}
-            record["finish_reason"] = "stop" if e.ended else "length"
-            if e.tokens is not None:
-                record["tokens"] = e.tokens
-            file.write(json.dumps(record) + "\n")
+        file.writelines(map(line_of, examples))
+
+
+def line_of(example: Example) -> str:
+    """The line of JSONL that `read_examples` reads it from again, to the token."""
+    record: dict[str, Any] = {**record_of(example.prompt), "response": example.response, "reward": example.reward}
+    record["finish_reason"] = "stop" if example.ended else "length"
+    if example.tokens is not None:
+        record["tokens"] = example.tokens
+    return json.dumps(record) + "\n"
 
 
 def split(keys: Sequence[Any], share: float, seed: int) -> tuple[list[int], list[int]]:
@@ -251,17 +255,30 @@ def roll_out(
     prompts = as_prompts(prompts)
     for i, prompt in enumerate(prompts):
         engine.encode(prompt, f"prompt {i}")
-    seen: Counter[str] = Counter()
-    asked, sampling = [], []
-    for prompt in map(key_of, prompts):
-        for _ in range(per_prompt):
-            asked.append(prompt)
-            sampling.append(SamplingParams(max_tokens=max_tokens, seed=seed + seen[prompt]))
-            seen[prompt] += 1
+    repeated = [prompt for prompt in map(key_of, prompts) for _ in range(per_prompt)]
     with engine.following(reward):
-        results = engine.generate(asked, BASE, sampling, progress)
+        return drawn(engine, in_turn(repeated, max_tokens, seed), seed, progress)
+
+
+def in_turn(prompts: Iterable[str], max_tokens: int, seed: int) -> list[tuple[str, SamplingParams]]:
+    """Each prompt with what its roll-out is drawn by: the j-th to a prompt with seed + j."""
+    seen: Counter[str] = Counter()
     out = []
-    for prompt, result, params in zip(asked, results, sampling, strict=True):
+    for prompt in prompts:
+        out.append((prompt, SamplingParams(max_tokens=max_tokens, seed=seed + seen[prompt])))
+        seen[prompt] += 1
+    return out
+
+
+def drawn(
+    engine: Engine, asked: Sequence[tuple[str, SamplingParams]], seed: int, progress: bool | None = None
+) -> list[Example]:
+    """The roll-outs that are asked for, with what the engine's scorer says of them; InputError as for `roll_out`."""
+    prompts, sampling = [prompt for prompt, _ in asked], [params for _, params in asked]
+    out = []
+    for prompt, result, params in zip(
+        prompts, engine.generate(prompts, BASE, sampling, progress), sampling, strict=True
+    ):
         where = f"roll-out {(params.seed or 0) - seed} of prompt {result.prompt[:40]!r}"
         if result.reward is None or not math.isfinite(result.reward):
             raise InputError(f"{where}: the reward is {result.reward}, it must be finite: {result.text[:40]!r}")

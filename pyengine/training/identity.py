@@ -41,12 +41,12 @@ DESCRIPTORS = (types.GetSetDescriptorType, types.MemberDescriptorType, types.Wra
 def identity(thing: Any, what: str = "scorer") -> str:
     """A digest of what decides what a scorer or a model computes: equal things, equal digests, on any machine.
 
-    A directory counts by its files, a hub id by its commit, a model by its modules, weights and configuration, a
-    tokenizer by its rules, a function by its code, defaults and what it closes over, any other object by what it holds
-    and by the functions and values of its class and their bases. Code counts as bytecode, which is another with another
-    minor version of Python. Not seen are what a function reads from its module, hooks of modules, and the code of the
-    libraries (`LIBRARIES`). Raises InputError for an object that cannot be looked into, such as an open file. what: the
-    thing, in errors about a path.
+    A directory counts by its files, a file by its bytes, a hub id by its commit, a model by its modules, weights and
+    configuration, a tokenizer by its rules, a function by its code, defaults and what it closes over, any other object
+    by what it holds and by the functions and values of its class and their bases. Code counts as bytecode, which is
+    another with another minor version of Python. Not seen are what a function reads from its module, hooks of modules,
+    and the code of the libraries (`LIBRARIES`). Raises InputError for an object that cannot be looked into, such as an
+    open file. what: the thing, in errors about a path.
     """
     digest = hashlib.blake2b(digest_size=16)
     _scorer(thing, digest.update, set(), what)
@@ -67,9 +67,13 @@ def _scorer(thing: Any, feed: Feed, classes: set[type], what: str = "scorer") ->
     """A scorer in any of the forms that `parts_of` takes, in which a string is a path."""
     if isinstance(thing, (str, os.PathLike)):
         path, name = Path(thing), os.fspath(thing)
-        if not name or (not path.is_dir() and (path.is_absolute() or name.startswith(".") or "/" not in name)):
+        there = path.exists()
+        if not name or (not there and (path.is_absolute() or name.startswith(".") or "/" not in name)):
             raise InputError(f"{what} {name or repr(name)}: no such directory; a hub id is OWNER/NAME")
-        _walk(("directory", _files(path)) if path.is_dir() else ("hub", name, _commit(name, what)), feed, classes)
+        if path.is_file():
+            _walk(("file", _digest(path)), feed, classes)
+        else:
+            _walk(("directory", _files(path)) if there else ("hub", name, _commit(name, what)), feed, classes)
     elif isinstance(thing, Sequence) and not callable(thing):
         for weight, scorer in terms(thing):
             _walk(("part", weight), feed, classes)
@@ -84,9 +88,13 @@ def _files(directory: Path) -> list[tuple[str, str]]:
     for path in sorted(p for p in directory.rglob("*") if p.is_file()):
         name = path.relative_to(directory)
         if not any(part.startswith(".") for part in name.parts):
-            with path.open("rb") as file:
-                found.append((name.as_posix(), hashlib.file_digest(file, "blake2b").hexdigest()))
+            found.append((name.as_posix(), _digest(path)))
     return found
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "blake2b").hexdigest()
 
 
 def _commit(hub_id: str, what: str) -> str | None:

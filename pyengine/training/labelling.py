@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -10,16 +11,18 @@ from pathlib import Path
 from typing import Any
 
 from pyengine.checkpoint import device_of
+from pyengine.engine import Engine
 from pyengine.errors import InputError, first_line
 from pyengine.jsonl import json_object, raise_all
 from pyengine.rewards.references import Statistics
-from pyengine.scorers import Candidates, Part, ScorerLike, parts_of, score_texts
-from pyengine.scorers.base import as_given
-from pyengine.training.data import example_of
+from pyengine.scorers import Part, ScorerLike, parts_of
+from pyengine.training.data import Example, example_of
 from pyengine.training.identity import identity
 from pyengine.training.rows import SHARDS, Shard, Through, check_writable, lines_in, scan, worked
+from pyengine.training.scoring import Scored, check_text, reads_text, score_examples
 from pyengine.training.shards import Job, written
 
+log = logging.getLogger("pyengine")
 SHARD_BYTES = 1 << 18  # of input in a shard at least: what a kill loses of one worker's time
 
 
@@ -27,14 +30,16 @@ SHARD_BYTES = 1 << 18  # of input in a shard at least: what a kill loses of one 
 class Labeller:
     """Scores shards and commits them; the scorer is loaded with the first. Any process that sees the files can do it.
 
-    device: where the scorer runs, as torch calls it.
+    device: where the scorer runs, as torch calls it. model: of `label`; it is loaded with the scorer.
     """
 
     source: Path
     job: Job
     scorer: ScorerLike
     device: str = "cpu"
+    model: str | Path | None = None
     _parts: list[Part] = field(default_factory=list, init=False, repr=False)
+    _engine: Engine | None = field(default=None, init=False, repr=False)
 
     def __call__(self, shard: Shard) -> int:
         """The rows of the shard, which is committed when this returns; one that already was is left as it is.
@@ -45,26 +50,28 @@ class Labeller:
         if path.is_file():
             return shard.rows
         found = [(i, json_object(line, f"{self.source}:{i}")) for i, line in lines_in(self.source, shard)]
-        rewards = self._rewards([record for _, record in found], shard)
+        scores = self._scores(
+            [example_of({**record, "reward": 0.0}, f"{self.source}:{i}") for i, record in found], shard
+        )
         faults = [
-            f"{self.source}:{line}: its score is {reward}; a reward must be finite"
-            for (line, _), reward in zip(found, rewards, strict=True)
-            if not math.isfinite(reward)
+            f"{self.source}:{line}: its score is {score.reward}; a reward must be finite"
+            for (line, _), score in zip(found, scores, strict=True)
+            if not all(map(math.isfinite, (score.reward, *(score.values or ()))))
         ]
         raise_all(faults, shard.rows, f"rows from {self.source}:{shard.line}")
         with written(path) as file:
-            for (_, record), reward in zip(found, rewards, strict=True):
-                file.write(json.dumps(record | {"reward": reward}) + "\n")
+            for (_, record), score in zip(found, scores, strict=True):
+                along = {} if score.values is None else {"values": score.values}
+                file.write(json.dumps(record | {"reward": score.reward} | along) + "\n")
         return shard.rows
 
-    def _rewards(self, records: Sequence[Mapping[str, Any]], shard: Shard) -> list[float]:
+    def _scores(self, examples: Sequence[Example], shard: Shard) -> list[Scored]:
         if not self._parts:
-            self._parts = ready(self.scorer, self.device)
-        examples = [example_of({**record, "reward": 0.0}, "") for record in records]
-        prompts, responses = [e.prompt for e in examples], [e.response for e in examples]
-        candidates = Candidates(prompts, [()] * len(records), {}, {}, as_given(responses))
+            self._parts = ready(self.scorer, self.device, self.model)
+            if self.model is not None and not all(map(reads_text, self._parts)):
+                self._engine = Engine.from_pretrained(self.model, device=self.device)
         try:
-            return score_texts(self._parts, candidates).tolist()
+            return score_examples(self._engine, self._parts, examples)
         except InputError as error:
             raise InputError(f"rows from {self.source}:{shard.line}: {error}") from error
 
@@ -74,6 +81,7 @@ def label(
     scorer: ScorerLike,
     out: str | Path,
     *,
+    model: str | Path | None = None,
     device: str = "cpu",
     resume: bool = False,
     progress: bool | None = None,
@@ -82,15 +90,18 @@ def label(
     """Write the rows of `source` to `out` with their rewards, and a report to OUT.report.json, which is returned too.
 
     source: a JSONL file of {"prompt", "response"} lines, or such rows. A row keeps its place and whatever else it has;
-    a "reward" that it had is replaced, and the report counts those. scorer: anything that reads text. device: where it
-    runs. resume: take up a run that was cut short, of the same rows with the same scorer (see `identity`); one that was
-    not begun starts, and one that is done is only reported. progress: a bar on stderr after two seconds; None shows it
-    on a terminal only. through: who labels the shards; by default this process, one after the other.
+    a "reward" that it had is replaced, and the report counts those. scorer: any; one that reads the hidden states or
+    tokens of a language model needs that `model`, a directory or hub id. Where every part of it scores prefixes (prefix
+    scorers, prefix models, probes), a row also gets "values", the score at each token of its response, of which the
+    last is its reward. device: where both run. resume: take up a run that was cut short, of the same rows with the same
+    scorer (see `identity`); one that was not begun starts, and one that is done is only reported. progress: a bar on
+    stderr after two seconds; None shows it on a terminal only. through: who labels the shards; by default this process,
+    one after the other.
 
     The report: rows, replaced, cut_off (rows whose finish_reason is "length"), seconds of this run, and of the rewards
     the least, the greatest and `statistics`, which are what `pyengine.Statistics` is made of (ddof 0). Those leave out
     what was cut off, whose reward is that of a prefix: it is kept in the output, where trainers bootstrap at the cut
-    instead. Where every row was cut off they are null.
+    instead. Where every row was cut off they are null, and a warning is logged.
     Memory does not grow with the rows, whose results lie in OUT.shards until all are there. Raises one InputError
     with file:line for lines that cannot be used, before any is scored; for a score that is not finite; for files that
     cannot be read or written; and for an output that is there already, or is part of other work.
@@ -99,8 +110,8 @@ def label(
         source,
         out,
         _scan,
-        lambda: {"scorer": identity(scorer)},
-        lambda path, job: Labeller(path, job, scorer, device),
+        lambda: {"scorer": identity(scorer)} | ({} if model is None else {"model": identity(model, "model")}),
+        lambda path, job: Labeller(path, job, scorer, device, model),
         _Rewards(),
         resume=resume,
         progress=progress,
@@ -108,11 +119,13 @@ def label(
     )
 
 
-def ready(scorer: ScorerLike, device: str) -> list[Part]:
-    """The parts of a scorer of text, on their device; InputError for one that cannot be there."""
+def ready(scorer: ScorerLike, device: str, model: str | Path | None) -> list[Part]:
+    """The parts of a scorer, on their device; InputError for one that cannot be there, or needs a model."""
     parts = parts_of(scorer)
     if not parts:
         raise InputError("labelling needs a scorer")
+    if model is None:
+        check_text(parts)
     place = device_of(device)
     try:
         for part in parts:
@@ -162,6 +175,8 @@ class _Rewards:
             self.moments.add(record["reward"])
 
     def report(self) -> dict[str, Any]:
+        if not self.moments.count:
+            log.warning("each of %d responses was cut off: there are no statistics of rewards", self.cut_off)
         return {"cut_off": self.cut_off, **self.moments.report()}
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 import math
 import random
 import time
@@ -23,12 +24,13 @@ from pyengine.engine import Engine
 from pyengine.errors import InputError, real, whole
 from pyengine.jsonl import json_object, numbered_prompts, raise_all, read_file, record_of
 from pyengine.results import SamplingParams
-from pyengine.scorers import Candidates, ScorerLike, score_texts
-from pyengine.scorers.base import as_given
-from pyengine.training.data import encode, example_of
+from pyengine.scorers import ScorerLike
+from pyengine.training.data import Example, encode, example_of
 from pyengine.training.identity import identity
+from pyengine.training.scoring import score_examples
 from pyengine.training.shards import Job, begun, digest_of, held, lines, merged, missing, vacant, written
 
+log = logging.getLogger("pyengine")
 ROUNDING = 2.0**-23  # of a difference of two fp32 scores, relative to the larger: half a unit in the last place each
 AT_ONCE = 512  # responses in a shard: what a kill loses
 SAMPLING = SamplingParams(max_tokens=1024, temperature=0.7, top_p=0.95, seed=0)  # temperature and top-p are WPO's
@@ -107,6 +109,7 @@ def build_pairs(
     sampling: SamplingParams = SAMPLING,
     candidates: str | Path | None = None,
     margin: float | None = None,
+    fixed_horizon: bool = False,
     resume: bool = False,
     progress: bool | None = None,
 ) -> dict[str, Any]:
@@ -114,19 +117,20 @@ def build_pairs(
 
     A line is {"prompt", "chosen", "rejected", "score_chosen", "score_rejected"}, in the order of the prompts: TRL's
     preference format (the conversational one where the prompt is a conversation), which `read_preferences` reads.
-    prompts: as for `Engine.generate`, or the Path of a JSONL file of them. samples:
-    responses of the base policy to each prompt, at least two where there are no `candidates`, the j-th drawn with seed
-    sampling.seed + j, whatever else is in the batch. scorer: anything that the engine follows; it must read text where
-    `candidates` come without a reward. candidates: JSONL lines {"prompt", "response"} of another model, with a "reward"
-    where they were scored already, by the same scorer. margin: the hybrid rule (see `choose`), drawn by seed and
-    prompt. resume: take up a run that was cut short; nothing is sampled again but the shard in hand. progress: a bar on
-    stderr after two seconds; None shows it on a terminal only.
+    prompts: as for `Engine.generate`, or the Path of a JSONL file of them. samples: responses of the base policy to
+    each prompt, at least two where there are no `candidates`, the j-th drawn with seed sampling.seed + j, whatever else
+    is in the batch. scorer: anything that the engine follows. candidates: JSONL lines {"prompt", "response"} of another
+    model, with a "reward" where they were scored already, by the same scorer. margin: the hybrid rule (see `choose`),
+    drawn by seed and prompt. resume: take up a run that was cut short; nothing is sampled again but the shard in hand.
+    progress: a bar on stderr after two seconds; None shows it on a terminal only.
 
-    No candidate are responses that were cut off, which have no reward yet and which a trainer would end with an EOS,
-    and empty ones. The report counts: prompts, repeated (prompts that came again, which are taken once), pairs, dropped
-    (by reason), sampled, given, left_out (by reason), chosen_given and rejected_given, and seconds of this run.
-    Raises one InputError for all prompts that cannot be decoded, one for all lines of `candidates` that cannot be used
-    (of other prompts, too), and, naming prompt or line, one for a score that is not finite.
+    No candidate are empty responses, and those that were cut off, which have no reward yet and which a trainer would
+    end with an EOS; with fixed_horizon they are, with the score of what there is of them. A warning is logged where no
+    pair was made, or most responses were cut off. The report counts: prompts, repeated (prompts that came again, which
+    are taken once), pairs, dropped (by reason), sampled, given, left_out (by reason), chosen_given and rejected_given,
+    and seconds of this run. Raises one InputError for all prompts that cannot be decoded, one for all lines of
+    `candidates` that cannot be used (of other prompts, too), and, naming prompt or line, one for a score that is not
+    finite.
     """
     start, out = time.perf_counter(), Path(out).absolute()
     samples = whole(samples, "build_pairs: samples", 1)
@@ -149,6 +153,7 @@ def build_pairs(
             "sampling": {"samples": samples, **dataclasses.asdict(sampling)},
             "candidates": None if candidates is None else digest_of(data),
             "margin": margin,
+            "fixed_horizon": fixed_horizon,
         },
     )
     size = max(1, AT_ONCE // samples)
@@ -157,14 +162,15 @@ def build_pairs(
         report = begun(job, resume)
         if report is not None:
             return report
-        _check_scorer(engine, given)
+        if not engine.parts:
+            raise InputError("build_pairs needs a scorer")
         todo = missing(job, shards)
         hide = None if progress is None else not progress
         done = len(unique) - sum(shard.rows for shard in todo)
         with tqdm(total=len(unique), initial=done, unit="prompt", delay=2, disable=hide, leave=False) as bar:
             for shard in todo:
                 some = unique[shard.first : shard.first + shard.rows]
-                found = _sampled(engine, some, given, samples, sampling, margin)
+                found = _sampled(engine, some, given, samples, sampling, margin, fixed_horizon)
                 with written(job.file(shard)) as file:
                     file.writelines(json.dumps(line) + "\n" for line in found)
                 bar.update(shard.rows)
@@ -182,7 +188,21 @@ def build_pairs(
             names = ("pairs", "sampled", "given", "chosen_given", "rejected_given")
             report |= {name: counts[name] for name in names} | {"dropped": dict(dropped), "left_out": dict(left_out)}
             report["seconds"] = round(time.perf_counter() - start, 2)
+    _warn(report, sampling.max_tokens)
     return {"of": job.pins, **report}
+
+
+def _warn(report: dict[str, Any], most: int) -> None:
+    """Log what the counts of a report mean where that is little."""
+    cut, sampled = report["left_out"].get("cut_off", 0), report["sampled"]
+    if 2 * cut > sampled:
+        log.warning(
+            "%d of %d responses were cut off at %d tokens and make no pair: let them be longer (--max-tokens), or "
+            "count them as they stand (--fixed-horizon)",
+            *(cut, sampled, most),
+        )
+    if not report["pairs"]:
+        log.warning("no pair was made of %d prompts: dropped %s", report["prompts"], report["dropped"])
 
 
 def _readable(engine: Engine, prompts: PromptLike | Sequence[PromptLike] | Path) -> list[str]:
@@ -201,19 +221,6 @@ def _readable(engine: Engine, prompts: PromptLike | Sequence[PromptLike] | Path)
     if not named:
         raise InputError("build_pairs needs prompts")
     return [key_of(prompt) for _, prompt in named]
-
-
-def _check_scorer(engine: Engine, given: Mapping[str, Sequence[Given]]) -> None:
-    """InputError unless there is a scorer, and one of text where responses are given that have no reward."""
-    if not engine.parts:
-        raise InputError("build_pairs needs a scorer")
-    bare = next((one for found in given.values() for one in found if one.reward is None), None)
-    for part in engine.parts:
-        if bare is not None and (part.scorer.layers or part.scorer.scores_tokens):
-            raise InputError(
-                f"{bare.where} has no reward, and scorer {part.name!r} reads hidden states or tokens, not text: give "
-                "candidates with their rewards, or use a reward model or a function"
-            )
 
 
 def parse_candidates(data: bytes, path: str, engine: Engine, prompts: Sequence[str]) -> dict[str, list[Given]]:
@@ -251,6 +258,7 @@ def _sampled(
     samples: int,
     sampling: SamplingParams,
     margin: float | None,
+    fixed_horizon: bool,
 ) -> list[dict[str, Any]]:
     """The line of each prompt: its outcome, what was counted, and the pair or None."""
     seed = sampling.seed or 0
@@ -262,7 +270,7 @@ def _sampled(
     for i, prompt in enumerate(prompts):
         answers, left_out = list[Answer](), Counter[str]()
         for j, result in enumerate(results[i * samples : (i + 1) * samples]):
-            if result.finish_reason == "length":
+            if result.finish_reason == "length" and not fixed_horizon:
                 left_out["cut_off"] += 1
             elif not result.text.strip():
                 left_out["empty"] += 1
@@ -299,19 +307,11 @@ def _scored(engine: Engine, prompts: Sequence[str], given: Mapping[str, Sequence
     bare = [(prompt, one) for prompt in prompts for one in given.get(prompt, ()) if one.reward is None]
     rewards = {one.where: one.reward for found in given.values() for one in found if one.reward is not None}
     if bare:
-        texts = [one.response for _, one in bare]
-        candidates = Candidates(
-            [prompt for prompt, _ in bare],
-            [one.tokens for _, one in bare],
-            {},
-            {},
-            as_given(texts),
-            [engine.encode(prompt) for prompt, _ in bare],
-        )
-        for (_, one), reward in zip(bare, score_texts(engine.parts, candidates).tolist(), strict=True):
-            if not math.isfinite(reward):
-                raise InputError(f"{one.where}: its score is {reward}, it must be finite")
-            rewards[one.where] = reward
+        examples = [Example(prompt, one.response, 0.0, one.tokens, where=one.where) for prompt, one in bare]
+        for (_, one), score in zip(bare, score_examples(engine, engine.parts, examples), strict=True):
+            if not math.isfinite(score.reward):
+                raise InputError(f"{one.where}: its score is {score.reward}, it must be finite")
+            rewards[one.where] = score.reward
     return {
         prompt: [Answer(one.response, rewards[one.where], len(one.tokens), True) for one in given.get(prompt, ())]
         for prompt in prompts

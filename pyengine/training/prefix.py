@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import random
 import shutil
 import sys
@@ -21,16 +22,18 @@ from typing import Any, Literal
 
 import torch
 from accelerate import PartialState
-from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers import EarlyStoppingCallback, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 from pyengine.engine import Engine
 from pyengine.errors import InputError, real, whole
 from pyengine.scorers import PrefixModel, PrefixScorer
 from pyengine.training.checkpoints import checkpoint_of, finished, fresh, interruptible
 from pyengine.training.data import Encoded, Example, encode_all, split
+from pyengine.training.states import collate_read, read_once
 from pyengine.training.trunk import TrunkStudent, grouped, load_trunk
-from pyengine.training.values import Batch, Method, Student, collate, read_prefixes, regression_loss, targets
+from pyengine.training.values import Batch, Method, Prefixes, Student, collate, read_prefixes, regression_loss, targets
 
+log = logging.getLogger("pyengine")
 BINS = 10  # of the calibration
 
 
@@ -44,7 +47,10 @@ class PrefixTraining:
     batch: responses in an optimiser step, over all processes and the `accumulate` parts of it. reduction: "sum" adds
     up the tokens of a response, as in the paper; "token_mean" takes their mean, so that long responses weigh no more
     than short ones. held_out: the share of the prompts (of the responses, if there is one prompt) that only the report
-    uses. checkpoint_every: optimiser steps; None is an epoch. bf16: mixed precision.
+    uses. fixed_horizon: the reward of a response that was cut off counts as it stands, as that of its first tokens;
+    without it that is no reward yet, and "fudge" takes the expected value at the cut. patience: epochs is the most, and
+    training ends after so many epochs without a lower held-out loss, with the weights of the lowest; None: all epochs,
+    the last weights. checkpoint_every: optimiser steps; None is an epoch. bf16: mixed precision.
 
     trunk: whose hidden states are read. "frozen": the base model's. "copy": a copy of the base model's decoder, which
     learns with the scorer at the learning rate trunk_lr. A directory or hub id: that checkpoint's, likewise; it needs
@@ -63,6 +69,8 @@ class PrefixTraining:
     bf16: bool = False
     seed: int = 0
     held_out: float = 0.05
+    fixed_horizon: bool = False
+    patience: int | None = None
     checkpoint_every: int | None = None
     trunk: str = "frozen"
     trunk_lr: float = 1e-5
@@ -77,6 +85,12 @@ class PrefixTraining:
         whole(self.seed, "seed", 0, 2**32 - 1)
         if self.checkpoint_every is not None:
             whole(self.checkpoint_every, "checkpoint_every", 1)
+        if self.patience is not None:
+            whole(self.patience, "patience", 1)
+            if not self.held_out or self.checkpoint_every is not None:
+                raise InputError(
+                    "patience looks at the held-out loss of each epoch: it needs held_out, no checkpoint_every"
+                )
         if not isinstance(self.trunk, str) or not self.trunk:
             raise InputError(f"trunk must be frozen, copy, a directory or a hub id, got {self.trunk!r}")
         real(self.lr, "lr", 1e-12)
@@ -120,21 +134,28 @@ class PrefixTrainer(Trainer):
         own = getattr(self.model, "trunk", None)
         return optimizer if own is None else grouped(optimizer, own, self.settings.trunk_lr)
 
+    def prediction_step(self, model: Any, inputs: Any, *_: Any, **__: Any) -> Any:
+        with torch.no_grad():
+            return self.compute_loss(model, self._prepare_inputs(inputs)), None, None
+
     def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, *_: Any, **__: Any) -> Any:
-        batch, settings = Batch(**inputs), self.settings
-        # CD-FUDGE needs logits only where a response was cut off.
-        logits = settings.method == "cd-q" or not bool(batch.ended.all())
-        student = self.accelerator.unwrap_model(model)
-        if isinstance(student, TrunkStudent):
+        settings, student = self.settings, self.accelerator.unwrap_model(model)
+        reward, length = inputs["reward"], inputs["length"]
+        if "before" in inputs:  # read once
+            p = Prefixes(**{name: inputs[name] for name in Prefixes._fields})
+            value = model(p.before, p.token)
+        elif isinstance(student, TrunkStudent):
+            batch = Batch(**inputs)
             value, p = model(batch)
             student = student.student
-            if logits:
-                p = p._replace(logits=read_prefixes(self.base, batch, -1, logits).logits)
+            if settings.method == "cd-q" or not bool(batch.ended.all()):
+                base = read_prefixes(self.base, batch, -1, settings.method)
+                p = p._replace(ahead=base.ahead, logits=base.logits)
         else:
-            p = read_prefixes(self.base, batch, settings.layer, logits)
+            p = read_prefixes(self.base, Batch(**inputs), settings.layer, settings.method)
             value = model(p.before, p.token)
-        target = targets(settings.method, student, p, batch.reward, batch.ended)
-        loss = regression_loss(value, target, p.response, batch.length, settings.reduction)
+        target = targets(settings.method, student, p, reward)
+        loss = regression_loss(value, target, p.response, length, settings.reduction)
         if not bool(loss.isfinite()):
             rates = "lr" if settings.trunk == "frozen" else "lr or trunk_lr"
             raise InputError(f"training gave a loss of {loss.item()} at step {self.state.global_step}; lower {rates}")
@@ -168,12 +189,17 @@ def train_prefix_scorer(
     run = {"model": engine.name, "settings": asdict(settings), "examples": len(examples), "data": _digest(training)}
     if not new:
         return finished(out, run)
+    cut = sum(not item.ended for item in training)
+    if settings.fixed_horizon:
+        training, held_out = ([item._replace(ended=True) for item in side] for side in (training, held_out))
     known = [item.reward for item in training if item.ended]
     if not known:
         raise InputError(
             f"all {len(training)} responses to train on were cut off, and a reward counts where a response ends: let "
-            "them be longer (--max-tokens), or give some that ended"
+            "them be longer (--max-tokens), give some that ended, or count the rewards as they stand (--fixed-horizon)"
         )
+    if settings.patience is not None and not held_out:
+        raise InputError("patience needs a held-out loss: give more than one response")
     trunk, read = engine.model, engine.policy
     if settings.trunk != "frozen":
         trunk, read = load_trunk(engine, settings.trunk, [*training, *held_out])
@@ -182,34 +208,46 @@ def train_prefix_scorer(
         sizes = (read.hidden_size, read.vocab_size, settings.width, settings.layer)
         scorer = PrefixScorer(*sizes, name=out.absolute().name)
         scorer.check(read)
-        student = Student(scorer, sum(known) / len(known))
+        drawn = torch.tensor(sorted({token for item in training for token in item.ids[item.start :]}))
+        student = Student(scorer, sum(known) / len(known), drawn)
     arguments = _arguments(engine, settings, out / "checkpoints")
     checkpoint = checkpoint_of(out, run, resume)
+    reads = None
+    if settings.trunk == "frozen" and settings.method == "fudge" and settings.epochs > 1:
+        there = [*training, *held_out]
+        reads = read_once(engine.model, there, settings.layer, arguments.process_index, arguments.world_size)
+    data: Any = [*training, *held_out] if reads is None else reads
+    plateau = [] if settings.patience is None else [EarlyStoppingCallback(settings.patience)]
     trainer = PrefixTrainer(
         engine.model,
         settings,
         model=student if settings.trunk == "frozen" else TrunkStudent(trunk, student),
         args=arguments,
-        train_dataset=training,
-        data_collator=collate,
-        callbacks=list(callbacks),
+        train_dataset=data[: len(training)],
+        eval_dataset=data[len(training) :] if plateau else None,
+        data_collator=collate if reads is None else collate_read,
+        callbacks=[*plateau, *callbacks],
     )
     trainer.remove_callback(PrinterCallback)  # stdout is for results
     with interruptible(out):
         outcome = trainer.train(resume_from_checkpoint=checkpoint)
     scorer = student.finished()
     report = run | {
-        "cut_off": sum(not item.ended for item in training),
+        "cut_off": cut,
         "tokens": sum(len(item.ids) - item.start for item in training),
         "training_responses": len(training),
         "steps": outcome.global_step,
         "training_loss": outcome.training_loss,
+        "epoch": _epoch_kept(trainer.state, settings),
         "held_out_by": by,
         "held_out": prefix_report(trunk, scorer, held_out),
         "processes": arguments.world_size,
         "seconds": time.perf_counter() - started,
     }
+    report["warnings"] = doubted = doubts(report)
     if trainer.is_world_process_zero():
+        for doubt in doubted:
+            log.warning("%s", doubt)
         if settings.trunk == "frozen":
             scorer.save(out)
         else:
@@ -218,6 +256,35 @@ def train_prefix_scorer(
         shutil.rmtree(out / "checkpoints", ignore_errors=True)
     PartialState().wait_for_everyone()
     return report
+
+
+def _epoch_kept(state: Any, settings: PrefixTraining) -> int:
+    """The epoch whose weights are kept, from 1."""
+    epochs = [entry for entry in state.log_history if "eval_loss" in entry]
+    if settings.patience is None or not epochs:
+        return settings.epochs
+    return round(min(epochs, key=lambda entry: entry["eval_loss"])["epoch"])
+
+
+def doubts(report: dict[str, Any]) -> list[str]:
+    """What speaks against a scorer with this report, in words; nothing of one that predicts."""
+    found, said = report["held_out"], []
+    cut, trained = report["cut_off"], report["training_responses"]
+    if 2 * cut > trained and not report["settings"]["fixed_horizon"]:
+        said.append(
+            f"{cut} of {trained} responses were cut off, and only the rewards of the others are learned from: let them "
+            "be longer (--max-tokens), or count the rewards as they stand (--fixed-horizon)"
+        )
+    if found["r2"] is not None and found["r2"] < 0:
+        said.append(
+            f"held-out R² is {found['r2']:.2f}: the mean reward predicts better than this scorer; draw more responses, "
+            "train for fewer epochs (--patience), or read another layer"
+        )
+    elif found["responses"] and found["r2"] is None:
+        said.append("held-out R² is unknown: the rewards, or the values, are all equal")
+    elif found["cut_off"] and not found["responses"]:
+        said.append("held-out R² is unknown: every held-out response was cut off")
+    return said
 
 
 def held_apart(items: Sequence[Encoded], share: float, seed: int) -> tuple[list[Encoded], list[Encoded], str]:
@@ -243,7 +310,7 @@ def prefix_report(model: Any, scorer: PrefixScorer, items: Sequence[Encoded], ba
     values, rewards = [torch.empty(0)], [torch.empty(0)]
     for start in range(0, len(ended), batch):
         b = Batch(**{k: v.to(model.device) for k, v in collate(ended[start : start + batch]).items()})
-        p = read_prefixes(model, b, scorer.layer, logits=False)
+        p = read_prefixes(model, b, scorer.layer)
         values.append(scorer.values_at(p.before, p.token).float().cpu())
         rewards.append(b.reward[p.response].cpu())
     v, r = torch.cat(values).double(), torch.cat(rewards).double()
@@ -278,6 +345,11 @@ def _arguments(engine: Engine, settings: PrefixTraining, directory: Path) -> Tra
         logging_steps=0.1,
         logging_nan_inf_filter=False,
         save_strategy="steps" if settings.checkpoint_every else "epoch",
+        eval_strategy="no" if settings.patience is None else "epoch",
+        per_device_eval_batch_size=settings.batch,
+        load_best_model_at_end=settings.patience is not None,
+        metric_for_best_model="loss",
+        greater_is_better=False,
         save_steps=settings.checkpoint_every or 500,
         save_total_limit=2,  # a run that is killed while it writes one goes on from the other
         disable_tqdm=not sys.stderr.isatty(),

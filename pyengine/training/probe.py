@@ -18,16 +18,22 @@ from pyengine.losses import ce_loss, pg_loss, q_loss, qp_loss
 from pyengine.scorers import Probe
 from pyengine.training.data import split
 from pyengine.training.embeddings import ROWS, Pairs, Samples
+from pyengine.training.groups import group_size, groups
 
 Loss = Literal["q", "ce", "pg", "qp"]
 BATCHES: dict[Loss, int] = {"q": 1000, "ce": 1000, "pg": 100, "qp": 1024}  # rows, groups for pg, pairs for qp
+STEPS = 9  # in an epoch, at least, where there are so many rows
+# What Adam can move a weight by is lr times its steps: 1.4 in the paper, 150 epochs of 190 batches at 5e-5. From fewer
+# rows come fewer steps, and at 5e-5 the 150 of 576 rows moved none by more than .0075: it stayed what it was drawn as.
+REACH, LEAST_LR = 1.4, 5e-5
 
 
 @dataclass
 class TrainedProbe:
     """A probe with how it came about: mean loss of each epoch on the rows trained on and on those held out.
 
-    epoch: the one whose weights were kept, from 1. held_out: what the kept weights reach on the held-out prompts.
+    epoch: the one whose weights were kept, from 1. held_out: what the kept weights reach on the held-out prompts; r2 is
+    of losses q and ce, against the mean reward there. warnings: what speaks against the probe, in words.
     """
 
     probe: Probe
@@ -37,6 +43,16 @@ class TrainedProbe:
     held_out: dict[str, float] = field(default_factory=dict)
     epoch: int = 0
 
+    @property
+    def warnings(self) -> list[str]:
+        r2 = self.held_out.get("r2", 0.0)
+        if r2 >= 0:
+            return []
+        return [
+            f"held-out R² is {r2:.2f}: the mean reward predicts better than this probe; give more responses, train for "
+            "fewer epochs (--keep-best), or read another layer"
+        ]
+
     def save(self, directory: str | Path) -> None:
         """The probe's own files and training.json."""
         self.probe.save(directory)
@@ -44,6 +60,7 @@ class TrainedProbe:
             "settings": self.settings,
             "epoch": self.epoch,
             "held_out": self.held_out,
+            "warnings": self.warnings,
             "train_loss": self.train_loss,
             "held_out_loss": self.held_out_loss,
         }
@@ -57,7 +74,7 @@ def train_probe(
     hidden: Sequence[int] = (),
     layer: int | None = None,
     name: str = "probe",
-    lr: float = 5e-5,
+    lr: float | None = None,
     epochs: int = 150,
     batch: int | None = None,
     beta_train: float | None = None,
@@ -73,13 +90,16 @@ def train_probe(
         data: samples for "q", "ce" (rewards in [0, 1]) and "pg", pairs for "qp".
         hidden: widths of the hidden layers; () is linear. layer: the hidden state that the embeddings are, which the
             probe will read in the engine; None is the data's own. name: of the probe.
-        batch: rows, for "pg" groups, for "qp" pairs; None is 1000, 100 and 1024 as in the paper.
+        batch: rows, for "pg" groups, for "qp" pairs; None is 1000, 100 and 1024 as in the paper, or a ninth of the data
+            if that is less.
+        lr: Adam's learning rate; None is 5e-5 as in the paper, or what moves a weight as far in the steps that there
+            are: 1.4 over their number.
         beta_train: of the softmax in "pg" only; None is 1. What is used to select later is that call's own beta.
         group: samples of a prompt in one group of "pg", drawn anew every epoch; None takes all of a prompt's.
         held_out: share of the prompts that are not trained on. keep_best: keep the epoch with the lowest loss there.
         seed: of the split, the initial weights and the order.
 
-    The bias is trained for "q" and "ce" only: the others see differences, and it stays 0.
+    For "q" and "ce" the probe starts as the mean reward; the others see differences, and their bias stays 0.
     Raises InputError, naming the row or the prompt, for data that the loss cannot use, and for losses that run away.
     """
     settings = probe_settings(
@@ -94,22 +114,27 @@ def train_probe(
         keep_best=keep_best,
         seed=seed,
     )
-    batch, beta = settings["batch"], settings.get("beta_train", 1.0)
+    beta = settings.get("beta_train", 1.0)
     if loss == "pg":  # of all prompts: one that is odd may fall to either side
         settings["group"] = group = group_size(data.prompt, group)
     layer = _layer_of(data, layer)
     order = torch.Generator().manual_seed(seed)
     train, test = (torch.tensor(rows, dtype=torch.long) for rows in split(data.prompt.tolist(), held_out, seed))
     problem = _problem(data, loss, train, beta)
+    units = len(train) // group if loss == "pg" and group is not None else len(train)
+    settings |= pace(loss, units, epochs, batch, lr)
+    batch, rate = settings["batch"], settings["lr"]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         probe = Probe(problem.width, layer, name, hidden)
-    if not problem.biased:
-        torch.nn.init.zeros_(probe.head.bias)
+    torch.nn.init.constant_(probe.head.bias, problem.start)
+    if problem.biased:
+        torch.nn.init.zeros_(probe.head.weight)  # every response has the mean at first
+    else:
         probe.head.bias.requires_grad_(False)
     fit = TrainedProbe(probe, settings)
     tested = list(_batches(data.prompt, test, loss, batch, group, None)) if held_out else []
-    step = _step(probe, problem, lr)
+    step = _step(probe, problem, rate)
     best: dict[str, Tensor] = {}
     hide = None if progress is None else not progress
     bar = tqdm(range(1, epochs + 1), desc=f"probe, {loss}", unit="epoch", disable=hide)
@@ -120,12 +145,13 @@ def train_probe(
             count += len(pick)
         fit.train_loss.append(total.item() / count)
         if not math.isfinite(fit.train_loss[-1]):
-            raise InputError(f"train_probe: the loss is {fit.train_loss[-1]} in epoch {epoch}; lower lr from {lr:g}")
+            raise InputError(f"train_probe: the loss is {fit.train_loss[-1]} in epoch {epoch}; lower lr from {rate:g}")
         if tested:
             fit.held_out_loss.append(_mean_loss(probe, problem, tested))
             if not math.isfinite(fit.held_out_loss[-1]):
                 raise InputError(
-                    f"train_probe: the held-out loss is {fit.held_out_loss[-1]} in epoch {epoch}; lower lr from {lr:g}"
+                    f"train_probe: the held-out loss is {fit.held_out_loss[-1]} in epoch {epoch}; lower lr from "
+                    f"{rate:g}"
                 )
         if keep_best and fit.held_out_loss[-1] == min(fit.held_out_loss):
             best, fit.epoch = {name: value.clone() for name, value in probe.state_dict().items()}, epoch
@@ -145,7 +171,7 @@ def probe_settings(
     loss: Loss,
     paired: bool,
     *,
-    lr: float = 5e-5,
+    lr: float | None = None,
     epochs: int = 150,
     batch: int | None = None,
     beta_train: float | None = None,
@@ -154,9 +180,9 @@ def probe_settings(
     keep_best: bool = False,
     seed: int = 0,
 ) -> dict[str, Any]:
-    """The settings of `train_probe` with its defaults; InputError for what cannot be, before anything is embedded.
+    """The settings of `train_probe`, those that follow from the data as None.
 
-    paired: whether the data are pairs.
+    paired: whether the data are pairs. InputError for what cannot be, before anything is embedded.
     """
     if loss not in BATCHES:
         raise InputError(f"train_probe: loss must be one of {', '.join(BATCHES)}, got {loss!r}")
@@ -164,9 +190,9 @@ def probe_settings(
         raise InputError(f"train_probe: loss {loss!r} needs {'Pairs' if loss == 'qp' else 'Samples'}")
     found: dict[str, Any] = {
         "loss": loss,
-        "lr": real(lr, "train_probe: lr", 1e-12),
+        "lr": None if lr is None else real(lr, "train_probe: lr", 1e-12),
         "epochs": whole(epochs, "train_probe: epochs", 1),
-        "batch": whole(BATCHES[loss] if batch is None else batch, "train_probe: batch", 1),
+        "batch": None if batch is None else whole(batch, "train_probe: batch", 1),
         "held_out": real(held_out, "train_probe: held_out", 0, 0.9),
         "seed": whole(seed, "train_probe: seed", 0),
     }
@@ -183,6 +209,13 @@ def probe_settings(
     return found | {"beta_train": beta, "group": None if group is None else whole(group, "train_probe: group", 1)}
 
 
+def pace(loss: Loss, units: int, epochs: int, batch: int | None, lr: float | None) -> dict[str, Any]:
+    """batch and lr, as given or as `train_probe` takes them for so many rows, groups or pairs to train on."""
+    batch = max(1, min(BATCHES[loss], units // STEPS)) if batch is None else batch
+    steps = epochs * -(-units // batch)
+    return {"batch": batch, "lr": max(LEAST_LR, REACH / max(1, steps)) if lr is None else lr}
+
+
 def _layer_of(data: Samples | Pairs, layer: int | None) -> int:
     """The hidden state that the embeddings are."""
     if layer is not None and data.layer is not None and layer != data.layer:
@@ -191,31 +224,6 @@ def _layer_of(data: Samples | Pairs, layer: int | None) -> int:
     if found is None:
         raise InputError("train_probe: the embeddings do not say which hidden state they are; give the layer")
     return whole(found, "train_probe: layer", -(2**31))
-
-
-def group_size(prompt: Tensor, size: int | None) -> int:
-    """K, the samples of a prompt that make one group: `size`, or None for all of them, as many for each prompt.
-
-    Raises InputError that names the first prompt whose samples do not make whole groups.
-    """
-    known, count = prompt.unique(return_counts=True)
-    wanted = int(count.mode().values) if size is None else size
-    odd = ((count != wanted) if size is None else (count % wanted != 0)).nonzero()[:, 0]
-    if len(odd):
-        number, found = int(known[odd[0]]), int(count[odd[0]])
-        others = f"{wanted} like the others" if size is None else f"a multiple of {wanted}"
-        raise InputError(f"prompt {number} has {found} samples, loss 'pg' needs {others}; draw more or leave some out")
-    return wanted
-
-
-def groups(prompt: Tensor, size: int, order: torch.Generator | None) -> Tensor:
-    """Rows [G, K] so that all of a group have one prompt; with `order` they are drawn anew, else as they stand."""
-    place = prompt.unique(return_inverse=True)[1]
-    if order is None:
-        return place.argsort(stable=True).view(-1, size)
-    shuffled = place + torch.rand(len(place), generator=order, dtype=torch.float64)
-    rows = shuffled.argsort().view(-1, size)
-    return rows[torch.randperm(len(rows), generator=order)]
 
 
 def _batches(
@@ -243,6 +251,7 @@ class _Problem:
     objective: Callable[[Tensor, Tensor], Tensor]
     biased: bool
     target: Tensor | None
+    start: float = 0.0  # of the bias
     probability: bool = False  # whether sigmoid(Q) is what meets the target
     beta: float = 1.0  # of the softmax over a group
 
@@ -264,8 +273,9 @@ def _problem(data: Samples | Pairs, loss: Loss, train: Tensor, beta: float) -> _
         baseline = reward[train].mean().item()
         objective = lambda q, pick: pg_loss(q, reward[pick], baseline, beta)  # noqa: E731
         return _Problem(data.embeddings, None, objective, False, reward, beta=beta)
-    compare = q_loss if loss == "q" else ce_loss
-    return _Problem(data.embeddings, None, lambda q, pick: compare(q, reward[pick]), True, reward, loss == "ce")
+    compare, mean = (q_loss if loss == "q" else ce_loss), reward[train].mean()
+    start = float(mean if loss == "q" else mean.logit(1e-3))
+    return _Problem(data.embeddings, None, lambda q, pick: compare(q, reward[pick]), True, reward, start, loss == "ce")
 
 
 def _step(probe: Probe, problem: _Problem, lr: float) -> Callable[[Tensor], Tensor]:
@@ -358,8 +368,8 @@ def _mean_loss(probe: Probe, problem: _Problem, batches: Sequence[Tensor]) -> fl
 
 
 def _metrics(probe: Probe, problem: _Problem, batches: Sequence[Tensor]) -> dict[str, float]:
-    """What the loss means: accuracy of pairs, correlation with the reward, for groups the mean reward of all samples,
-    of softmax selection with beta_train and of argmax selection."""
+    """What the loss means: accuracy of pairs, correlation with the reward, R² where it is what is predicted, for groups
+    the mean reward of all samples, of softmax selection with beta_train and of argmax selection."""
     q = torch.cat([_outputs(probe, problem, pick) for pick in batches])
     found = {"rows": float(q.numel()), "loss": _mean_loss(probe, problem, batches)}
     if problem.target is None:
@@ -367,6 +377,8 @@ def _metrics(probe: Probe, problem: _Problem, batches: Sequence[Tensor]) -> dict
     reward = problem.target[torch.cat(list(batches))]
     both = torch.stack([(q.sigmoid() if problem.probability else q).flatten(), reward.flatten()]).double()
     found["correlation"] = torch.corrcoef(both)[0, 1].nan_to_num().item() if q.numel() > 1 else 0.0
+    if problem.biased and both[1].var(correction=0) > 0:
+        found["r2"] = 1 - ((both[0] - both[1]).square().mean() / both[1].var(correction=0)).item()
     if q.dim() == 2:
         soft = (torch.softmax(q / problem.beta, 1) * reward).sum(1)
         best = reward.gather(1, q.argmax(1, keepdim=True))

@@ -11,6 +11,7 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import json
+import logging
 import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
@@ -22,6 +23,7 @@ from uuid import uuid4
 
 from pyengine.errors import InputError
 
+log = logging.getLogger("pyengine")
 SHARD, SCRATCH, MANIFEST = "[0-9]*-[0-9]*.jsonl", "*.partial", "manifest.json"  # all that OUT.shards is to hold
 
 
@@ -126,7 +128,8 @@ def vacant(out: Path, resume: bool) -> None:
 
 @contextmanager
 def held(out: Path, resume: bool) -> Iterator[Path]:
-    """The output's directory of shards, for this process alone; the lock goes with the process, however it ends.
+    """The output's directory of shards, for this process alone; the lock goes with the process, however it ends, and
+    whoever interrupts the block is told what is kept.
 
     Raises InputError if another run holds it, or if shards that are not to be resumed or files of others lie there, or
     if there is an output that is not to be resumed.
@@ -141,6 +144,11 @@ def held(out: Path, resume: bool) -> Iterator[Path]:
             if any(directory.glob(SHARD)) and not resume:
                 raise InputError(f"{directory} holds part of a run that was cut short: resume it, or delete it")
             yield directory
+        except KeyboardInterrupt:
+            kept = len(list(directory.glob(SHARD)))
+            where = f"{directory} keeps {kept} parts, from which the same run goes on with resume"
+            log.warning("interrupted: %s", where if kept else "nothing is kept")
+            raise
         finally:
             if not any(directory.glob(SHARD)):  # nothing to resume
                 _clear(directory)

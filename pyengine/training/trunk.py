@@ -88,7 +88,7 @@ class TrunkStudent(nn.Module):
 
         One call, so that DistributedDataParallel sees every use of a parameter.
         """
-        p = gather_prefixes(self.trunk, batch, self.student.scorer.layer, logits=False)
+        p = gather_prefixes(self.trunk, batch, self.student.scorer.layer)
         value = self.student(p.before, p.token)
         return value, p._replace(before=p.before.detach(), after=p.after.detach())
 

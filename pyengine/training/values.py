@@ -49,36 +49,50 @@ class Prefixes(NamedTuple):
     after: Tensor  # [N, D] hidden state at y_t
     last: Tensor  # [N] bool: y_t is the last token that there is
     response: Tensor  # [N] row of the batch
-    logits: Tensor | None  # [N, V] of the base policy after y_t
+    ahead: Tensor  # [N] bool: the method's target is what the scorer expects one token later
+    logits: Tensor  # [number of ahead, V] of the base policy after those y_t
+
+
+def looks_ahead(method: Method | None, last: Tensor, ended: Tensor) -> Tensor:
+    """Which prefixes have an expectation as their target, bool [N]: last, ended (of their responses): bool [N].
+
+    For CD-Q all but the end of a response that ended, for CD-FUDGE the cut of one that was cut off; None: none.
+    """
+    if method is None:
+        return torch.zeros_like(last)
+    return last & ~ended if method == "fudge" else ~(last & ended)
 
 
 @torch.no_grad()
-def read_prefixes(model: Any, batch: Batch, layer: int, logits: bool) -> Prefixes:
+def read_prefixes(model: Any, batch: Batch, layer: int, method: Method | None = None) -> Prefixes:
     """What a frozen model says of a batch, without gradient; see `gather_prefixes`."""
-    return gather_prefixes(model, batch, layer, logits)
+    return gather_prefixes(model, batch, layer, method)
 
 
-def gather_prefixes(model: Any, batch: Batch, layer: int, logits: bool) -> Prefixes:
-    """What a model says of a batch, each response read once; `logits` whether those are kept.
+def gather_prefixes(model: Any, batch: Batch, layer: int, method: Method | None = None) -> Prefixes:
+    """What a model says of a batch, each response read once; logits where `method` looks ahead, for None nowhere.
 
     Rows of like length are read together: the batch as it is would be two thirds padding on reviews.
     """
     end = batch.start + batch.length
     together = max(ROWS, PASS // batch.ids.shape[1])
-    parts = [_read(model, batch, rows, layer, logits) for rows in end.argsort(stable=True).split(together)]
-    token, response = (torch.cat([getattr(p, name) for p in parts]) for name in ("token", "response"))
-    order = response.argsort(stable=True)
-    before, after, last = (torch.cat([getattr(p, name) for p in parts])[order] for name in ("before", "after", "last"))
-    kept = torch.cat([p.logits for p in parts if p.logits is not None])[order] if logits else None
-    return Prefixes(before, token[order], after, last, response[order], kept)
+    parts = [_read(model, batch, rows, layer, method) for rows in end.argsort(stable=True).split(together)]
+    found = Prefixes(*(torch.cat(columns) for columns in zip(*parts, strict=True)))
+    order = found.response.argsort(stable=True)
+    place = (found.ahead.cumsum(0) - 1)[order][found.ahead[order]]
+    ordered = {name: column[order] for name, column in found._asdict().items() if name != "logits"}
+    return Prefixes(**ordered, logits=found.logits[place])
 
 
-def _read(model: Any, batch: Batch, rows: Tensor, layer: int, logits: bool) -> Prefixes:
+def _read(model: Any, batch: Batch, rows: Tensor, layer: int, method: Method | None) -> Prefixes:
     """One forward pass over some rows of a batch."""
     start, end = batch.start[rows, None], (batch.start + batch.length)[rows, None]
     ids = batch.ids[rows, : int(end.max())]
     steps = torch.arange(ids.shape[1], device=ids.device)
-    keep_few = not logits and "logits_to_keep" in inspect.signature(model.forward).parameters
+    at = ((steps >= start) & (steps < end)).flatten().nonzero()[:, 0]
+    last, response = (steps == end - 1).flatten()[at], rows[at // ids.shape[1]]
+    ahead = looks_ahead(method, last, batch.ended[response])
+    keep_few = not bool(ahead.any()) and "logits_to_keep" in inspect.signature(model.forward).parameters
     output = model(
         input_ids=ids,
         attention_mask=(steps < end).long(),
@@ -87,14 +101,15 @@ def _read(model: Any, batch: Batch, rows: Tensor, layer: int, logits: bool) -> P
         **({"logits_to_keep": 1} if keep_few else {}),
     )
     hidden = states_of(model, output, layer).flatten(0, 1)
-    at = ((steps >= start) & (steps < end)).flatten().nonzero()[:, 0]
+    none = hidden.new_empty(0, 0)
     return Prefixes(
         before=hidden[at - 1],
         token=ids.flatten()[at],
         after=hidden[at],
-        last=(steps == end - 1).flatten()[at],
-        response=rows[at // ids.shape[1]],
-        logits=output.logits.flatten(0, 1)[at] if logits else None,
+        last=last,
+        response=response,
+        ahead=ahead,
+        logits=output.logits.flatten(0, 1)[at[ahead]] if bool(ahead.any()) else none,
     )
 
 
@@ -104,14 +119,26 @@ class Student(nn.Module):
     The shared column tells tokens that the responses hold rarely or never what the others have in common; without it
     they would keep the mean reward, above all others where things stand badly. `finished` adds it to every row of the
     head, so that what is saved is a plain `PrefixScorer`.
+
+    A row of the head whose token no response holds has no gradient and stays 0, so the head is kept to the others: of
+    49,152 tokens a few thousand, and the step of the optimiser costs so much less.
     """
 
     accepts_loss_kwargs = False  # the loss is a mean over responses: Trainer divides it by the accumulation
+    drawn: Tensor
+    row: Tensor  # of the head, for each token of the vocabulary; -1 where it has none
 
-    def __init__(self, scorer: PrefixScorer, mean: float) -> None:
-        """The scorer starts as the constant `mean` (of the rewards)."""
+    def __init__(self, scorer: PrefixScorer, mean: float, drawn: Tensor | None = None) -> None:
+        """The scorer starts as the constant `mean` (of the rewards). drawn: int64 [U], the tokens that the responses
+        hold, each once; None: all."""
         super().__init__()
+        drawn = torch.arange(scorer.vocab_size) if drawn is None else drawn
+        row = torch.full((scorer.vocab_size,), -1)
+        row[drawn] = torch.arange(len(drawn))
+        scorer.head = nn.Linear(scorer.width, len(drawn))
         self.scorer, self.shared = scorer, nn.Linear(scorer.width, 1)
+        self.register_buffer("drawn", drawn, persistent=False)
+        self.register_buffer("row", row, persistent=False)
         with torch.no_grad():
             for part in (scorer.head, self.shared):
                 part.weight.zero_()
@@ -120,9 +147,9 @@ class Student(nn.Module):
 
     def forward(self, hidden: Tensor, token: Tensor) -> Tensor:
         """Q of one token a row, without the others': hidden [N, D], token [N] -> fp32 [N]."""
-        features = self.scorer.features(hidden)
-        own = (features * self.scorer.head.weight[token]).sum(-1) + self.scorer.head.bias[token]
-        return own.float() + self.shared(features)[:, 0].float()
+        features, row = self.scorer.features(hidden), self.row[token]
+        own = (features * self.scorer.head.weight[row]).sum(-1) + self.scorer.head.bias[row]
+        return torch.where(row >= 0, own.float(), 0.0) + self.shared(features)[:, 0].float()
 
     @torch.no_grad()
     def expected(self, hidden: Tensor, logits: Tensor) -> Tensor:
@@ -131,40 +158,43 @@ class Student(nn.Module):
         rows = max(1, CHUNK // logits.shape[-1])
         for some, following in zip(hidden.split(rows), logits.split(rows), strict=True):
             features = self.scorer.features(some)
-            out.append(expectation(following, self.scorer.head(features)) + self.shared(features)[:, 0].float())
+            own = expectation(following, self.scorer.head(features), self.drawn)
+            out.append(own + self.shared(features)[:, 0].float())
         return torch.cat(out)
 
     @torch.no_grad()
     def finished(self) -> PrefixScorer:
-        """The scorer with the shared column in its head; the student is used up."""
-        self.scorer.head.weight.add_(self.shared.weight)
-        self.scorer.head.bias.add_(self.shared.bias)
-        return self.scorer.eval()
+        """The scorer with all rows of its head, and the shared column in each; the student is used up."""
+        scorer, head = self.scorer, self.scorer.head
+        whole = nn.Linear(scorer.width, scorer.vocab_size, device="meta")
+        for name, shared in (("weight", self.shared.weight), ("bias", self.shared.bias)):
+            rows = shared.expand(scorer.vocab_size, *shared.shape[1:]).clone()
+            rows[self.drawn] += getattr(head, name)
+            setattr(whole, name, nn.Parameter(rows))
+        scorer.head = whole
+        return scorer.eval()
 
 
-def expectation(logits: Tensor, values: Tensor) -> Tensor:
-    """E of values [N, V] under softmax(logits [N, V]), fp32 [N]; tokens of probability 0 do not count."""
+def expectation(logits: Tensor, values: Tensor, tokens: Tensor | None = None) -> Tensor:
+    """E of values [N, U] of these tokens [U] under softmax(logits [N, V]), fp32 [N]; those of probability 0, and all
+    others, count nothing. None: of all V."""
     probability = logits.float().softmax(-1)
+    if tokens is not None:
+        probability = probability[:, tokens]
     return torch.where(probability > 0, probability * values.float(), 0.0).sum(-1)
 
 
-def targets(method: Method, student: Student, p: Prefixes, reward: Tensor, ended: Tensor) -> Tensor:
-    """What V(y^t) is regressed on, fp32 [N], without gradient (Controlled Decoding).
+def targets(method: Method, student: Student, p: Prefixes, reward: Tensor) -> Tensor:
+    """What V(y^t) is regressed on, fp32 [N], without gradient (Controlled Decoding); p as `method` has it read.
 
     CD-Q: the reward at the end of a response that ended, else the expected value one token later. CD-FUDGE: for every
     prefix the return of its response, which is the reward if it ended and the expected value at the cut if it was cut
     off: a reward is never given where the response did not end.
     """
-    final = p.last & ended[p.response]
-    if method == "cd-q":
-        out = reward[p.response]
-        ahead = (~final).nonzero()[:, 0]
-    else:
-        out = reward.clone()
-        ahead = (p.last & ~ended[p.response]).nonzero()[:, 0]
+    ahead = p.ahead.nonzero()[:, 0]
+    out = reward[p.response] if method == "cd-q" else reward.clone()
     if len(ahead):
-        assert p.logits is not None
-        value = student.expected(p.after[ahead], p.logits[ahead])
+        value = student.expected(p.after[ahead], p.logits)
         out = out.index_copy(0, ahead if method == "cd-q" else p.response[ahead], value)
     return out if method == "cd-q" else out[p.response]
 

@@ -1,13 +1,12 @@
 """Restaurant and product reviews: a corpus from a grammar, and rewards that are exact by definition.
 
-The embedded model is trained on `corpus(...)`; `sentiment`, `politeness` and `length` are programs over
-the text, so the true reward of any generation is known. They take (prompts, completions) and return one
-float a completion, the form of reward function that TRL uses.
+The embedded model is trained on `corpus(...)`; `sentiment` and `politeness` are programs over the text, so
+the true reward of any generation is known. They take (prompts, completions) and return one float a completion,
+the form of reward function that TRL uses.
 """
 
 from __future__ import annotations
 
-import math
 import random
 import re
 from collections.abc import Iterator, Sequence
@@ -160,12 +159,6 @@ def politeness_of(completion: str) -> float:
     return _balance(sum(map(text.count, POLITE)), sum(map(text.count, RUDE)))
 
 
-def length_of(completion: str, longest: int = 64) -> float:
-    """log(words / longest) <= 0 (Controlled Decoding's length reward, in words); 0 words count as 1."""
-    words = len(_WORD.findall(completion.lower()))
-    return math.log(min(max(words, 1), longest) / longest)
-
-
 def sentiment(prompts: Sequence[str], completions: Sequence[str]) -> list[float]:
     """Exact sentiment of each completion; see `sentiment_of`."""
     return [sentiment_of(c) for c in completions]
@@ -174,8 +167,3 @@ def sentiment(prompts: Sequence[str], completions: Sequence[str]) -> list[float]
 def politeness(prompts: Sequence[str], completions: Sequence[str]) -> list[float]:
     """Exact politeness of each completion; see `politeness_of`."""
     return [politeness_of(c) for c in completions]
-
-
-def length(prompts: Sequence[str], completions: Sequence[str]) -> list[float]:
-    """Exact length reward of each completion; see `length_of`."""
-    return [length_of(c) for c in completions]
