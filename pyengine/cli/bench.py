@@ -78,7 +78,7 @@ def throughput(
         if model is not None and model.endswith("@random"):
             raise InputError(f"--model {model}: --reward needs a model that says something, not random weights")
         plans = [planned(strategy, *scaled(strategy, k, block, weight, by)) for by in (0.5, 1, 2)]
-        engine, tokens = load_engine(model, None, device, cache_gb, False), 64 if max_tokens is None else max_tokens
+        engine, tokens = load_engine(model, None, device, cache_gb=cache_gb), 64 if max_tokens is None else max_tokens
         return won(engine, plans, reward, prompts, tokens, rounds, max_seconds, seed, out)
     sizes = workload.lengths(lengths, prompts, prompt_tokens, max_tokens, seed)
     task = Task(
