@@ -296,7 +296,7 @@ def test_the_front_needs_no_torch():
 def test_a_function_of_a_file_is_a_scorer(tmp_path):
     (tmp_path / "own.py").write_text("def brief(prompts, completions):\n    return [-len(c) for c in completions]\n")
     assert scorer_named(f"{tmp_path}/own.py:brief")(["p"], ["four"]) == [-4]
-    assert scorer_named("pyengine.worlds.reviews:length") is not None
+    assert scorer_named("pyengine.worlds.reviews:politeness") is not None
     for wrong, says in (
         (f"{tmp_path}/own.py:long", "no function 'long'"),
         (f"{tmp_path}/other.py:brief", "FileNotFoundError"),
