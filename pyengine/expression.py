@@ -13,9 +13,9 @@ stands in quotes. A minus inside a name is the name's: `a - b` subtracts, `a-b` 
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 from pyengine.errors import InputError
@@ -50,7 +50,7 @@ def scorer_of(text: str) -> ScorerLike:
     Raises InputError, with the place, for a line that is no expression, and as `scorer_named` and the transforms do.
     """
     source, _, function = text.rpartition(":")
-    if Path(text).is_dir() or (function.isidentifier() and Path(source).is_file()):
+    if os.path.isdir(text) or (function.isidentifier() and os.path.isfile(source)):  # also where it is no path at all
         return scorer_named(text)
     words = list(_tokens(text))
     if not text or (len(words) == 1 and words[0].kind != "mark"):
@@ -158,6 +158,8 @@ class _Reader:
             if not comma or self.next.kind not in ("word", "quoted"):
                 self.refuse(f"{name.text} takes a scorer and its {FUNCTIONS[name.text]}: expected them")
             word = self.tokens.pop(0)
+            if sign < 0 and not NUMBER.fullmatch(word.text):
+                self.refuse(f"{name.text} takes {FUNCTIONS[name.text]}: a sign goes with a number only;", word.at)
             given = [sign * float(word.text) if NUMBER.fullmatch(word.text) else word.text]
         self.close(f"')' of {name.text}")
         transform: Any = getattr(rewards, name.text)

@@ -32,7 +32,7 @@ LEAST, MOST, PARTS = 32, 512, 32
 OWN = ("drawn_tokens", *(f.name for f in fields(Result) if f.name not in (*FORMS, "blocks")))
 # What an engine takes beside the model, scorer and device; and what of it decides its results, to the last bit.
 OPTIONS = [name for name in signature(Engine.from_pretrained).parameters if name not in ("path", "scorer", "device")]
-PINNED = ("dtype", "max_rows", "cache_gb", "batch_invariant")
+PINNED = ("dtype", "quantize", "max_rows", "cache_gb", "batch_invariant")
 
 
 class Row(NamedTuple):

@@ -49,7 +49,7 @@ def test_versions_run_in_turns_and_the_slower_one_is_seen(tmp_path):
     assert 1.3 < found["tilt_sample"].ratios[0] < 1.7
     assert found["tilt_sample"].same
     assert found["a product"].ratios[0] < 1.3
-    assert found["no such"].error == "ValueError: there is no case 'no such'"
+    assert found["no such"].error == "old: ValueError: there is no case 'no such'"
 
 
 def test_a_version_that_does_not_start_is_named(tmp_path):
@@ -83,6 +83,10 @@ def test_an_alarm_needs_the_whole_interval_beyond_the_threshold():
         "e": "the same",
         "f": "the same",
     }
+    broken = {"both": Outcome([], [], False, "old: KeyError: 'a'"), "new": Outcome([], [], False, "new: KeyError: 'a'")}
+    failed = versions.report(outcomes({"b": 1.0}) | broken, 0.03, "old", "new", watch)
+    assert failed.settings["regressions"] == ["new"]
+    assert "new: new: KeyError: 'a'" in failed.warnings
     noisy = versions.report(outcomes({"a": 1.08}, noise=0.2), 0.03, "old", "new", watch)
     assert noisy.settings["regressions"] == []
 
@@ -164,6 +168,10 @@ def test_a_commit_that_is_not_there_or_does_not_build_is_named(repository, tmp_p
     root, _ = repository
     with pytest.raises(InputError, match=r"--against nowhere: git knows no such commit"):
         versions.commit_of("nowhere")
+    (root / ".git" / "index.lock").touch()
+    with pytest.raises(InputError, match=r"git could not make a commit of the working tree"):
+        versions.current()
+    (root / ".git" / "index.lock").unlink()
     (root / "pyengine" / "a.py").write_text("broken")
     with pytest.raises(InputError, match=r"does not build: error: it is broken"):
         versions.built(versions.current())
@@ -198,6 +206,17 @@ def test_records_are_compared_by_their_anchors(tmp_path):
     assert CliRunner().invoke(cli.app, ["bench", "compare", str(old), str(slow)]).exit_code == 0
     few = record(tmp_path / "few.json", 3.0, 1.5, rounds=5)
     assert records.compare(few, old, 0.03).settings["regressions"] == []
+    assert records.compare(same, old, 0.03).warnings == []
+    said = "throughput::pyengine / fork: 5 rounds are too few for 1 rows, no slowdown can be told"
+    assert records.compare(few, old, 0.03).warnings == [said]
+    other = json.loads(old.read_text()) | {"settings": {"model": "another"}}
+    (tmp_path / "other.json").write_text(json.dumps(other))
+    with pytest.raises(InputError, match=r"other.json and .* of different work: their settings have another model"):
+        records.compare(tmp_path / "other.json", old, 0.03)
+    elsewhere = json.loads(same.read_text())
+    elsewhere["machine"]["cpu"] = "another"
+    (tmp_path / "elsewhere.json").write_text(json.dumps(elsewhere))
+    assert records.compare(tmp_path / "elsewhere.json", old, 0.03).warnings == ["they ran on another cpu"]
     alone = tmp_path / "alone.json"
     alone.write_text(json.dumps({"schema": 1, "benchmarks": []}))
     with pytest.raises(InputError, match=r"no benchmark beside an anchor in common"):

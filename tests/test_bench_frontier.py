@@ -57,7 +57,8 @@ def test_rewards_are_of_the_responses_themselves(embedded_engine, monkeypatch):
     assert all(len(p.seconds) == 2 and len(p.rewards) == 6 for p in points)
     assert points[0].kl == [0.0] * 6
     one, best, ours = (sum(p.rewards) for p in points)
-    assert one < best < ours + 6
+    assert one < best
+    assert one < ours
 
 
 def test_the_command_draws_and_records_it(monkeypatch, tmp_path):

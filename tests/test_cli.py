@@ -15,7 +15,7 @@ import pytest
 import torch
 
 import pyengine
-from pyengine import PrefixScorer, cli
+from pyengine import Engine, PrefixScorer, SamplingParams, cli
 from pyengine.named import EXACT, SCORERS
 from pyengine.rewards.conditioning import Conditioning
 from pyengine.worlds import reviews
@@ -187,6 +187,8 @@ def test_what_is_finished_is_printed_before_an_interrupt(run, monkeypatch):
             "finite number, got nan",
         ),
         (["generate", PROMPT, "--strategy", "blockwise"], "needs a scorer"),
+        (["generate", PROMPT, "--dtype", "int8"], "--dtype must be float32, bfloat16 or float16, got 'int8'"),
+        (["generate", PROMPT, "--quantize", "int4"], "quantize must be None or \"int8\", got 'int4'"),
         (
             ["generate", PROMPT, "--scorer", "a", "--scorer", "b"],
             '--scorer is there 2 times: give one sum, --scorer "a + b"',
@@ -354,6 +356,19 @@ def test_an_adapter_without_its_base(run, tmp_path, base):
     (tmp_path / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "base_model_name_or_path": base}))
     said = refused(run("generate", PROMPT, "--model", tmp_path))
     assert ("does not name its base" if base != "/no/such/base" else "an adapter on /no/such/base, which is no") in said
+
+
+@pytest.mark.parametrize(
+    ("option", "engine"), [("--dtype=bfloat16", {"dtype": torch.bfloat16}), ("--quantize=int8", {})]
+)
+def test_narrow_numbers_are_said_and_decoded_with(run, option, engine, caplog):
+    code, out, _ = run("generate", PROMPT, option, "--max-tokens", 12, "--seed", 1, "--json", "--cache-gb", 0.05)
+    assert code == 0
+    assert "nats a token of its own text" in caplog.text
+    engine = Engine.from_pretrained(pyengine.embedded("policy"), cache_gb=0.05, **engine)
+    (result,) = engine.generate(PROMPT, sampling=SamplingParams(12, seed=1))
+    assert json.loads(out)["tokens"] == result.tokens
+    assert json.loads(out)["logp_base"] == pytest.approx(result.logp_base, abs=1e-6)
 
 
 def test_info_names_versions_and_what_is_missing(run):

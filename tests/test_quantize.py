@@ -72,7 +72,9 @@ def test_drift_is_the_kl_from_fp32_on_the_models_own_text():
 def test_an_engine_decodes_with_eight_bits_and_says_what_they_cost(caplog):
     with caplog.at_level(logging.WARNING, "pyengine"):
         engine = Engine.from_pretrained(pyengine.embedded("policy"), quantize="int8")
-    (said,) = re.findall(r"int8 weights, [\d.]+ MB; KL from fp32 (\S+) nats a token", caplog.text)
+    (said,) = re.findall(
+        r"int8 weights, [\d.]+ MB, beside [\d.]+ MB of others in fp32; KL from fp32 (\S+) nats a token", caplog.text
+    )
     model = loaded()
     text = quantize.own_text(model)
     quantize.quantize_int8(model)
@@ -123,9 +125,39 @@ def test_other_numbers_are_measured_where_there_is_memory_for_fp32(caplog, monke
     monkeypatch.setattr(quantize, "host_memory", lambda: 1e5)
     with caplog.at_level(logging.WARNING, "pyengine"):
         engine = Engine.from_pretrained(tmp_path, quantize="int8")
-    assert "int8 weights, 0.39 MB; KL from fp32 is not measured: that takes 0.00" in caplog.text
+    assert (
+        "int8 weights, 0.39 MB, beside 0.00256 MB of others in fp32; KL from fp32 is not measured: that takes 0.00"
+        in caplog.text
+    )
     assert engine.model.dtype == torch.float32
     assert engine.generate("Review", sampling=SamplingParams(max_tokens=3, seed=0))[0].tokens
+
+
+def test_the_frequencies_of_positions_are_not_rounded():
+    """Else token 4,000 is .7 off its angle, which no short text shows."""
+    model = loaded()
+    before = model.model.rotary_emb.inv_freq.clone()
+    quantize.narrowed(model, torch.bfloat16, None)
+    assert model.lm_head.weight.dtype == torch.bfloat16
+    assert torch.equal(model.model.rotary_emb.inv_freq, before)
+    as_loaded = AutoModelForCausalLM.from_pretrained(pyengine.embedded("policy"), dtype=torch.bfloat16)
+    for (name, ours), (_, theirs) in zip(model.named_buffers(), as_loaded.named_buffers(), strict=True):
+        assert ours.dtype == theirs.dtype, name
+
+
+@torch.inference_mode()
+def test_a_layer_that_was_cast_is_an_error():
+    x = torch.randn(2, 8)
+    for cast in (torch.float16, torch.float64):
+        with pytest.raises(RuntimeError, match=r"a scale and a bias in fp32: the layer was cast"):
+            Int8Linear(torch.nn.Linear(8, 4)).to(cast)(x)
+
+
+@pytest.mark.parametrize("rows", [3, FEW + 8])
+def test_no_gradient_is_lost_in_silence(rows):
+    layer, x = Int8Linear(torch.nn.Linear(8, 4)), torch.randn(rows, 8, requires_grad=True)
+    with pytest.raises(RuntimeError, match=r"int8 weights have no gradient"):
+        layer(x)
 
 
 @pytest.mark.parametrize(

@@ -14,12 +14,14 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 from pydantic import ValidationError
 
 from pyengine import BestOfK, Blockwise, SamplingParams, Tokenwise
 from pyengine.decode.grammar import compile_grammar
 from pyengine.errors import InputError
 from pyengine.named import scorer_named
+from pyengine.ops.linear import Int8Linear
 from pyengine.serve import talk
 from pyengine.serve.answers import Answer
 from pyengine.serve.core import Core
@@ -149,6 +151,17 @@ def core():
     ours, theirs = socket.socketpair()
     with ours, theirs:
         yield Core(CoreOptions(scorers=(("length", "length"),), cache_gb=0.05), Wire(theirs)), Wire(ours)
+
+
+@pytest.mark.parametrize(
+    ("options", "layer", "dtype"),
+    [({"quantize": "int8"}, Int8Linear, torch.int8), ({"dtype": "bfloat16"}, torch.nn.Linear, torch.bfloat16)],
+)
+def test_the_core_s_numbers_are_as_narrow_as_it_is_told(options, layer, dtype):
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        head = Core(CoreOptions(cache_gb=0.05, **options), Wire(theirs)).engine.model.lm_head
+    assert (type(head), head.weight.dtype) == (layer, dtype)
 
 
 @pytest.mark.parametrize("listening", [False, True])
@@ -283,7 +296,7 @@ def test_the_front_needs_no_torch():
 def test_a_function_of_a_file_is_a_scorer(tmp_path):
     (tmp_path / "own.py").write_text("def brief(prompts, completions):\n    return [-len(c) for c in completions]\n")
     assert scorer_named(f"{tmp_path}/own.py:brief")(["p"], ["four"]) == [-4]
-    assert scorer_named("pyengine.worlds.reviews:length") is not None
+    assert scorer_named("pyengine.worlds.reviews:politeness") is not None
     for wrong, says in (
         (f"{tmp_path}/own.py:long", "no function 'long'"),
         (f"{tmp_path}/other.py:brief", "FileNotFoundError"),

@@ -20,7 +20,7 @@ from pyengine.strategies import BASE, BestOfK, Strategy
 
 PLAIN = "plain"
 FAVOUR = 1.1  # of the seconds, given to plain sampling, so that noise in either time is not counted as a gain
-SAMPLES = (1, 2, 4, 8, 16, 32)  # of plain sampling, of which the best is kept
+SAMPLES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32)  # of plain sampling, of which the best is kept
 
 
 class Point(NamedTuple):
@@ -114,7 +114,18 @@ def report(points: Sequence[Point], settings: dict[str, Any], watch: Watch) -> R
         entry("reward at fixed compute", f"{p.family} {p.setting}", p.seconds, row | {"anchor": p is points[0]})
         for p, row in zip(points, rows(points), strict=True)
     ]
-    return Report("reward", settings, watch.warnings(), entries)
+    dearest = [p for p in points if p.family == PLAIN][-1]
+    said = [
+        f"{p.family} {p.setting} takes longer than plain sampling with {dearest.setting}, the most that is drawn"
+        for p in points
+        if p.family != PLAIN and p.price > 1.25 * dearest.price
+    ]
+    done, asked = len(points[0].seconds), len(points[0].rewards)
+    if done < settings["rounds"]:
+        said.append(f"{done} of {settings['rounds']} rounds: --max-seconds was over")
+    if asked < paired.FEWEST:
+        said.append(f"{asked} prompts: fewer than {paired.FEWEST} tell nothing")
+    return Report("reward", settings, [*watch.warnings(), *said], entries)
 
 
 def gained(name: str) -> Callable[[dict[str, Any]], str]:

@@ -54,6 +54,8 @@ def run(op: str | None, out: Path) -> list[Report]:
             said = done.stdout.strip().splitlines() or done.stderr.strip().splitlines() or [""]
             raise InputError(f"bench kernels {name}: {said[-1]}")
         found = read(record)
+        if not found["benchmarks"]:
+            raise InputError(f"bench kernels {name}: it is no race of pairs: `pytest {there[name]}` writes its figures")
         reports.append(Report(*(found[field] for field in ("kind", "settings", "warnings", "benchmarks", "machine"))))
     return reports
 

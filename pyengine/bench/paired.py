@@ -100,7 +100,15 @@ def _beyond(resampled: np.ndarray, n: int, limit: float) -> float:
     """The level whose interval would begin at the limit."""
     if n < FEWEST:
         return 1.0
-    share = (np.count_nonzero(resampled <= limit) + 1) / (len(resampled) + 2)
+    return _level((np.count_nonzero(resampled <= limit) + 1) / (len(resampled) + 2), n)
+
+
+def least(rounds: int) -> float:
+    """The smallest p-value that so many rounds can give."""
+    return 1.0 if rounds < FEWEST else _level(1 / (RESAMPLES + 2), rounds)
+
+
+def _level(share: float, n: int) -> float:
     return float(stdtr(n - 1, ndtri(share) / math.sqrt(n / (n - 1))))
 
 

@@ -15,6 +15,7 @@ from typing import Any
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from pyengine.errors import InputError
 from pyengine.jsonl import json_object
@@ -132,9 +133,9 @@ def table(report: Report, columns: Sequence[Column], console: Console | None = N
     heads, *rows = shown(report, columns)
     found = Table(box=SIMPLE_HEAD, padding=(0, 1), pad_edge=False)
     for i, head in enumerate(heads):
-        found.add_column(head, justify="right" if i else "left")
+        found.add_column(Text(head), justify="right" if i else "left")
     for row in rows:
-        found.add_row(*row)
+        found.add_row(*map(Text, row))  # a case's [name] is no markup
     console.print(found)
     for warning in report.warnings:
         console.print(f"warning: {warning}", markup=False, highlight=False)

@@ -90,7 +90,10 @@ def run(task: Task, say: Callable[[str], object] = lambda line: None) -> Report:
         shape = (1, None) if name == "plain" else (task.strategy.k, task.strategy.block_tokens)
         least = measures.least_seconds(engine.model, task.sizes, task.shared, *shape, rates)
         extra = measures.row(own, block, least, sum(prompt for prompt, _ in task.sizes))
-        extra["extra_peak_bytes"] = peaks[name]
+        if name in hosts:  # another process, whose memory and cache are not seen
+            del extra["prefix_hit_rate"]
+        else:
+            extra["extra_peak_bytes"] = peaks[name]
         extra["anchor"] = name == next(iter(task.baselines), None)  # of `bench compare`
         extra["cpu_data"] = [sample.took.cpu for sample in own]
         times = [sample.took.wall for sample in own]

@@ -54,7 +54,10 @@ def commit_of(ref: str) -> str:
 
 def current() -> str:
     """HEAD, or a commit of the tracked files as they are now, which nothing points to."""
-    return _git("stash", "create") or commit_of("HEAD")
+    made = _git("stash", "create")
+    if made is None:
+        raise InputError("bench compare: git could not make a commit of the working tree (a merge, or git add -N?)")
+    return made or commit_of("HEAD")
 
 
 def built(commit: str) -> Path:
@@ -107,7 +110,8 @@ def compare(
                     continue
                 if name not in calls:
                     first = [_ask(sides[side], name, 1) for side in sides]
-                    wrong = next((one["error"] for one in first if "error" in one), None)
+                    told = zip(sides, first, strict=True)
+                    wrong = next((f"{side}: {one['error']}" for side, one in told if "error" in one), None)
                     if wrong is not None:
                         failed[name] = wrong
                         continue
@@ -121,12 +125,13 @@ def compare(
 
 
 def report(outcomes: dict[str, Outcome], threshold: float, old: str, new: str, watch: Watch) -> Report:
-    """A row for each case; those that are slower by more than the threshold, Holm over all but controls, are named in
-    `settings["regressions"]`. threshold: of the old's time."""
+    """A row for each case. Those that are slower by more than the threshold, Holm over all but controls, and those that
+    fail in the new version alone are named in `settings["regressions"]`. threshold: of the old's time."""
     timed = {name: one for name, one in outcomes.items() if one.error is None}
     rows = [name for name in timed if name not in worker.CONTROLS]
     tests = [paired.exceeds(timed[n].ratios, [1.0] * len(timed[n].ratios), 1 + threshold) for n in rows]
     slower = [name for name, p in zip(rows, paired.holm(tests), strict=True) if p <= paired.ALARM]
+    slower += [name for name, one in outcomes.items() if (one.error or "").startswith("new: ")]  # works no more
     warnings = [f"{name}: {one.error}" for name, one in outcomes.items() if one.error is not None]
     warnings += [f"{name}: the two versions give other results" for name, one in timed.items() if not one.same]
     entries = []
@@ -157,7 +162,11 @@ COLUMNS = (
 
 
 def _turn(sides: dict[str, Any], name: str, calls: int, draw: random.Random) -> dict[str, Any]:
-    return {side: _ask(sides[side], name, calls) for side in draw.sample(list(sides), 2)}
+    found = {side: _ask(sides[side], name, calls) for side in draw.sample(list(sides), 2)}
+    for side, one in found.items():
+        if "error" in one:
+            raise InputError(f"bench compare: {name} failed in the {side} version: {one['error']}")
+    return found
 
 
 def _ask(process: subprocess.Popen[str], name: str, calls: int) -> dict[str, Any]:

@@ -13,13 +13,14 @@ import typer
 import pyengine
 from pyengine.cli.generate import STRATEGIES, in_loop, make_strategy
 from pyengine.cli.load import load_engine, quiet_loading
-from pyengine.errors import InputError, whole
+from pyengine.errors import InputError, real, whole
 from pyengine.named import SOURCES, scorer_named
 
 if TYPE_CHECKING:
     from pyengine.engine import Engine
     from pyengine.strategies import Strategy
 
+BASELINES = "generate,fork,plain"
 app = typer.Typer(help="Measure: contenders in turns, intervals of their ratios.", no_args_is_help=True)
 NEEDS = ("scipy", "matplotlib", "pytest_benchmark")
 
@@ -52,7 +53,7 @@ def throughput(
     prompt_tokens: Annotated[int | None, typer.Option(help="Of fixed, median of lognormal (default: 256).")] = None,
     max_tokens: Annotated[int | None, typer.Option(help="New tokens, likewise (default: 64).")] = None,
     prefix: Annotated[str, typer.Option(help="shared: prompts begin alike; or unique.")] = "unique",
-    baselines: Annotated[str, typer.Option(help="Of generate, fork, plain, vllm.")] = "generate,fork,plain",
+    baselines: Annotated[str, typer.Option(help="Of generate, fork, plain, vllm.")] = BASELINES,
     rounds: Annotated[int, typer.Option(help="In each, all have their turn.")] = 12,
     max_seconds: Annotated[float, typer.Option(help="No round is begun that would end later.")] = 300.0,
     reward: Annotated[
@@ -75,10 +76,16 @@ def throughput(
     if reward is not None:
         if (lengths, prefix, prompt_tokens) != ("fixed", "unique", None):
             raise InputError("--lengths, --prefix, --prompt-tokens: not used with --reward, whose prompts are texts")
+        if baselines != BASELINES or strategy == "base":
+            raise InputError(
+                "--reward compares a strategy with plain sampling: leave out --baselines, and take no base"
+            )
+        whole(rounds, "--rounds", 1)
+        real(max_seconds, "--max-seconds", 0)
         if model is not None and model.endswith("@random"):
             raise InputError(f"--model {model}: --reward needs a model that says something, not random weights")
         plans = [planned(strategy, *scaled(strategy, k, block, weight, by)) for by in (0.5, 1, 2)]
-        engine, tokens = load_engine(model, None, device, cache_gb, False), 64 if max_tokens is None else max_tokens
+        engine, tokens = load_engine(model, None, device, cache_gb=cache_gb), 64 if max_tokens is None else max_tokens
         return won(engine, plans, reward, prompts, tokens, rounds, max_seconds, seed, out)
     sizes = workload.lengths(lengths, prompts, prompt_tokens, max_tokens, seed)
     task = Task(
@@ -126,6 +133,7 @@ def won(
     texts = reviews.prompts(prompts)
     points = frontier.measure(engine, texts, plans, scorer_named(reward), tokens, rounds, max_seconds, seed, say)
     settings = {"name": engine.name, "reward": reward, "prompts": prompts, "max_tokens": tokens, "seed": seed}
+    settings |= {"rounds": rounds}
     found = frontier.report(points, settings | {"strategies": list(map(repr, plans))}, watch)
     report.table(found, frontier.COLUMNS)
     if out is not None:

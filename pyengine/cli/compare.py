@@ -75,7 +75,7 @@ def curve(
         texts = reviews.prompts(prompts)
     else:
         texts = [row.prompt for row in read_rows([], input, complain)][:prompts]
-    engine = load_engine(model, None, device, None, trust_remote_code)
+    engine = load_engine(model, None, device, trust_remote_code=trust_remote_code)
     sampling = [SamplingParams(max_tokens, temperature, seed=seed + i) for i in range(len(texts))]
     points = curves.measure(engine, texts, plans, measured, sampling)
     curves.report(points)

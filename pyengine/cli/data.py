@@ -92,7 +92,7 @@ def pairs(
     sampling = SamplingParams(max_tokens, temperature, top_p=top_p, seed=seed)
     judge: Any = followed("--scorer", scorer)
     vacant(out.absolute(), resume)  # before a model is loaded
-    engine = load_engine(model, None, device, cache_gb, trust_remote_code)
+    engine = load_engine(model, None, device, cache_gb=cache_gb, trust_remote_code=trust_remote_code)
     report = build_pairs(
         engine,
         reviews.prompts(96) if prompts is None else prompts,

@@ -12,9 +12,11 @@ import typer
 
 import pyengine
 from pyengine.cli.load import (
+    DTYPES,
     SCORERS,
     Complaints,
     conditioned,
+    dtype_of,
     followed,
     load_engine,
     quiet_loading,
@@ -117,6 +119,8 @@ def generate(
     min_p: Annotated[float, typer.Option(help="0 is off.")] = 0.0,
     seed: Annotated[int | None, typer.Option(help="Same seed and prompt, same result.")] = None,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    dtype: Annotated[str | None, typer.Option(help=f"{', '.join(DTYPES)}; default on a CPU: float32.")] = None,
+    quantize: Annotated[str | None, typer.Option(help="int8: weights of eight bits, on a CPU; quicker.")] = None,
     cache_gb: Annotated[
         float | None, typer.Option(help="GB for keys and values (default: a share of what is free).")
     ] = None,
@@ -150,19 +154,20 @@ def generate(
     plan = strategy_of(strategy, scorer, options | {"beta": beta, "bound": bound})
     picked = followed("--scorer", scorer)
     sampling = SamplingParams(max_tokens, temperature, top_k, top_p, min_p, seed)
+    loading = {"dtype": dtype_of(dtype), "quantize": quantize, "cache_gb": cache_gb}
+    loading |= {"trust_remote_code": trust_remote_code, "batch_invariant": batch_invariant}
     asking, chat = conditioned(model, score), not raw and score is None
     if out is not None:
         if input is None or prompts or stream or as_json:
             raise InputError("--out takes its rows from --input FILE.jsonl, and leaves out --stream and --json")
         job: dict[str, Any] = {"strategy": in_loop(plan, "--out"), "sampling": sampling, "scorer": picked}
         job |= {"ask": None if score is None else asking, "chat": chat, "device": device, "resume": resume}
-        job |= {"cache_gb": cache_gb, "trust_remote_code": trust_remote_code, "batch_invariant": batch_invariant}
-        return to_file(input, model, out, job, ray, workers)
+        return to_file(input, model, out, job | loading, ray, workers)
     if resume or ray is not None or workers is not None:
         raise InputError("--resume, --ray and --workers are for a job with --input FILE.jsonl and --out FILE.jsonl")
     complain = Complaints()
     found = found_rows(prompts, input, complain)
-    engine = load_engine(model, picked, device, cache_gb, trust_remote_code, batch_invariant)
+    engine = load_engine(model, picked, device, **loading)
     usable = usable_rows(engine, found, asking, chat, complain)
     printed = to_screen(engine, usable, plan, sampling, stream, as_json, complain)
     if complain.made:

@@ -13,10 +13,13 @@ from pyengine.expression import scorer_of
 from pyengine.named import SOURCES
 
 if TYPE_CHECKING:
+    import torch
+
     from pyengine.engine import Engine
     from pyengine.generation import Row
     from pyengine.scorers import ScorerLike
 
+DTYPES = ("float32", "bfloat16", "float16")
 SCORERS = f"{SOURCES}; or a sum of such: 0.7*a + b"
 
 
@@ -116,23 +119,23 @@ def quiet_loading() -> None:
         logging.disable_progress_bar()
 
 
-def load_engine(
-    model: str | None,
-    scorer: ScorerLike | None,
-    device: str,
-    cache_gb: float | None,
-    trust_remote_code: bool,
-    batch_invariant: bool = False,
-) -> Engine:
+def load_engine(model: str | None, scorer: ScorerLike | None, device: str, **options: Any) -> Engine:
+    """options: of `Engine.from_pretrained`."""
     from pyengine.engine import Engine
 
     quiet_loading()
     path: Any = pyengine.embedded("policy") if model is None else model
-    return Engine.from_pretrained(
-        path,
-        scorer=scorer,
-        device=device,
-        cache_gb=cache_gb,
-        trust_remote_code=trust_remote_code,
-        batch_invariant=batch_invariant,
-    )
+    return Engine.from_pretrained(path, scorer=scorer, device=device, **options)
+
+
+def check_dtype(name: str | None) -> None:
+    if name not in (None, *DTYPES):
+        raise InputError(f"--dtype must be {', '.join(DTYPES[:-1])} or {DTYPES[-1]}, got {name!r}")
+
+
+def dtype_of(name: str | None) -> torch.dtype | None:
+    """InputError for one that is not there."""
+    import torch
+
+    check_dtype(name)
+    return None if name is None else getattr(torch, name)

@@ -13,7 +13,7 @@ from typing import Annotated, Any
 import typer
 
 from pyengine.cli.generate import STRATEGIES, found_rows, generate, in_loop, strategy_of, usable_rows
-from pyengine.cli.load import Complaints, conditioned, followed, load_engine
+from pyengine.cli.load import Complaints, conditioned, dtype_of, followed, load_engine
 from pyengine.errors import InputError
 
 LEFT_OUT = ("stream", "as_json", "out", "resume", "ray", "workers")  # of `generate`'s options
@@ -30,9 +30,9 @@ def profile(out: Path, **options: Any) -> None:
     plan = in_loop(strategy_of(o.strategy, o.scorer, {name: options[name] for name in names}), "profile")
     sampling = SamplingParams(o.max_tokens, o.temperature, o.top_k, o.top_p, o.min_p, o.seed or 0)  # all runs alike
     found = found_rows(o.prompts, o.input, complain)
-    engine = load_engine(
-        o.model, followed("--scorer", o.scorer), o.device, o.cache_gb, o.trust_remote_code, o.batch_invariant
-    )
+    loading = {name: options[name] for name in ("quantize", "cache_gb", "trust_remote_code", "batch_invariant")}
+    picked = followed("--scorer", o.scorer)
+    engine = load_engine(o.model, picked, o.device, dtype=dtype_of(o.dtype), **loading)
     rows = usable_rows(engine, found, conditioned(o.model, o.score), not o.raw and o.score is None, complain)
     prompts = [row.prompt for row in rows]
 

@@ -79,6 +79,7 @@ def scorer(
     from pyengine.engine import Engine
     from pyengine.jsonl import read_prompts
     from pyengine.training.data import read_examples
+    from pyengine.training.identity import identity
     from pyengine.training.rollouts import kept_roll_outs
     from pyengine.worlds import reviews
 
@@ -134,15 +135,16 @@ def scorer(
     else:
         assert rollouts is not None
         assert scored is not None
+        judge = scorer_of(scored)
         examples = kept_roll_outs(
             engine,
             reviews.prompts(96) if prompts is None else read_prompts(prompts),
-            scorer_of(scored),
+            judge,
             kept,
             count=rollouts,
             max_tokens=max_tokens or 160,
             seed=seed,
-            said={"model": model or "embedded", "reward": scored},
+            said={"model": identity(path, "model"), "reward": identity(judge)},
             resume=resume,
             keeps=main,
         )

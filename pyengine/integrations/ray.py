@@ -112,9 +112,9 @@ def _spread(address: str, workers: int | None) -> Through:
 
 
 def _absolute(scorer: Any) -> Any:
-    """A scorer or a model whose directories are found from a worker's working directory too."""
+    """A scorer or a model whose files are found from a worker's working directory too."""
     if isinstance(scorer, (str, os.PathLike)):
-        return Path(scorer).absolute() if Path(scorer).is_dir() else scorer
+        return Path(scorer).absolute() if os.path.exists(scorer) else scorer
     if isinstance(scorer, Sequence):
         return [(weight, _absolute(part)) for weight, part in terms(scorer)]
     return scorer

@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache, partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -71,6 +70,10 @@ def int8_linear(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None = 
     """
     if x.shape[-1] != weight.shape[1]:
         raise RuntimeError(f"{OP}: x has a width of {x.shape[-1]}, the weight of {weight.shape[1]}")
+    if weight.dtype != torch.int8 or any(t is not None and t.dtype != torch.float32 for t in (scale, bias)):
+        raise RuntimeError(f"{OP}: int8 weights have a scale and a bias in fp32: the layer was cast")
+    if torch.is_grad_enabled() and x.requires_grad:
+        raise RuntimeError(f"{OP}: int8 weights have no gradient: load the model without quantize to train it")
     wide = x.float().contiguous()
     if steady or (0 < x.numel() <= FEW * weight.shape[1] and not traced(x)):
         return _streamed(wide, weight, bias, scale).to(x.dtype)
@@ -131,11 +134,12 @@ Forwards = list[tuple[torch.nn.Module, Callable[[Tensor], Tensor]]]
 
 
 def quick_forwards(model: Any) -> Forwards:
-    """What a model's fp32 linear layers and RMS norms do, through the functions above, on CPUs that are not Intel's.
+    """What a model's fp32 linear layers and RMS norms do, through the functions above, where torch has MKL and oneDNN.
 
-    torch sends linear layers to MKL, which takes 1.1 to 3 times as long as oneDNN there (Zen 4, 1 to 1,024 rows), and
-    oneDNN reads a weight for 2 to 8 rows at half to two thirds of the memory's speed. A norm is six operators of
-    torch, 55 us of a decode step where ours is 20. To be removed when torch does better itself
+    torch sends linear layers to MKL, which takes 1.1 to 3 times as long as oneDNN on Zen 4 (1 to 1,024 rows), and
+    oneDNN reads a weight for 2 to 8 rows at half to two thirds of the memory's speed. On Sapphire Rapids MKL takes 1.1
+    times as long as ours for 1 row, 1.9 for 4 and 8, 1.2 for 16, .9 for 32, and as long as oneDNN above. A norm is six
+    operators of torch, 55 us of a decode step where ours is 20. To be removed when torch does better itself
     (aten/src/ATen/native/Linear.cpp).
     """
     if not quicker():
@@ -325,9 +329,5 @@ def _is_rms_norm(module: Any) -> bool:
 
 @cache
 def quicker() -> bool:
-    """Whether torch's own products are slower here: it has both libraries, and the CPU is not Intel's."""
-    try:
-        intel = "GenuineIntel" in Path("/proc/cpuinfo").read_text()
-    except OSError:
-        intel = True  # unknown: as torch does
-    return torch.backends.mkldnn.is_available() and torch.backends.mkl.is_available() and not intel
+    """Whether torch has both libraries, of which it takes the slower one."""
+    return torch.backends.mkldnn.is_available() and torch.backends.mkl.is_available()

@@ -167,8 +167,9 @@ class FunctionScorer(Scorer):
             if messages:
                 given["prompts"][i] = list(messages)
         try:
-            if self._names:
-                scores = self.function(**{name: given[name] for name in self._names})
+            if self._names:  # of texts that no tokenizer has read there are no ids to give
+                known = [name for name in self._names if name != "completion_ids" or any(candidates.tokens)]
+                scores = self.function(**{name: given[name] for name in known})
             else:
                 scores = self.function(given["prompts"], given["completions"])
         except Exception as error:  # the caller's own

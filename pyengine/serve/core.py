@@ -55,6 +55,7 @@ class Core:
             path,
             device=options.device,
             dtype=dtype,
+            quantize=options.quantize,
             max_rows=options.max_rows,
             cache_gb=options.cache_gb,
             batch_invariant=options.batch_invariant,

@@ -26,6 +26,7 @@ class CoreOptions:
     scorers: tuple[tuple[str, str], ...] = ()
     device: str = "cpu"
     dtype: str | None = None
+    quantize: str | None = None
     max_rows: int = 256
     cache_gb: float | None = None
     max_model_len: int | None = None

@@ -140,6 +140,8 @@ class PrefixTrainer(Trainer):
 
     def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, *_: Any, **__: Any) -> Any:
         settings, student = self.settings, self.accelerator.unwrap_model(model)
+        # Held-out responses have ended, and are judged by their reward: a constant bootstraps itself without a loss.
+        method: Method = settings.method if model.training else "fudge"
         reward, length = inputs["reward"], inputs["length"]
         if "before" in inputs:  # read once
             p = Prefixes(**{name: inputs[name] for name in Prefixes._fields})
@@ -148,13 +150,13 @@ class PrefixTrainer(Trainer):
             batch = Batch(**inputs)
             value, p = model(batch)
             student = student.student
-            if settings.method == "cd-q" or not bool(batch.ended.all()):
-                base = read_prefixes(self.base, batch, -1, settings.method)
+            if method == "cd-q" or not bool(batch.ended.all()):
+                base = read_prefixes(self.base, batch, -1, method)
                 p = p._replace(ahead=base.ahead, logits=base.logits)
         else:
-            p = read_prefixes(self.base, Batch(**inputs), settings.layer, settings.method)
+            p = read_prefixes(self.base, Batch(**inputs), settings.layer, method)
             value = model(p.before, p.token)
-        target = targets(settings.method, student, p, reward)
+        target = targets(method, student, p, reward)
         loss = regression_loss(value, target, p.response, length, settings.reduction)
         if not bool(loss.isfinite()):
             rates = "lr" if settings.trunk == "frozen" else "lr or trunk_lr"
@@ -198,8 +200,8 @@ def train_prefix_scorer(
             f"all {len(training)} responses to train on were cut off, and a reward counts where a response ends: let "
             "them be longer (--max-tokens), give some that ended, or count the rewards as they stand (--fixed-horizon)"
         )
-    if settings.patience is not None and not held_out:
-        raise InputError("patience needs a held-out loss: give more than one response")
+    if settings.patience is not None and not any(item.ended for item in held_out):
+        raise InputError("patience needs held-out responses that ended: give more, or longer ones")
     trunk, read = engine.model, engine.policy
     if settings.trunk != "frozen":
         trunk, read = load_trunk(engine, settings.trunk, [*training, *held_out])
@@ -217,6 +219,7 @@ def train_prefix_scorer(
         there = [*training, *held_out]
         reads = read_once(engine.model, there, settings.layer, arguments.process_index, arguments.world_size)
     data: Any = [*training, *held_out] if reads is None else reads
+    judged = [one for one, item in zip(data[len(training) :], held_out, strict=True) if item.ended]
     plateau = [] if settings.patience is None else [EarlyStoppingCallback(settings.patience)]
     trainer = PrefixTrainer(
         engine.model,
@@ -224,7 +227,7 @@ def train_prefix_scorer(
         model=student if settings.trunk == "frozen" else TrunkStudent(trunk, student),
         args=arguments,
         train_dataset=data[: len(training)],
-        eval_dataset=data[len(training) :] if plateau else None,
+        eval_dataset=judged if plateau else None,
         data_collator=collate if reads is None else collate_read,
         callbacks=[*plateau, *callbacks],
     )
@@ -336,6 +339,7 @@ def _arguments(engine: Engine, settings: PrefixTraining, directory: Path) -> Tra
         output_dir=str(directory),
         gradient_accumulation_steps=settings.accumulate,
         num_train_epochs=settings.epochs,
+        restore_callback_states_from_checkpoint=True,  # how many epochs the plateau has lasted
         learning_rate=settings.lr,
         lr_scheduler_type="cosine",
         warmup_steps=0.05,  # a share of all steps

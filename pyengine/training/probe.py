@@ -23,6 +23,7 @@ from pyengine.training.groups import group_size, groups
 Loss = Literal["q", "ce", "pg", "qp"]
 BATCHES: dict[Loss, int] = {"q": 1000, "ce": 1000, "pg": 100, "qp": 1024}  # rows, groups for pg, pairs for qp
 STEPS = 9  # in an epoch, at least, where there are so many rows
+EPOCHS = 150  # the paper's
 # What Adam can move a weight by is lr times its steps: 1.4 in the paper, 150 epochs of 190 batches at 5e-5. From fewer
 # rows come fewer steps, and at 5e-5 the 150 of 576 rows moved none by more than .0075: it stayed what it was drawn as.
 REACH, LEAST_LR = 1.4, 5e-5
@@ -75,7 +76,7 @@ def train_probe(
     layer: int | None = None,
     name: str = "probe",
     lr: float | None = None,
-    epochs: int = 150,
+    epochs: int = EPOCHS,
     batch: int | None = None,
     beta_train: float | None = None,
     group: int | None = None,
@@ -172,7 +173,7 @@ def probe_settings(
     paired: bool,
     *,
     lr: float | None = None,
-    epochs: int = 150,
+    epochs: int = EPOCHS,
     batch: int | None = None,
     beta_train: float | None = None,
     group: int | None = None,
@@ -212,7 +213,7 @@ def probe_settings(
 def pace(loss: Loss, units: int, epochs: int, batch: int | None, lr: float | None) -> dict[str, Any]:
     """batch and lr, as given or as `train_probe` takes them for so many rows, groups or pairs to train on."""
     batch = max(1, min(BATCHES[loss], units // STEPS)) if batch is None else batch
-    steps = epochs * -(-units // batch)
+    steps = max(epochs, EPOCHS) * -(-units // batch)  # fewer epochs are no reason for longer steps
     return {"batch": batch, "lr": max(LEAST_LR, REACH / max(1, steps)) if lr is None else lr}
 
 

@@ -44,6 +44,8 @@ def kept_roll_outs(
     and seed only. keeps: whether this process, of several that draw the same, writes. Raises InputError as `roll_out`
     does, where `file` or a part of it is there and nobody resumes it, and where it is of another run.
     """
+    for i, prompt in enumerate(prompts):  # before any is drawn
+        engine.encode(prompt, f"prompt {i}")
     asked = in_turn(islice(cycle(prompts), count), max_tokens, seed)
     shards = [_Part(first, min(AT_ONCE, count - first)) for first in range(0, count, AT_ONCE)]
     if not keeps:

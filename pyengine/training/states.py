@@ -38,8 +38,9 @@ def read_once(model: Any, items: Sequence[Encoded], layer: int, rank: int = 0, w
     tokens, cut = sum(len(i.ids) - i.start + 1 for i in items), sum(not i.ended for i in items)
     config = model.config.get_text_config(decoder=True)
     size = model.dtype.itemsize * (tokens * config.hidden_size + cut * config.vocab_size)
-    free = bytes_of(None, torch.device("cpu"))
-    if size > free:
+    free = bytes_of(None, torch.device("cpu")) / world  # every process of this host keeps all of them
+    fits = [size <= free]
+    if not all(gather_object(fits) if world > 1 else fits):  # all of them wait for each other below, or none does
         log.warning(
             "the hidden states of %d responses take %.3g GB, %.3g GB are free for them: each step reads its own again",
             *(len(items), size / 1e9, free / 1e9),

@@ -101,7 +101,7 @@ def _read(model: Any, batch: Batch, rows: Tensor, layer: int, method: Method | N
         **({"logits_to_keep": 1} if keep_few else {}),
     )
     hidden = states_of(model, output, layer).flatten(0, 1)
-    none = hidden.new_empty(0, 0)
+    none = hidden.new_empty(0)  # which torch.cat leaves out
     return Prefixes(
         before=hidden[at - 1],
         token=ids.flatten()[at],
