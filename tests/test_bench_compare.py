@@ -168,6 +168,7 @@ def test_a_commit_that_is_not_there_or_does_not_build_is_named(repository, tmp_p
     root, _ = repository
     with pytest.raises(InputError, match=r"--against nowhere: git knows no such commit"):
         versions.commit_of("nowhere")
+    (root / "pyengine" / "a.py").write_text("n = 4")
     (root / ".git" / "index.lock").touch()
     with pytest.raises(InputError, match=r"git could not make a commit of the working tree"):
         versions.current()

@@ -65,6 +65,17 @@ def test_functions_are_called_as_their_arguments_are_named(function):
         assert FunctionScorer(function).score(candidates(["four", "seven!!"])).tolist() == [4.0, 7.0]
 
 
+def test_ids_that_nobody_has_are_not_given_as_empty_ones():
+    """Texts of a file, say, which no tokenizer has read: a reward of ids would be that of an empty response."""
+
+    def ids(prompts, completions, **kwargs):
+        return [float(len(one)) for one in kwargs["completion_ids"]]
+
+    texts = Candidates(["Review"], [()], {}, {}, lambda tokens: ["four"])
+    with pytest.raises(InputError, match=r"scorer 'ids' raised KeyError: 'completion_ids'"):
+        FunctionScorer(ids).score(texts)
+
+
 def test_none_is_nan():
     assert FunctionScorer(lambda p, c: [None, 1.0]).score(candidates(["a", "b"])).isnan().tolist() == [True, False]
 
