@@ -186,11 +186,15 @@ def as_the_engine(monkeypatch):
         assert theirs.reward == pytest.approx(ours.reward, abs=1e-4, nan_ok=True)
         assert len(theirs.blocks) == len(ours.blocks) > 0
         for one, other in zip(theirs.blocks, ours.blocks, strict=True):
-            assert (one.start, one.chosen) == (other.start, other.chosen)
+            # Which of two equal candidates a model likes better is decided by its last bits.
+            texts = [tuple(candidate.tokens) for candidate in one.candidates]
+            twins = one.chosen != other.chosen and texts[one.chosen] == texts[other.chosen]
+            assert one.start == other.start
+            assert one.chosen == other.chosen or twins
             for a, b in zip(one.candidates, other.candidates, strict=True):
                 assert (a.text, a.tokens, a.finish_reason) == (b.text, b.tokens, b.finish_reason)
                 assert a.utility == pytest.approx(b.utility, abs=1e-4, nan_ok=True)
-                assert a.probability == pytest.approx(b.probability, abs=1e-4)
+                assert twins or a.probability == pytest.approx(b.probability, abs=1e-4)
 
     return check
 
